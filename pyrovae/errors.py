@@ -1,0 +1,47 @@
+"""What can go wrong, and the exit code that each kind of fault ends a command with.
+
+Every message is one line that says what was wanted, what came, and the remedy. From Python the classes behave as
+the built-in exceptions they derive from; a command prints the message, without a traceback, and exits with `code`.
+"""
+
+
+class PyrovaeError(Exception):
+    """Base of the library's own errors; `code` is the exit code of a command that ends with it."""
+
+    code = 1
+
+
+class UsageError(PyrovaeError, ValueError):
+    """An option or argument that makes no sense, alone or beside the others."""
+
+    code = 2
+
+
+class DataError(PyrovaeError, ValueError):
+    """Data that is missing, damaged, or outside the support of the likelihood."""
+
+    code = 3
+
+
+class PairError(PyrovaeError, ValueError):
+    """A model and a guide that do not fit together, or break the per-datum bound."""
+
+    code = 2
+
+
+class NumericalError(PyrovaeError, ArithmeticError):
+    """A NaN or an infinity where a number is needed."""
+
+    code = 4
+
+
+class CheckpointError(PyrovaeError, RuntimeError):
+    """A run directory or checkpoint that is missing, damaged, or of another configuration."""
+
+    code = 5
+
+
+class OutputError(PyrovaeError, OSError):
+    """An output that cannot be written."""
+
+    code = 6

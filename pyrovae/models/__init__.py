@@ -1,0 +1,1 @@
+"""What is declared: priors, likelihoods, guides, and the pairs they make."""
