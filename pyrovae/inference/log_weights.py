@@ -1,0 +1,223 @@
+r"""Log-weights: the only Monte Carlo in the library.
+
+For a Pyro model p(x, z), a guide q(z|x) and data x_1 .. x_N, draw z_kn ~ q(z|x_n) for k = 1 .. K and form
+
+    log w_kn = log p(x_n | z_kn) + log p(z_kn) - log q(z_kn | x_n),        shape (K, N).
+
+Every training bound, log p(x), effective sample size, Pareto k-hat, KL and gap is a reduction of this array. It is a
+bound *per datum* only if every site of the pair is inside one plate over the data, and no site is scaled; whatever
+breaks that is refused by name.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyrovae.errors import PairError, UsageError
+
+PARTICLES = "_particles"
+
+
+@dataclass
+class Latent:
+    """One latent site: its values and the two distributions that meet there.
+
+    Attributes:
+        value: z, shape (K, N, *event).
+        prior: p of this site, given the sites above it.
+        guide: q of this site.
+        log_prior: log p(z), shape (K, N).
+        log_guide: log q(z), shape (K, N).
+        ancestral: The model's sites before this one also come before it in the guide, so that neither distribution
+            depends on z, and their KL may be taken analytically.
+    """
+
+    value: Tensor
+    prior: Any
+    guide: Any
+    log_prior: Tensor
+    log_guide: Tensor
+    ancestral: bool
+
+
+@dataclass
+class Particles:
+    """K draws of a pair for each of N data, and their log-probabilities in nats.
+
+    Attributes:
+        log_likelihood: log p(x|z): every observed site and factor of the model, shape (K, N).
+        log_prior: log p(z), shape (K, N).
+        log_guide: log q(z|x), shape (K, N).
+        latents: The latent sites by name, in the model's order.
+        log_guides: log q of every site of the guide by name, auxiliary ones included, each of shape (K, N).
+    """
+
+    log_likelihood: Tensor
+    log_prior: Tensor
+    log_guide: Tensor
+    latents: dict[str, Latent]
+    log_guides: dict[str, Tensor]
+    model_trace: Trace = field(repr=False)
+    guide_trace: Trace = field(repr=False)
+
+    @property
+    def log_weights(self) -> Tensor:
+        """log p(x, z) - log q(z|x), shape (K, N)."""
+        return self.log_likelihood + self.log_prior - self.log_guide
+
+
+def log_weights(model: Callable, guide: Callable, x: Tensor, num_particles: int = 1) -> Tensor:
+    """Log importance weights log p(x, z) - log q(z|x) of draws from the guide.
+
+    Args:
+        model: Pyro model, called as model(x), with all its sites inside one `pyro.plate("data", len(x))`.
+        guide: Pyro guide of the same latent sites, called as guide(x).
+        x: Data, shape (N, *event).
+        num_particles: K.
+
+    Returns:
+        Log-weights in nats, shape (K, N), unscaled.
+
+    Raises:
+        UsageError: num_particles < 1.
+        PairError: the pair's log-weights would not be per datum; the site is named.
+    """
+    return draw(model, guide, x, num_particles).log_weights
+
+
+def draw(model: Callable, guide: Callable, x: Tensor, num_particles: int = 1) -> Particles:
+    """Run the pair under a plate of particles; arguments and errors as for `log_weights`."""
+    if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
+        raise UsageError(f"num_particles (K): expected a whole number of at least 1, got {num_particles!r}")
+    if not isinstance(x, Tensor) or x.ndim < 1 or len(x) < 1:
+        raise UsageError(f"x: expected a tensor of shape (N, *event) with N >= 1, got {describe(x)}")
+    shape = (num_particles, len(x))
+    guide_trace = run(guide, "guide", x, num_particles)
+    model_trace = run(poutine.replay(model, trace=guide_trace), "model", x, num_particles)
+    p, q = sample_sites(model_trace), sample_sites(guide_trace)
+    check_agreement(p, q)
+    log_p = {name: log_prob(site, f"model site '{name}'", shape) for name, site in p.items()}
+    log_q = {name: log_prob(site, f"guide site '{name}'", shape) for name, site in q.items()}
+
+    names = [name for name, site in p.items() if not site["is_observed"]]
+    order = [name for name in q if name in p]
+    latents = {
+        name: Latent(
+            value=q[name]["value"],
+            prior=p[name]["fn"],
+            guide=q[name]["fn"],
+            log_prior=log_p[name],
+            log_guide=log_q[name],
+            ancestral=set(names[:i]) <= set(order[: order.index(name)]),
+        )
+        for i, name in enumerate(names)
+    }
+    zero = x.new_zeros(shape, dtype=next((v.dtype for v in log_p.values()), None))
+    return Particles(
+        log_likelihood=sum((log_p[name] for name in p if name not in latents), zero),
+        log_prior=sum((log_p[name] for name in latents), zero),
+        log_guide=sum(log_q.values(), zero),
+        latents=latents,
+        log_guides=log_q,
+        model_trace=model_trace,
+        guide_trace=guide_trace,
+    )
+
+
+def run(program: Callable, role: str, x: Tensor, num_particles: int) -> Trace:
+    """Trace a model or guide under the particle plate."""
+    try:
+        with pyro.plate(PARTICLES, num_particles, dim=-2):
+            return poutine.trace(program).get_trace(x)
+    except Exception as error:
+        error.add_note(
+            f"raised by the {role} for x of shape {tuple(x.shape)}, run for {num_particles} particles: sites inside "
+            f"the data plate have batch shape ({num_particles}, {len(x)})"
+        )
+        raise
+
+
+def sample_sites(trace: Trace) -> dict[str, dict]:
+    """The sites that carry probability: no plates' own sites, no `pyro.deterministic`."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and type(site["fn"]).__name__ != "_Subsample"
+        and not site["infer"].get("_deterministic", False)
+    }
+
+
+def check_agreement(p: dict[str, dict], q: dict[str, dict]) -> None:
+    """Refuse a model and a guide that do not have the same latent sites of the same event shapes."""
+    for name, site in p.items():
+        if not site["is_observed"] and name not in q:
+            raise PairError(
+                f"model site '{name}' is latent but not in the guide (its sites: {', '.join(q) or 'none'}); "
+                "sample it there, or give it obs="
+            )
+    for name, site in q.items():
+        auxiliary = site["is_observed"] or site["infer"].get("is_auxiliary", False)
+        if name not in p and not auxiliary:
+            raise PairError(f"guide site '{name}' is not in the model (its sites: {', '.join(p) or 'none'})")
+        if name in p and not auxiliary and p[name]["is_observed"]:
+            raise PairError(f"site '{name}' is latent in the guide but observed in the model")
+        if name in p and p[name]["fn"].event_shape != site["fn"].event_shape:
+            raise PairError(
+                f"site '{name}': event shape {tuple(p[name]['fn'].event_shape)} in the model, "
+                f"{tuple(site['fn'].event_shape)} in the guide; make them equal"
+            )
+
+
+def log_prob(site: dict, where: str, shape: tuple[int, int]) -> Tensor:
+    """The unscaled log-probability of one site, shape (K, N), after checking that it is one per particle and datum."""
+    frames = [frame for frame in site["cond_indep_stack"] if frame.name != PARTICLES]
+    plates = ", ".join(f"'{f.name}' (dim {f.dim}, size {f.size})" for f in frames) or "none"
+    if any(frame.full_size not in (None, frame.size) for frame in frames):
+        raise PairError(
+            f"{where} is in a subsampling plate ({plates}), which scales log-probabilities inside the bound; "
+            "use pyro.plate('data', len(x)) and pass minibatches as x"
+        )
+    if len(frames) != 1 or frames[0].dim != -1 or frames[0].size != shape[1]:
+        raise PairError(
+            f"{where} must be inside exactly one plate over the data (dim -1, size {shape[1]}); its plates: {plates}. "
+            "Use `with pyro.plate('data', len(x)):` around every site, and .to_event() for dimensions of an event"
+        )
+    scale = site["scale"]
+    if isinstance(scale, Tensor) or scale != 1:
+        raise PairError(
+            f"{where} is scaled by {scale} (poutine.scale); a bound on log p(x) takes unscaled log-probabilities. "
+            "Remove the scale; for a weighted KL use ELBO(beta=...)"
+        )
+    fn, value = site["fn"], site["value"]
+    event_dim = len(fn.event_shape)
+    if event_dim and value.shape[value.ndim - event_dim :] != fn.event_shape:
+        raise PairError(
+            f"{where}: the distribution has event shape {tuple(fn.event_shape)}, its value has shape "
+            f"{tuple(value.shape)}; they would be broadcast against each other. Make them equal"
+        )
+    result = scale_and_mask(fn.log_prob(value), 1.0, site["mask"])
+    if result.shape != shape:
+        raise PairError(
+            f"{where}: expected one log-probability per particle and datum, shape {shape}, got {tuple(result.shape)}; "
+            "declare the dimensions of an event with .to_event()"
+        )
+    return result
+
+
+def describe(x: object) -> str:
+    """A value in a few words, for an error message."""
+    return f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def log_mean_exp(values: Tensor, dim: int = 0) -> Tensor:
+    """log of the mean of exp(values) along one dimension."""
+    return torch.logsumexp(values, dim) - math.log(values.shape[dim])

@@ -1,0 +1,123 @@
+"""Guides q(z|x): amortised Gaussian approximations of the posterior.
+
+A guide is a module whose `forward(x)` maps (*batch, *event) to a distribution of batch shape `batch` and event shape
+(Z,). Its encoder turns x into features; a linear head turns features into the distribution's parameters. Swapping one
+guide for another is swapping the class name. The same classes serve as the conditionals p(z1|z2) of a hierarchy.
+
+To write a new one, subclass `Guide`, name the number of head outputs in `super().__init__`, and return the
+distribution from `forward`.
+"""
+
+from abc import ABC, abstractmethod
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from pyrovae.errors import UsageError
+from pyrovae.models.networks import Network
+
+# Added to every scale: far below any scale that matters, it keeps 1/scale finite in single precision.
+SCALE_FLOOR = 1e-6
+
+
+class Guide(nn.Module, ABC):
+    """q(z|x) with an encoder and a linear head.
+
+    Args:
+        encoder: Maps an event to a vector of features.
+        latent_dim: Z.
+        outputs: Number of parameters of the distribution, the width of the head.
+    """
+
+    shift: Tensor
+    rescale: Tensor
+
+    def __init__(self, encoder: Network, latent_dim: int, outputs: int) -> None:
+        super().__init__()
+        if latent_dim < 1:
+            raise UsageError(f"latent_dim: expected a whole number of at least 1, got {latent_dim}")
+        if len(encoder.out_shape) != 1:
+            raise UsageError(f"encoder: expected a vector of features as output, got shape {encoder.out_shape}")
+        self.latent_dim = latent_dim
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.out_shape[0], outputs)
+        # The encoder sees (x - shift) * rescale: the identity until `initialise`.
+        self.register_buffer("shift", torch.zeros(encoder.in_shape))
+        self.register_buffer("rescale", torch.ones(()))
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Event shape of x."""
+        return self.encoder.in_shape
+
+    def parameters_of(self, x: Tensor) -> Tensor:
+        """The head's output for x (*batch, *event), shape (*batch, outputs)."""
+        return self.head(self.encoder((x - self.shift) * self.rescale))
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> dist.Distribution:
+        """q(z|x) for x of shape (*batch, *event): batch shape `batch`, event shape (latent_dim,)."""
+
+    def initialise(self, x: Tensor) -> None:
+        """Centre the encoder's input at the mean of x (N, *event), with one scale for all elements."""
+        self.shift.copy_(x.mean(0))
+        self.rescale.copy_(1 / (x - self.shift).square().mean().sqrt().clamp(min=1e-6))
+
+
+class MeanFieldNormal(Guide):
+    """N(m(x), diag s(x)^2)."""
+
+    def __init__(self, encoder: Network, latent_dim: int) -> None:
+        super().__init__(encoder, latent_dim, 2 * latent_dim)
+
+    def forward(self, x: Tensor) -> dist.Distribution:
+        loc, raw_scale = self.parameters_of(x).chunk(2, -1)
+        return dist.Normal(loc, softplus(raw_scale) + SCALE_FLOOR).to_event(1)
+
+
+class FullCovarianceNormal(Guide):
+    """N(m(x), L(x) L(x)') with a lower-triangular L of positive diagonal."""
+
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, encoder: Network, latent_dim: int) -> None:
+        below = latent_dim * (latent_dim - 1) // 2
+        super().__init__(encoder, latent_dim, 2 * latent_dim + below)
+        rows, columns = torch.tril_indices(latent_dim, latent_dim, offset=-1)
+        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("columns", columns, persistent=False)
+
+    def forward(self, x: Tensor) -> dist.Distribution:
+        z = self.latent_dim
+        loc, raw_scale, below = self.parameters_of(x).split([z, z, self.rows.numel()], -1)
+        scale_tril = torch.diag_embed(softplus(raw_scale) + SCALE_FLOOR)
+        scale_tril[..., self.rows, self.columns] = below
+        return dist.MultivariateNormal(loc, scale_tril=scale_tril)
+
+
+class LowRankNormal(Guide):
+    """N(m(x), F(x) F(x)' + diag s(x)^2) with F of shape (Z, rank).
+
+    Args:
+        encoder: Maps an event to a vector of features.
+        latent_dim: Z.
+        rank: Number of columns of F, from 1 to Z.
+    """
+
+    def __init__(self, encoder: Network, latent_dim: int, rank: int = 2) -> None:
+        if not 1 <= rank <= latent_dim:
+            raise UsageError(f"rank: expected a whole number from 1 to latent_dim = {latent_dim}, got {rank}")
+        super().__init__(encoder, latent_dim, (2 + rank) * latent_dim)
+        self.rank = rank
+
+    def forward(self, x: Tensor) -> dist.Distribution:
+        loc, raw_scale, factor = self.parameters_of(x).split(
+            [self.latent_dim, self.latent_dim, self.rank * self.latent_dim], -1
+        )
+        # Small at the start, so that training begins near the mean-field guide.
+        factor = 0.1 * factor.unflatten(-1, (self.latent_dim, self.rank))
+        variance = (softplus(raw_scale) + SCALE_FLOOR).square()
+        return dist.LowRankMultivariateNormal(loc, factor, variance)

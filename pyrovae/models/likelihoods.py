@@ -1,0 +1,170 @@
+"""Likelihoods p(x|z).
+
+A likelihood is a module whose `forward(z)` maps (*batch, Z) to a distribution of batch shape `batch` and the event
+shape of x. It says its `measure`: a "mass" on {0,1}^D or a "density"; the two never share a column of a table.
+To write a new one, subclass `Likelihood` and return the distribution.
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from pyrovae.errors import DataError, UsageError
+from pyrovae.models.networks import Network
+from pyrovae.models.priors import inverse_softplus
+
+
+class Likelihood(nn.Module, ABC):
+    """p(x|z) with a decoder.
+
+    Args:
+        decoder: Maps z to what the distribution needs.
+        event_shape: Event shape of x.
+    """
+
+    measure: str  # "mass" or "density"
+
+    def __init__(self, decoder: Network, event_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.event_shape = event_shape
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Event shape of z."""
+        return self.decoder.in_shape
+
+    @abstractmethod
+    def forward(self, z: Tensor) -> dist.Distribution:
+        """p(x|z) for z of shape (*batch, Z): batch shape `batch`, event shape `event_shape`."""
+
+    @abstractmethod
+    def initialise(self, x: Tensor) -> None:
+        """Start the decoder's output at the mean of training data x of shape (N, *event)."""
+
+    @abstractmethod
+    def check_support(self, x: Tensor) -> None:
+        """Refuse data outside the support, naming what was found.
+
+        Raises:
+            DataError: some value of x has no probability under this likelihood.
+        """
+
+
+class Bernoulli(Likelihood):
+    """Independent Bernoulli pixels, x in {0,1}^D, with the decoder's output as logits. A mass."""
+
+    measure = "mass"
+
+    def __init__(self, decoder: Network) -> None:
+        super().__init__(decoder, decoder.out_shape)
+
+    def forward(self, z: Tensor) -> dist.Distribution:
+        return dist.Bernoulli(logits=self.decoder(z)).to_event(len(self.event_shape))
+
+    def initialise(self, x: Tensor) -> None:
+        """Start the output bias at the logit of the mean of x, clipped to [0.001, 0.999]."""
+        set_output_bias(self.decoder, torch.logit(x.mean(0).clamp(1e-3, 1 - 1e-3)))
+
+    def check_support(self, x: Tensor) -> None:
+        wrong = (x != 0) & (x != 1)
+        if wrong.any():
+            low, high = x.min().item(), x.max().item()
+            raise DataError(
+                f"x: a Bernoulli likelihood has support {{0, 1}}, got values from {low:g} to {high:g} with "
+                f"{int(wrong.sum())} elements neither 0 nor 1; binarise them (--binarize) or use a Gaussian "
+                "likelihood (--likelihood gaussian)"
+            )
+
+
+class Gaussian(Likelihood):
+    """Independent Gaussian elements with the decoder's output as mean. A density.
+
+    The scale is floor + softplus(parameter) wherever it is not fixed, so that no element can drive the density to
+    infinity; `scale_at_floor` tells how much of it has been driven there.
+
+    Args:
+        decoder: Maps z to the event of x; with scale="predicted", to (2, *event): mean and scale.
+        scale: A number, fixed; "learned", one for all elements; "per-dimension", one for each element;
+            "predicted", by the decoder.
+        floor: Least scale, in units of the data.
+    """
+
+    measure = "density"
+
+    def __init__(self, decoder: Network, scale: float | str = "learned", floor: float = 1e-3) -> None:
+        out_shape = decoder.out_shape
+        if scale == "predicted":
+            if out_shape[:1] != (2,) or len(out_shape) < 2:
+                raise UsageError(
+                    f"decoder: scale='predicted' expects an output of shape (2, *event), got {out_shape}; "
+                    f"build the decoder with out_shape=(2, *event)"
+                )
+            out_shape = out_shape[1:]
+        super().__init__(decoder, out_shape)
+        if not (isinstance(floor, float | int) and math.isfinite(floor) and floor >= 0):
+            raise UsageError(f"floor: expected a number of at least 0, got {floor!r}")
+        self.floor = float(floor)
+        if isinstance(scale, str):
+            if scale not in ("learned", "per-dimension", "predicted"):
+                raise UsageError(
+                    f"scale: expected a positive number, learned, per-dimension or predicted, got {scale!r}"
+                )
+        elif not (math.isfinite(scale) and scale > 0):
+            raise UsageError(f"scale: expected a positive number, got {scale!r}")
+        self.scale = scale
+        if scale in ("learned", "per-dimension"):
+            shape = out_shape if scale == "per-dimension" else ()
+            self.raw_scale = nn.Parameter(torch.full(shape, inverse_softplus(1.0)))
+
+    def loc_and_scale(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and scale of p(x|z), both of shape (*batch, *event)."""
+        out = self.decoder(z)
+        if self.scale == "predicted":
+            loc, raw_scale = out.unbind(-1 - len(self.event_shape))
+            return loc, self.floor + softplus(raw_scale)
+        if isinstance(self.scale, str):
+            return out, (self.floor + softplus(self.raw_scale)).expand_as(out)
+        return out, torch.full_like(out, self.scale)
+
+    def forward(self, z: Tensor) -> dist.Distribution:
+        return dist.Normal(*self.loc_and_scale(z)).to_event(len(self.event_shape))
+
+    def initialise(self, x: Tensor) -> None:
+        """Start the mean at the mean of x, and a scale that is not fixed at the standard deviation of x."""
+        loc, spread = x.mean(0), (x - x.mean(0)).square().mean(0).sqrt()
+        if self.scale == "learned":
+            spread = spread.square().mean().sqrt()
+        excess = (spread - self.floor).clamp(min=0.1 * self.floor + 1e-6)
+        raw_scale = excess + torch.log(-torch.expm1(-excess))  # inverse softplus
+        if self.scale == "predicted":
+            set_output_bias(self.decoder, torch.stack([loc, raw_scale]))
+            return
+        set_output_bias(self.decoder, loc)
+        if isinstance(self.scale, str):
+            with torch.no_grad():
+                self.raw_scale.copy_(raw_scale)
+
+    def check_support(self, x: Tensor) -> None:
+        if not x.isfinite().all():
+            raise DataError(
+                f"x: a Gaussian likelihood needs finite values, got {int((~x.isfinite()).sum())} that are not"
+            )
+
+    @torch.no_grad()
+    def scale_at_floor(self, z: Tensor) -> float:
+        """Share of elements whose scale is within 1 % of the floor, for z of shape (*batch, Z)."""
+        if not isinstance(self.scale, str) or self.floor == 0:
+            return 0.0
+        return (self.loc_and_scale(z)[1] < 1.01 * self.floor).double().mean().item()
+
+
+def set_output_bias(network: Network, value: Tensor) -> None:
+    """Start the last bias of a network at `value`; a network without one is left as it is."""
+    if network.output_bias is not None:
+        with torch.no_grad():
+            network.output_bias.copy_(value.reshape(network.output_bias.shape))

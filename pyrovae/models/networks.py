@@ -1,0 +1,224 @@
+"""Networks: tensors to tensors, with no Pyro in them.
+
+Every network maps one event to one event, and carries any number of leading (batch, particle) dimensions along:
+they are flattened into one before the layers and restored after them, so that a convolution never sees a particle
+dimension. Wrap a module of your own in `Network` to give it the same manners.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from pyrovae.errors import UsageError
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "softplus": nn.Softplus,
+}
+
+Shape = int | Sequence[int]
+
+
+def as_shape(shape: Shape) -> tuple[int, ...]:
+    """A shape given as a whole number or a sequence, as a tuple."""
+    return (shape,) if isinstance(shape, int) else tuple(shape)
+
+
+def make_activation(name: str) -> nn.Module:
+    """The activation of that name.
+
+    Raises:
+        UsageError: the name is not in `ACTIVATIONS`.
+    """
+    if name not in ACTIVATIONS:
+        raise UsageError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    return ACTIVATIONS[name]()
+
+
+def check_widths(name: str, widths: Sequence[int]) -> tuple[int, ...]:
+    """Widths or channels as a tuple of positive whole numbers."""
+    if any(width < 1 for width in widths):
+        raise UsageError(f"{name}: expected whole numbers of at least 1, got {list(widths)}")
+    return tuple(widths)
+
+
+class Network(nn.Module):
+    """A module of one batch dimension, extended to any leading dimensions.
+
+    Args:
+        body: Maps (B, *in_shape) to (B, *out_shape).
+        in_shape: Event shape of the input.
+        out_shape: Event shape of the output.
+    """
+
+    def __init__(self, body: nn.Module, in_shape: Shape, out_shape: Shape) -> None:
+        super().__init__()
+        self.in_shape, self.out_shape = as_shape(in_shape), as_shape(out_shape)
+        self.body: nn.Module = body
+
+    @property
+    def output_bias(self) -> nn.Parameter | None:
+        """The parameter added last to the output, of prod(out_shape) elements, or None: a likelihood starts it."""
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (*batch, *in_shape) to (*batch, *out_shape).
+
+        Raises:
+            UsageError: x does not end in `in_shape`, or the body does not return `out_shape`.
+        """
+        dims = len(self.in_shape)
+        if x.shape[x.ndim - dims :] != self.in_shape:
+            raise UsageError(
+                f"x: expected event shape {self.in_shape}, got a tensor of shape {tuple(x.shape)}; "
+                "reshape x or build the network for its shape"
+            )
+        batch = x.shape[: x.ndim - dims]
+        out = self.body(x.reshape(-1, *self.in_shape))
+        if out.shape[1:] != self.out_shape:
+            raise UsageError(f"network: expected output shape {self.out_shape}, got {tuple(out.shape[1:])}")
+        return out.reshape(*batch, *self.out_shape)
+
+
+class MLP(Network):
+    """A multilayer perceptron between any two event shapes.
+
+    Args:
+        in_shape: Event shape of the input; flattened.
+        out_shape: Event shape of the output. None: the last hidden layer is the output, as an encoder's features.
+        hidden: Widths of the hidden layers.
+        activation: A name in `ACTIVATIONS`.
+        dropout: Probability of dropping a hidden unit while training.
+    """
+
+    def __init__(
+        self,
+        in_shape: Shape,
+        out_shape: Shape | None = None,
+        hidden: Sequence[int] = (200, 200),
+        activation: str = "tanh",
+        dropout: float = 0.0,
+    ) -> None:
+        hidden = check_widths("hidden", hidden)
+        in_shape = as_shape(in_shape)
+        widths = [math.prod(in_shape), *hidden]
+        layers: list[nn.Module] = [nn.Flatten()]
+        for before, after in pairwise(widths):
+            layers += [nn.Linear(before, after), make_activation(activation)]
+            if dropout:
+                layers.append(nn.Dropout(dropout))
+        if out_shape is None:
+            super().__init__(nn.Sequential(*layers), in_shape, widths[-1])
+            return
+        out_shape = as_shape(out_shape)
+        last = nn.Linear(widths[-1], math.prod(out_shape))
+        super().__init__(nn.Sequential(*layers, last, nn.Unflatten(1, out_shape)), in_shape, out_shape)
+
+    @property
+    def output_bias(self) -> nn.Parameter | None:
+        last = self.body[-2] if isinstance(self.body[-1], nn.Unflatten) else None
+        return last.bias if isinstance(last, nn.Linear) else None
+
+
+class ConvEncoder(Network):
+    """Strided convolutions from an image of any shape (C, H, W) to a vector of features.
+
+    Args:
+        in_shape: (C, H, W), or (H, W) for a single channel.
+        channels: Channels of the convolutions; each halves height and width (rounded up).
+        hidden: Width of the dense layer after them, the number of features.
+        activation: A name in `ACTIVATIONS`.
+    """
+
+    def __init__(
+        self,
+        in_shape: Shape,
+        channels: Sequence[int] = (32, 64),
+        hidden: int = 256,
+        activation: str = "relu",
+    ) -> None:
+        in_shape, channels = as_shape(in_shape), check_widths("channels", channels)
+        depth, height, width = image_shape(in_shape)
+        layers: list[nn.Module] = [nn.Flatten(), nn.Unflatten(1, (depth, height, width))]
+        for before, after in zip((depth, *channels[:-1]), channels, strict=True):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), make_activation(activation)]
+            height, width = (height + 1) // 2, (width + 1) // 2
+        layers += [
+            nn.Flatten(),
+            nn.Linear(channels[-1] * height * width, hidden),
+            make_activation(activation),
+        ]
+        super().__init__(nn.Sequential(*layers), in_shape, hidden)
+
+
+class ConvDecoder(Network):
+    """Nearest-neighbour upsampling and convolutions from a vector to an image of any shape.
+
+    Upsampling to the exact sizes that the encoder passed through serves odd sizes and leaves no checkerboard.
+
+    Args:
+        in_shape: Event shape of the input, e.g. the number of latent dimensions; flattened.
+        out_shape: (..., H, W); all dimensions before the last two are channels.
+        channels: Channels of the convolutions, from the image inwards, as for `ConvEncoder`.
+        hidden: Width of the dense layer before them.
+        activation: A name in `ACTIVATIONS`.
+    """
+
+    def __init__(
+        self,
+        in_shape: Shape,
+        out_shape: Shape,
+        channels: Sequence[int] = (32, 64),
+        hidden: int = 256,
+        activation: str = "relu",
+    ) -> None:
+        in_shape, out_shape = as_shape(in_shape), as_shape(out_shape)
+        channels = check_widths("channels", channels)
+        depth, height, width = image_shape(out_shape)
+        sizes = [(height, width)]
+        for _ in channels:
+            sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
+        small = (channels[-1], *sizes[-1])
+        layers: list[nn.Module] = [
+            nn.Flatten(),
+            nn.Linear(math.prod(in_shape), hidden),
+            make_activation(activation),
+            nn.Linear(hidden, math.prod(small)),
+            make_activation(activation),
+            nn.Unflatten(1, small),
+        ]
+        stages = zip(channels[::-1], (*channels[-2::-1], depth), sizes[-2::-1], strict=True)
+        for i, (before, after, size) in enumerate(stages):
+            last = i == len(channels) - 1
+            layers += [nn.Upsample(size=size), nn.Conv2d(before, after, 3, padding=1, bias=not last)]
+            if not last:
+                layers.append(make_activation(activation))
+        super().__init__(nn.Sequential(*layers, nn.Flatten(), nn.Unflatten(1, out_shape)), in_shape, out_shape)
+        # One bias per pixel, not per channel: the mean image of the data is then where the decoder starts.
+        self.bias = nn.Parameter(torch.zeros(out_shape))
+
+    @property
+    def output_bias(self) -> nn.Parameter:
+        return self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.bias
+
+
+def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """(channels, height, width) of an event shape (..., H, W).
+
+    Raises:
+        UsageError: the shape has fewer than two dimensions.
+    """
+    if len(shape) < 2:
+        raise UsageError(f"convolutional network: expected an image shape (C, H, W), got {shape}; use an MLP")
+    return math.prod(shape[:-2]), shape[-2], shape[-1]

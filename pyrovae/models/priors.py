@@ -1,0 +1,130 @@
+"""Priors p(z) over the latent vector.
+
+A prior is a module whose `forward()` returns a distribution of batch shape () and event shape (Z,). To write a new
+one, subclass `Prior`, call `super().__init__(latent_dim)`, and return the distribution; nothing else is asked.
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from pyrovae.errors import UsageError
+from pyrovae.models.guides import Guide
+
+
+class Prior(nn.Module, ABC):
+    """p(z), a distribution over vectors of `latent_dim` elements."""
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        if latent_dim < 1:
+            raise UsageError(f"latent_dim: expected a whole number of at least 1, got {latent_dim}")
+        self.latent_dim = latent_dim
+
+    @abstractmethod
+    def forward(self) -> dist.Distribution:
+        """The distribution, batch shape (), event shape (latent_dim,)."""
+
+    def initialise(self, x: Tensor) -> None:
+        """Start whatever depends on the data at training data x of shape (N, *event). Here: nothing."""
+
+
+class StandardNormal(Prior):
+    """N(0, I)."""
+
+    loc: Tensor
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__(latent_dim)
+        # A buffer only so that dtype and device follow the model's.
+        self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
+
+    def forward(self) -> dist.Distribution:
+        return dist.Normal(self.loc, torch.ones_like(self.loc)).to_event(1)
+
+
+class Mixture(dist.MixtureSameFamily):
+    """A mixture that plates expand without expanding its components.
+
+    torch would give every particle and datum a copy of every component's parameters: for a full-covariance VampPrior
+    that is (K, N, C, Z, Z) numbers where (C, Z, Z) will do.
+    """
+
+    def expand(self, batch_shape: torch.Size, _instance: object = None) -> dist.Distribution:
+        return dist.ExpandedDistribution(self, torch.Size(batch_shape))
+
+
+class MixtureOfGaussians(Prior):
+    """sum_c pi_c N(m_c, diag s_c^2) with learned weights, means and scales.
+
+    Args:
+        latent_dim: Z.
+        components: Number of components.
+        floor: Least scale of a component, so that no component can collapse to a point.
+    """
+
+    def __init__(self, latent_dim: int, components: int = 10, floor: float = 1e-3) -> None:
+        super().__init__(latent_dim)
+        check_components(components)
+        self.components, self.floor = components, floor
+        self.logits = nn.Parameter(torch.zeros(components))
+        # Spread as draws of N(0, I), with scales so that the mixture starts with about unit variance everywhere.
+        self.loc = nn.Parameter(torch.randn(components, latent_dim) * math.sqrt(0.5))
+        self.raw_scale = nn.Parameter(torch.full((components, latent_dim), inverse_softplus(math.sqrt(0.5) - floor)))
+
+    def forward(self) -> dist.Distribution:
+        components = dist.Normal(self.loc, self.floor + softplus(self.raw_scale)).to_event(1)
+        return Mixture(dist.Categorical(logits=self.logits), components)
+
+
+class VampPrior(Prior):
+    """(1/C) sum_c q(z | u_c): the guide's average over learned pseudo-inputs u_c.
+
+    The guide is the pair's own, shared and not copied, so its parameters belong to the pair and not to this module.
+
+    Args:
+        guide: The guide q(z|x) of the pair.
+        event_shape: Event shape of x.
+        components: C, the number of pseudo-inputs.
+
+    References:
+        Tomczak and Welling 2018, VAE with a VampPrior, https://arxiv.org/abs/1705.07120
+    """
+
+    def __init__(self, guide: Guide, event_shape: int | tuple[int, ...], components: int = 500) -> None:
+        super().__init__(guide.latent_dim)
+        check_components(components)
+        self.components = components
+        # In a tuple, so that torch does not register it: each parameter has one name in the pair.
+        self._guide = (guide,)
+        shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
+        self.pseudo_inputs = nn.Parameter(0.5 + 0.1 * torch.randn(components, *shape))
+
+    def forward(self) -> dist.Distribution:
+        components = self._guide[0](self.pseudo_inputs)
+        weights = dist.Categorical(logits=self.pseudo_inputs.new_zeros(self.components))
+        return Mixture(weights, components)
+
+    def initialise(self, x: Tensor) -> None:
+        """Start the pseudo-inputs at rows of x (N, *event) drawn without replacement while they last."""
+        rows = torch.cat([torch.randperm(len(x)) for _ in range(-(-self.components // len(x)))])
+        rows = rows[: self.components].to(x.device)
+        with torch.no_grad():
+            self.pseudo_inputs.copy_(x[rows])
+            # A repeated row would stay a copy of itself for ever: break the tie.
+            self.pseudo_inputs.add_(0.01 * torch.randn_like(self.pseudo_inputs))
+
+
+def check_components(components: int) -> None:
+    """Refuse a number of components below one."""
+    if components < 1:
+        raise UsageError(f"components: expected a whole number of at least 1, got {components}")
+
+
+def inverse_softplus(y: float) -> float:
+    """The x with softplus(x) = y, for y > 0."""
+    return y + math.log(-math.expm1(-y))

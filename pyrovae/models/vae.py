@@ -1,0 +1,174 @@
+"""Variational autoencoders: a prior, a likelihood and a guide, declared as a Pyro model/guide pair.
+
+    VAE:              p(x, z) = p(z) p(x|z)                                  q(z|x)
+    HierarchicalVAE:  p(x, z) = p(zL) ... p(z1|z2) p(x|z1)                   q(z1|x) q(z2|z1) ... q(zL|zL-1)
+
+`model(x)` and `guide(x)` are ordinary Pyro programs: every site is inside one plate over the data, and parameters are
+those of torch modules (the Pyro parameter store is not used).
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyrovae.errors import UsageError
+from pyrovae.models.guides import Guide
+from pyrovae.models.likelihoods import Likelihood
+from pyrovae.models.priors import Prior
+
+
+class HierarchicalVAE(nn.Module):
+    """A VAE with any number L of stochastic layers.
+
+    Args:
+        prior: p(zL).
+        conditionals: p(z1|z2), ..., p(zL-1|zL), from the data upwards: each a module that maps the layer above to a
+            distribution, such as any guide class over a network from Z_above. Empty for L = 1.
+        likelihood: p(x|z1).
+        guides: q(z1|x), q(z2|z1), ..., q(zL|zL-1), from the data upwards.
+
+    Raises:
+        UsageError: neighbouring parts disagree on the number of latent dimensions; both sides are named.
+    """
+
+    def __init__(
+        self, prior: Prior, conditionals: Sequence[Guide], likelihood: Likelihood, guides: Sequence[Guide]
+    ) -> None:
+        super().__init__()
+        self.prior = prior
+        self.conditionals = nn.ModuleList(conditionals)
+        self.likelihood = likelihood
+        self.guides = nn.ModuleList(guides)
+        self.check_shapes()
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Event shape of x."""
+        return self.likelihood.event_shape
+
+    @property
+    def latent_sites(self) -> list[str]:
+        """Names of the latent sites, from the data upwards: ["z"], or ["z1", ..., "zL"]."""
+        layers = len(self.guides)
+        return ["z"] if layers == 1 else [f"z{i}" for i in range(1, layers + 1)]
+
+    def check_shapes(self) -> None:
+        """Compare the shapes on both sides of every arrow."""
+        if len(self.guides) != len(self.conditionals) + 1:
+            raise UsageError(
+                f"guides: {len(self.conditionals)} conditionals need {len(self.conditionals) + 1} guides, "
+                f"got {len(self.guides)}"
+            )
+        arrows = [
+            (
+                "x",
+                self.event_shape,
+                "the likelihood's output",
+                self.guides[0].event_shape,
+                "the guide's input",
+            )
+        ]
+        first = self.guides[0]
+        arrows.append(
+            (
+                "z",
+                (first.latent_dim,),
+                "the guide's latent_dim",
+                self.likelihood.latent_shape,
+                "the decoder's input",
+            )
+        )
+        for below, above in pairwise(self.guides):
+            arrows.append(
+                (
+                    "z",
+                    (below.latent_dim,),
+                    "a guide's latent_dim",
+                    above.event_shape,
+                    "the next guide's input",
+                )
+            )
+        for i, p in enumerate(self.conditionals):
+            below, above = self.guides[i], self.guides[i + 1]
+            arrows.append(("z", (below.latent_dim,), "the guide's latent_dim", (p.latent_dim,), "the conditional's"))
+            arrows.append(
+                ("z", (above.latent_dim,), "the guide's latent_dim", p.event_shape, "the conditional's input")
+            )
+        top = self.guides[-1]
+        arrows.append(("z", (top.latent_dim,), "the guide's latent_dim", (self.prior.latent_dim,), "the prior's"))
+        for name, left, left_name, right, right_name in arrows:
+            if tuple(left) != tuple(right):
+                raise UsageError(
+                    f"{name}: {left_name} is {tuple(left)}, {right_name} is {tuple(right)}; make them equal"
+                )
+
+    def latent(self, sites: list[str]) -> Tensor:
+        """Sample the latent layers from the prior down to z1, within the caller's plates."""
+        z = pyro.sample(sites[-1], self.prior())
+        for name, conditional in zip(sites[-2::-1], reversed(list(self.conditionals)), strict=True):
+            z = pyro.sample(name, conditional(z))
+        return z
+
+    def model(self, x: Tensor) -> Tensor:
+        """p(x, z) as a Pyro model, for x of shape (N, *event)."""
+        with pyro.plate("data", len(x)):
+            z = self.latent(self.latent_sites)
+            return pyro.sample("x", self.likelihood(z), obs=x)
+
+    def guide(self, x: Tensor) -> Tensor:
+        """q(z|x) as a Pyro guide, for x of shape (N, *event)."""
+        z = x
+        with pyro.plate("data", len(x)):
+            for name, guide in zip(self.latent_sites, self.guides, strict=True):
+                z = pyro.sample(name, guide(z))
+        return z
+
+    def initialise(self, x: Tensor) -> None:
+        """Start the parts at training data x of shape (N, *event): output bias, input centring, pseudo-inputs."""
+        self.guides[0].initialise(x)
+        self.likelihood.initialise(x)
+        self.prior.initialise(x)
+
+    def posterior(self, x: Tensor) -> dist.Distribution:
+        """q(z1|x) for x of shape (*batch, *event): batch shape `batch`, event shape (Z,)."""
+        return self.guides[0](x)
+
+    @torch.no_grad()
+    def sample(self, num_samples: int) -> Tensor:
+        """Means of p(x|z) at z drawn from the prior, shape (num_samples, *event)."""
+        with pyro.poutine.block(), pyro.plate("samples", num_samples):
+            return self.decode(self.latent(self.latent_sites))
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """Mean of q(z1|x), shape (N, Z)."""
+        return self.posterior(x).mean
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Mean of p(x|z1) for z1 of shape (*batch, Z), shape (*batch, *event)."""
+        return self.likelihood(z).mean
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Mean of p(x|z) at the mean of q(z|x), shape (N, *event)."""
+        return self.decode(self.encode(x))
+
+
+class VAE(HierarchicalVAE):
+    """A variational autoencoder: one latent site "z".
+
+    Args:
+        prior: p(z).
+        likelihood: p(x|z).
+        guide: q(z|x).
+
+    References:
+        Kingma and Welling 2014, Auto-Encoding Variational Bayes, https://arxiv.org/abs/1312.6114
+    """
+
+    def __init__(self, prior: Prior, likelihood: Likelihood, guide: Guide) -> None:
+        super().__init__(prior, [], likelihood, [guide])
