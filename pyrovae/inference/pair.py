@@ -10,6 +10,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -92,6 +93,20 @@ class Pair(nn.Module):
                 effectful(type="param")(lambda *_, value=value, **__: value)(
                     name, constraint=constraints.real, event_dim=None, name=name
                 )
+
+
+@contextmanager
+def evaluating(*programs: Program) -> Iterator[None]:
+    """Put the modules behind models and guides into evaluation mode (no dropout), and back at the end."""
+    modules = [m for program in programs for _, found in modules_of(program, set()) for m in found.modules()]
+    modes = [(module, module.training) for module in modules]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def cuda_devices(x: Tensor) -> list[int]:

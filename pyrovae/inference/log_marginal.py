@@ -1,0 +1,213 @@
+r"""log p(x) by importance sampling from the guide, with its diagnostics.
+
+From log-weights log w_k = log p(x, z_k) - log q(z_k|x), k = 1 .. K, per datum:
+
+    estimate         L_K = log (1/K) sum_k w_k                     E L_K <= log p(x), and tight as K grows
+    ess              (sum_k w_k)^2 / sum_k w_k^2
+    standard error   sqrt(1/ess - 1/K)                             delta method: sd(mean w) / mean w
+    pareto k-hat     shape of the weights' tail; above min(1 - 1/log10 K, 0.7) read L_K as a lower bound only
+    curve            L_k for k < K, averaged over the K // k disjoint groups of the same draws
+    elbo             L_1 of that curve, the mean log-weight
+
+Reductions are in double precision whatever the pair computes in, and K is exactly the number of draws, however they
+are cut into chunks.
+
+References:
+    Burda, Grosse and Salakhutdinov 2016, Importance Weighted Autoencoders, https://arxiv.org/abs/1509.00519
+    Vehtari et al. 2024, Pareto Smoothed Importance Sampling, https://arxiv.org/abs/1507.02646
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyrovae.errors import UsageError
+from pyrovae.inference.log_weights import describe, log_mean_exp, log_weights
+from pyrovae.inference.pair import evaluating
+
+# Elements of x decoded at once when `chunk_size` is not given: 64 MiB in single precision for each activation.
+ELEMENTS_AT_ONCE = 2**24
+# ArviZ fits no tail to fewer draws.
+LEAST_DRAWS_FOR_TAIL = 25
+
+
+@dataclass(frozen=True)
+class LogMarginal:
+    """Estimates of log p(x) in nats, one per datum; every tensor is in double precision on the CPU.
+
+    Attributes:
+        estimate: log p(x), shape (N,). For K draws from a guide, a lower bound in expectation.
+        standard_error: Monte Carlo error of `estimate`, shape (N,); 0 where exact.
+        ess: Effective sample size of the weights, from 1 to K, shape (N,).
+        pareto_k: k-hat, shape (N,); NaN where K is too small to tell, 0 where all weights are equal.
+        elbo: Mean log-weight, shape (N,).
+        curve: {k: L_k of shape (N,)}, from the same draws.
+        num_particles: K; 0 says that `estimate` is exact.
+    """
+
+    estimate: Tensor
+    standard_error: Tensor
+    ess: Tensor
+    pareto_k: Tensor
+    elbo: Tensor
+    curve: dict[int, Tensor]
+    num_particles: int
+
+    @property
+    def invalid(self) -> list[int]:
+        """Rows whose estimate is not a finite number."""
+        return (~self.estimate.isfinite()).nonzero().flatten().tolist()
+
+    @property
+    def mean(self) -> float:
+        """Mean of log p(x) over the rows, in nats per datum."""
+        return self.estimate.mean().item()
+
+    @property
+    def error_over_rows(self) -> float:
+        """Standard error of `mean` as an estimate for all data of the kind: sd / sqrt(N)."""
+        return standard_error(self.estimate)
+
+    @property
+    def monte_carlo_error(self) -> float:
+        """Standard error of `mean` for these rows: sqrt(sum of squared errors) / N."""
+        return self.standard_error.square().sum().sqrt().item() / len(self.estimate)
+
+    @property
+    def k_threshold(self) -> float:
+        """The k-hat above which an estimate is a lower bound only: min(1 - 1/log10 K, 0.7)."""
+        return min(1 - 1 / math.log10(max(self.num_particles, 11)), 0.7)
+
+
+def standard_error(values: Tensor) -> float:
+    """Standard error of the mean of independent values, shape (N,); NaN for a single one."""
+    return (values.double().std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
+
+
+def log_marginal(
+    model: Callable,
+    guide: Callable,
+    x: Tensor,
+    num_particles: int = 5000,
+    chunk_size: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> LogMarginal:
+    r"""Estimate log p(x) by importance sampling from the guide.
+
+    log (1/K) sum_k p(x, z_k) / q(z_k | x): never too high on average, tight as K grows.
+
+    Args:
+        model: Pyro model, called as model(x).
+        guide: Pyro guide, called as guide(x).
+        x: Data, shape (N, *event), in the support of the likelihood.
+        num_particles: K, drawn exactly; `chunk_size` only bounds memory.
+        chunk_size: Particles evaluated at once, for a block of rows. None: as many as fit in a fixed memory.
+        progress: Called with the number of rows done after each block of rows.
+
+    Returns:
+        `estimate` and `standard_error` in nats, `ess`, `pareto_k`, each of shape (N,), and more.
+
+    Raises:
+        UsageError: num_particles or chunk_size < 1, or x is not a tensor with rows.
+        PairError: the pair does not give one log-weight per datum.
+
+    References:
+        Burda et al. 2016, Importance Weighted Autoencoders, https://arxiv.org/abs/1509.00519
+    """
+    for name, value in (("num_particles (K)", num_particles), ("chunk_size", chunk_size)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UsageError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    if not isinstance(x, Tensor) or x.ndim < 1 or len(x) < 1:
+        raise UsageError(f"x: expected a tensor of shape (N, *event) with N >= 1, got {describe(x)}")
+    size = max(1, x[0].numel())
+    rows = max(1, min(len(x), 100, ELEMENTS_AT_ONCE // size))
+    chunk = min(num_particles, chunk_size or max(1, ELEMENTS_AT_ONCE // (size * rows * 4)))
+    blocks = []
+    with evaluating(model, guide), torch.no_grad():
+        for start in range(0, len(x), rows):
+            block = x[start : start + rows]
+            chunks = [
+                log_weights(model, guide, block, min(chunk, num_particles - done)).double().cpu()
+                for done in range(0, num_particles, chunk)
+            ]
+            blocks.append(summarise(torch.cat(chunks)))
+            if progress is not None:
+                progress(start + len(block))
+    return LogMarginal(
+        **{
+            name: torch.cat([getattr(block, name) for block in blocks])
+            for name in ("estimate", "standard_error", "ess", "pareto_k", "elbo")
+        },
+        curve={k: torch.cat([block.curve[k] for block in blocks]) for k in blocks[0].curve},
+        num_particles=num_particles,
+    )
+
+
+def summarise(log_w: Tensor) -> LogMarginal:
+    """The report of log-weights of shape (K, N) in double precision."""
+    k = len(log_w)
+    estimate = log_mean_exp(log_w)
+    ess = torch.exp(2 * torch.logsumexp(log_w, 0) - torch.logsumexp(2 * log_w, 0)).clamp(1, k)
+    return LogMarginal(
+        estimate=estimate,
+        standard_error=(1 / ess - 1 / k).clamp(min=0).sqrt(),
+        ess=ess,
+        pareto_k=pareto_k(log_w),
+        elbo=log_w.mean(0),
+        curve={size: grouped_bound(log_w, size) for size in curve_sizes(k)},
+        num_particles=k,
+    )
+
+
+def curve_sizes(num_particles: int) -> list[int]:
+    """1, 2, 5, 10, 20, 50, ... below K, and K."""
+    sizes = [m * 10**e for e in range(len(str(num_particles))) for m in (1, 2, 5)]
+    return [size for size in sizes if size < num_particles] + [num_particles]
+
+
+def grouped_bound(log_w: Tensor, size: int) -> Tensor:
+    """L_size averaged over disjoint groups of the draws (K, N), shape (N,); a remainder of draws is left out."""
+    groups = len(log_w) // size
+    return log_mean_exp(log_w[: groups * size].unflatten(0, (groups, size)), 1).mean(0)
+
+
+def pareto_k(log_w: Tensor) -> Tensor:
+    """Pareto k-hat of the weights' upper tail, for log-weights (K, N), shape (N,); see `LogMarginal.pareto_k`."""
+    result = torch.full((log_w.shape[1],), math.nan, dtype=torch.float64)
+    spread = log_w.max(0).values - log_w.min(0).values
+    # Weights that differ by no more than rounding have no tail.
+    constant = spread <= 1e-8 * (1 + log_w[0].abs())
+    result[constant] = 0.0
+    varying = ~constant & log_w.isfinite().all(0)
+    if len(log_w) >= LEAST_DRAWS_FOR_TAIL and varying.any():
+        khat = psis_khat(log_w[:, varying].T.contiguous().numpy())
+        result[varying] = torch.where(torch.from_numpy(khat).isfinite(), torch.from_numpy(khat), math.nan)
+    return result
+
+
+def psis_khat(log_w: np.ndarray) -> np.ndarray:
+    """ArviZ's Pareto k-hat of log-weights (N, K), shape (N,), under ArviZ 0.2x and 1.x."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ArviZ 0.23 announces its own refactoring at import
+        try:
+            from arviz_stats.base import array_stats
+        except ImportError:
+            from arviz.stats.stats import psislw
+
+            return np.asarray(psislw(log_w)[1], dtype=float).reshape(-1)
+        # From 1.0 on it takes log-likelihoods, the negative of leave-one-out log-weights.
+        return np.asarray(array_stats.psislw(-log_w)[1], dtype=float).reshape(-1)
+
+
+def exact(log_prob: Tensor) -> LogMarginal:
+    """An exact log p(x) of shape (N,) in the form of an estimate without error."""
+    values = log_prob.detach().double().cpu()
+    zero = torch.zeros_like(values)
+    return LogMarginal(
+        estimate=values, standard_error=zero, ess=zero, pareto_k=zero, elbo=values, curve={}, num_particles=0
+    )

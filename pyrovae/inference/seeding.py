@@ -1,0 +1,26 @@
+"""Random numbers that are a function of a key, and leave the caller's random state as it was.
+
+A training step draws its noise from a generator seeded with (seed, purpose, step, process). Resuming then needs no
+saved random state, and what one step consumes cannot shift what the next one draws.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def derive_seed(*key: int | str) -> int:
+    """A 63-bit seed, the same for the same key on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+
+@contextmanager
+def seeded(*key: int | str, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Seed torch's global generators with a key, and restore their states at the end."""
+    device = torch.device(device)
+    devices = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(derive_seed(*key))
+        yield
