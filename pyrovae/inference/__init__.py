@@ -13,3 +13,7 @@ from pyrovae.inference.objectives import LinearWarmup as LinearWarmup
 from pyrovae.inference.objectives import Objective as Objective
 from pyrovae.inference.objectives import Renyi as Renyi
 from pyrovae.inference.pair import Pair as Pair
+from pyrovae.inference.svi import Fit as Fit
+from pyrovae.inference.svi import adam as adam
+from pyrovae.inference.svi import fit as fit
+from pyrovae.inference.svi import staged as staged

@@ -181,7 +181,7 @@ def pareto_k(log_w: Tensor) -> Tensor:
     result = torch.full((log_w.shape[1],), math.nan, dtype=torch.float64)
     spread = log_w.max(0).values - log_w.min(0).values
     # Weights that differ by no more than rounding have no tail.
-    constant = spread <= 1e-8 * (1 + log_w[0].abs())
+    constant = (spread <= 1e-8 * (1 + log_w[0].abs())) & spread.isfinite()
     result[constant] = 0.0
     varying = ~constant & log_w.isfinite().all(0)
     if len(log_w) >= LEAST_DRAWS_FOR_TAIL and varying.any():

@@ -38,6 +38,7 @@ class Latent:
         log_guide: log q(z), shape (K, N).
         ancestral: The model's sites before this one also come before it in the guide, so that neither distribution
             depends on z, and their KL may be taken analytically.
+        masked: The site is under `poutine.mask` on either side, which a KL of the distributions would not see.
     """
 
     value: Tensor
@@ -46,6 +47,7 @@ class Latent:
     log_prior: Tensor
     log_guide: Tensor
     ancestral: bool
+    masked: bool
 
 
 @dataclass
@@ -117,6 +119,7 @@ def draw(model: Callable, guide: Callable, x: Tensor, num_particles: int = 1) ->
             log_prior=log_p[name],
             log_guide=log_q[name],
             ancestral=set(names[:i]) <= set(order[: order.index(name)]),
+            masked=p[name]["mask"] is not None or q[name]["mask"] is not None,
         )
         for i, name in enumerate(names)
     }

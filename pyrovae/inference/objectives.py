@@ -302,7 +302,7 @@ def analytic_kl(latent: Latent) -> Tensor | None:
     may be used where neither distribution depends on the site's own value: in q(z1|x) q(z2|z1) against p(z2) p(z1|z2),
     p(z1|z2) depends on z1 through z2, and the closed form would be the KL of something else.
     """
-    if not latent.ancestral:
+    if latent.masked or not latent.ancestral:
         return None
     try:
         return kl_divergence(latent.guide, with_covariance(latent.prior, latent.guide))

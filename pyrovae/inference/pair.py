@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyrovae.inference.log_weights import draw
+from pyrovae.inference.seeding import seeded
 
 Program = Callable[..., Any]
 
@@ -61,7 +62,7 @@ class Pair(nn.Module):
 
     def discover(self, x: Tensor) -> "Pair":
         """Run the pair once on x of shape (N, *event), checking it, and find what it declares with `pyro.param`."""
-        with torch.no_grad(), torch.random.fork_rng(devices=cuda_devices(x)):
+        with torch.no_grad(), seeded("discover", device=x.device):
             particles = draw(self.model, self.guide, x, 1)
         known = {id(p) for p in self.parameters()}
         for trace in (particles.guide_trace, particles.model_trace):
@@ -107,11 +108,6 @@ def evaluating(*programs: Program) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def cuda_devices(x: Tensor) -> list[int]:
-    """The CUDA devices whose random state a computation on x may change."""
-    return [x.device.index or 0] if x.device.type == "cuda" else []
 
 
 def modules_of(program: Any, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:

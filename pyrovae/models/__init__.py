@@ -7,6 +7,8 @@ from pyrovae.models.guides import MeanFieldNormal as MeanFieldNormal
 from pyrovae.models.likelihoods import Bernoulli as Bernoulli
 from pyrovae.models.likelihoods import Gaussian as Gaussian
 from pyrovae.models.likelihoods import Likelihood as Likelihood
+from pyrovae.models.mixture import BernoulliMixture as BernoulliMixture
+from pyrovae.models.mixture import GaussianMixture as GaussianMixture
 from pyrovae.models.networks import MLP as MLP
 from pyrovae.models.networks import ConvDecoder as ConvDecoder
 from pyrovae.models.networks import ConvEncoder as ConvEncoder

@@ -1,0 +1,139 @@
+"""What the commands have in common: reading options, and how they end.
+
+Options are read by jsonargparse, from the command line and from YAML. A part and its own settings are written
+`--prior VampPrior --prior.components 500`, and in YAML
+
+    prior:
+      name: VampPrior
+      components: 500
+
+Values are checked in `pyrovae.config`, where they get their meaning. A command ends with one line on the error output
+and the exit code of `pyrovae.errors`; `--debug` shows the traceback.
+"""
+
+import difflib
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from pyrovae.errors import OutputError, PyrovaeError, UsageError
+
+
+def parser(command: str, description: str) -> Any:
+    """A parser of that command's options; every option defaults to None, which says that it was not given."""
+    import jsonargparse
+
+    class Parser(jsonargparse.ArgumentParser):
+        """One-line errors, the nearest option for a misspelt one, and `--PART` for `--PART.name`."""
+
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            raise UsageError(self.explain(re.sub(r"\s*\n\s*", " ", message)))
+
+        def explain(self, message: str) -> str:
+            """The parser's message in terms of what was typed."""
+            message = re.sub(r'^Parser key "(.+?)":', lambda m: f"--{m[1].replace('_', '-')}:", message)
+            unknown = re.match(r"unrecognized arguments: (\S+)|Option '(\S+)' is not accepted", message, re.I)
+            if unknown:
+                word = unknown[1] or unknown[2]
+                shown = [o.removesuffix(".name") for a in self._actions for o in a.option_strings]
+                wanted = word.split("=")[0] if unknown[1] else f"--{word.replace('_', '-')}"
+                near = difflib.get_close_matches(wanted, shown, 1)
+                message = f"{word}: no such option{f'; did you mean {near[0]}?' if near else ''}"
+            return f"{message} (see --help)" if "--help" not in message else message
+
+        def format_help(self) -> str:
+            text = re.sub(r"\s*\((type:\s+Any,\s+)?default:\s+null\)", "", super().format_help())
+            text = re.sub(r"^  --\S+ \S+\s+==SUPPRESS==\n", "", text, flags=re.M)
+            return re.sub(r"(--\w+)\.name\b", r"\1", text)
+
+        def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+            parts = {o.removesuffix(".name") for a in self._actions for o in a.option_strings if o.endswith(".name")}
+            words = [
+                re.sub(r"^(--\w+)(?==|$)", lambda m: m[1] + ".name" if m[1] in parts else m[1], w) for w in args or ()
+            ]
+            return super().parse_args(words, *rest, **kwargs)
+
+    return Parser(
+        prog=f"python -m pyrovae.{command}",
+        usage=f"python -m pyrovae.{command} [options]",
+        description=description,
+        default_env=False,
+        print_config=None,
+    )
+
+
+def add_option(group: Any, flag: str, text: str, metavar: str | None = None, **settings: Any) -> None:
+    """Add an option whose value is checked later."""
+    if settings.get("action") == "store_true":
+        group.add_argument(flag, help=text, default=None, **settings)
+    else:
+        group.add_argument(flag, help=text, default=None, type=Any, metavar=metavar, **settings)
+
+
+def given(namespace: Any) -> dict[str, Any]:
+    """The options that were given, nested as in YAML, without those left at None."""
+
+    def prune(values: dict[str, Any]) -> dict[str, Any]:
+        nested = {k: prune(v) if isinstance(v, dict) else v for k, v in values.items()}
+        return {k: v for k, v in nested.items() if v is not None and v != {}}
+
+    return prune({k: v for k, v in namespace.as_dict().items() if k != "config"})
+
+
+def main(command: str, run: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit with its code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = run([word for word in words if word != "--debug"]) or 0
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has gone: nothing is left to say, not even at interpreter exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(OutputError.code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if "--debug" in words:
+            raise
+        code, text = explain(error)
+        print(f"pyrovae.{command}: error: {text}", file=sys.stderr)
+        sys.exit(code)
+    sys.exit(code)
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """Exit code and one line for an error."""
+    line = re.sub(r"\s*\n\s*", " ", str(error)).strip() or type(error).__name__
+    if isinstance(error, PyrovaeError):
+        return error.code, line
+    if type(error).__name__ == "OutOfMemoryError" or (isinstance(error, RuntimeError) and "out of memory" in line):
+        return 4, f"out of memory: {line.split('.')[0]}. Lower --K or --batch-size, or for log p(x) --chunk-size"
+    if isinstance(error, MemoryError):
+        return 4, "out of memory. Lower --K or --batch-size, or for log p(x) --chunk-size"
+    if isinstance(error, OSError):
+        return OutputError.code, line
+    return 1, f"{type(error).__name__}: {line} (a defect; --debug shows where)"
+
+
+@contextmanager
+def stoppable(say: Callable[[str], None]) -> Iterator[Callable[[], int]]:
+    """Turn SIGINT and SIGTERM into a request to stop; yields what tells the signal, 0 for none. Twice: out now."""
+    received = 0
+
+    def note(number: int, frame: object) -> None:
+        nonlocal received
+        if received:
+            os._exit(128 + number)
+        received = number
+        say("stopping after this step and saving the state; once more stops at once")
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

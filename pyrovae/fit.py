@@ -1,0 +1,398 @@
+"""python -m pyrovae.fit: train a pair on data, score it, and keep all of it in a run directory."""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyrovae.command import add_option, given, main, parser, stoppable
+from pyrovae.config import (
+    OPTIONS,
+    PARTS,
+    RESUMABLE,
+    Config,
+    build_model,
+    build_objective,
+    build_optimizer,
+    build_rows,
+    build_schedule,
+    option,
+    resolve,
+    title,
+    warnings,
+)
+from pyrovae.errors import CheckpointError, DataError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from pyrovae.config import Model
+    from pyrovae.data import Rows
+    from pyrovae.inference.svi import Fit
+
+# Rows that a model is initialised at: means and k-means need no more.
+INITIAL_ROWS = 20_000
+# Lines printed for the epochs of a run whose output is no terminal.
+EPOCH_LINES = 20
+
+
+def options_parser() -> Any:
+    """The parser of python -m pyrovae.fit."""
+    p = parser(
+        "fit", "Train a deep latent variable model, score its test log p(x), and save it all in a run directory."
+    )
+    p.add_argument(
+        "--config", action="config", metavar="FILE.yaml", help="options from a file, such as a run's config.yaml"
+    )
+    for heading, options in OPTIONS.items():
+        group = p.add_argument_group(heading, DATA_HELP if heading == "Data" else None)
+        for name, setting in options.items():
+            if setting.default is False:
+                add_option(group, f"--{option(name)}", setting.help, action="store_true")
+            else:
+                add_option(group, f"--{option(name)}", setting.help, setting.metavar)
+        if heading != "Model":
+            continue
+        for part, choices in PARTS.items():
+            names = "; ".join(
+                f"{name}{' (' + ', '.join(c.short) + ')' if c.short else ''}: {c.help}" for name, c in choices.items()
+            )
+            add_option(group, f"--{part}.name", names, "NAME")
+            for key in dict.fromkeys(key for choice in choices.values() for key in choice.settings):
+                add_option(group, f"--{part}.{key}", setting_help(part, key), setting_metavar(part, key))
+    group = p.add_argument_group("Output")
+    add_option(group, "--out", "run directory (default: a new one, runs/NAME)", "DIR")
+    add_option(group, "--resume", "continue a run: its directory, here or as --out", "DIR", nargs="?", const=True)
+    add_option(group, "--overwrite", "replace the run that --out holds", action="store_true")
+    add_option(group, "--no-plots", "write no plots", action="store_true")
+    group.add_argument("--debug", action="store_true", default=None, help="show tracebacks")
+    for hidden in ("--data_hash", "--event_shape", "--version"):  # in a run's config.yaml
+        p.add_argument(hidden, type=Any, default=None, help="==SUPPRESS==")
+    return p
+
+
+DATA_HELP = (
+    "names: digits (8x8, embedded), mnist, fashion-mnist, kmnist, emnist, omniglot, cifar10, svhn, celeba (by "
+    "torchvision); three-gaussians, ring, pinwheel (toys in the plane)"
+)
+
+
+def setting_help(part: str, key: str) -> str:
+    """What a part's setting says in --help, with the choices that have it."""
+    having = {name: choice.settings[key] for name, choice in PARTS[part].items() if key in choice.settings}
+    defaults = "; ".join(f"{name} {shown(setting.default)}" for name, setting in having.items())
+    return f"{next(iter(having.values())).help} (default: {defaults})"
+
+
+def setting_metavar(part: str, key: str) -> str | None:
+    """The placeholder of a part's setting."""
+    return next(choice.settings[key].metavar for choice in PARTS[part].values() if key in choice.settings)
+
+
+def shown(value: Any) -> str:
+    """A default as it would be typed."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def say(text: str) -> None:
+    """Print a line at once."""
+    print(text, flush=True)
+
+
+def command(words: Sequence[str]) -> int:
+    """Parse the options, train, evaluate, plot."""
+    options = given(options_parser().parse_args(words))
+    output = {key: options.pop(key, None) for key in ("out", "resume", "overwrite", "no_plots", "debug")}
+    for derived in ("data_hash", "event_shape", "version"):
+        options.pop(derived, None)
+    started = time.perf_counter()
+    if output["resume"]:
+        directory, config = resumed(options, output)
+    else:
+        config = resolve(options)
+        directory = None if output["out"] is None else Path(str(output["out"]))
+    for note in warnings(config):
+        say(f"note: {note}")
+
+    from pyrovae.evaluate import pick_device
+
+    device = pick_device(config["device"])
+    expected = config.get("data_hash")
+    rows = build_rows(config)
+    for note in rows.notices:
+        say(f"note: {note}")
+    if expected is not None and rows.hash != expected:
+        raise DataError(
+            f"{directory}: the data has changed since the run started: hash {rows.hash[:12]} now, {expected[:12]} then"
+        )
+    config["event_shape"] = list(rows.event_shape)
+    model = initialised_model(config, rows)
+
+    from pyrovae.inference.checkpoint import lock
+    from pyrovae.run import claim, fresh_directory, write_config
+
+    if directory is None:
+        directory = fresh_directory(title(config))
+    if not output["resume"]:
+        claim(directory, config, bool(output["overwrite"]))
+    with lock(directory) as notice:
+        if notice:
+            say(f"note: {notice}")
+        write_config(directory, config)
+        announce(config, rows, model, directory, device.type)
+        fitted, signal = train(config, rows, model, directory, bool(output["resume"]), device)
+        for note in fitted.notices:
+            say(f"note: {note}")
+        if fitted.stopped == "interrupted":
+            say(f"stopped at epoch {len(fitted.history) + 1}, step {fitted.step}; the state is saved. Continue with")
+            say(f"  python -m pyrovae.fit --resume {directory}")
+            return 128 + signal
+        conclude(config, rows, model, directory, fitted, time.perf_counter() - started, not output["no_plots"])
+    return 0
+
+
+def resumed(options: Config, output: dict[str, Any]) -> tuple[Path, Config]:
+    """Directory and configuration of the run to continue.
+
+    Raises:
+        CheckpointError: there is none, or the options given are not its own.
+    """
+    from pyrovae.run import open_run
+
+    if output["overwrite"]:
+        raise UsageError("--resume and --overwrite: continue the run or replace it, not both")
+    directory = output["out"] if output["resume"] is True else output["resume"]
+    if directory is None:
+        raise UsageError("--resume: name the run directory, as --resume DIR")
+    if output["resume"] is not True and output["out"] not in (None, output["resume"]):
+        raise UsageError(f"--resume {directory}: continues in its own directory; leave out --out {output['out']}")
+    stored = open_run(str(directory)).config
+    changes = resolve(options)
+    asked = [key for key in options if changes[key] != stored[key]]
+    forbidden = [f"{option(key)}: {stored[key]} then, {changes[key]} now" for key in asked if key not in RESUMABLE]
+    if forbidden:
+        raise CheckpointError(
+            f"{directory}: cannot resume with another configuration ({'; '.join(forbidden)}); only "
+            f"{', '.join('--' + option(key) for key in RESUMABLE)} may differ. Start a new run with another --out"
+        )
+    return Path(str(directory)), stored | {key: changes[key] for key in asked}
+
+
+def initialised_model(config: Config, rows: "Rows") -> "Model":
+    """The pair with its parameters drawn and started at the training rows."""
+    from pyrovae.inference.seeding import seeded
+
+    with seeded(config["seed"], "model"):
+        model = build_model(config, rows.event_shape)
+        spread = max(1, len(rows.train) // INITIAL_ROWS)
+        model.initialise(rows.transform(rows.train[::spread]))
+    return model
+
+
+def announce(config: Config, rows: "Rows", model: "Model", directory: Path, device: str) -> None:
+    """Say what is about to be trained."""
+    parameters = sum(p.numel() for p in model.parameters())
+    how = f", binarisation {rows.binarize}" if rows.binarize else ""
+    say(
+        f"data   {config['data']}: {len(rows.train)} train, {len(rows.validation)} validation, {len(rows.test)} test rows"
+    )
+    say(f"       {rows.measure.description}{how}")
+    say(f"model  {describe_model(config)}; {parameters:,} parameters")
+    say(f"bound  {describe_bound(config)}; seed {config['seed']}, on {device}")
+    say(f"run    {directory}")
+
+
+def describe_model(config: Config) -> str:
+    """The parts in words."""
+    if config["model"]["name"] == "mixture":
+        settings = {k: v for k, v in config["model"].items() if k != "name"}
+        return f"mixture with {', '.join(f'{k} {v}' for k, v in settings.items())}"
+    latent = ", ".join(map(str, config["latent_dim"]))
+    parts = [config[part]["name"] for part in ("prior", "guide", "likelihood", "network")]
+    return f"{config['model']['name']} with {', '.join(parts)}, latent dimensions {latent}"
+
+
+def describe_bound(config: Config) -> str:
+    """The objective in words."""
+    if config["model"]["name"] == "mixture":
+        return "exact log p(x), assignments summed out"
+    words = {"elbo": "ELBO", "iwae": "IWAE", "renyi": "Renyi"}[config["elbo"]] + f", K = {config['K']}"
+    if config["M"] != 1:
+        words += f", M = {config['M']}"
+    if config["elbo"] == "renyi":
+        words += f", alpha = {config['alpha']:g}"
+    if config["elbo"] == "elbo" and config["beta"] != 1:
+        words += f", beta = {config['beta']}"
+    return words
+
+
+def train(
+    config: Config, rows: "Rows", model: "Model", directory: Path, resume: bool, device: Any
+) -> "tuple[Fit, int]":
+    """Run the training loop; returns its result and the signal that stopped it, or 0."""
+    from pyrovae.inference.svi import fit
+
+    steps = -(-len(rows.train) // config["batch_size"])
+    every = max(1, config["epochs"] // EPOCH_LINES)
+    quiet = sys.stderr.isatty()
+
+    def on_epoch(metrics: dict[str, float]) -> None:
+        epoch = int(metrics["epoch"])
+        if not quiet and (epoch % every == 0 or epoch in (1, config["epochs"])):
+            active = f", {int(metrics['active_units'])} active units" if "active_units" in metrics else ""
+            say(
+                f"epoch {epoch:>4}  train {metrics['train_bound']:.2f}, "
+                f"validation {metrics['validation_bound']:.2f} nats{active}, {metrics['rows_per_second']:,.0f} rows/s"
+            )
+
+    with stoppable(say) as stopped_by:
+        fitted = fit(
+            model.model,
+            model.guide,
+            rows.train,
+            build_objective(config, steps),
+            epochs=config["epochs"],
+            batch_size=config["batch_size"],
+            optimizer=build_optimizer(config),
+            schedule=build_schedule(config),
+            validation=rows.validation,
+            transform=rows.transform,
+            patience=config["patience"],
+            seed=config["seed"],
+            device=device,
+            directory=directory,
+            resume=resume,
+            on_epoch=on_epoch,
+            should_stop=lambda: bool(stopped_by()),
+        )
+        return fitted, stopped_by()
+
+
+def conclude(
+    config: Config, rows: "Rows", model: "Model", directory: Path, fitted: "Fit", seconds: float, plots: bool
+) -> None:
+    """Evaluate, plot, and print the short table."""
+    from pyrovae.evaluate import report
+    from pyrovae.inference.checkpoint import write_atomically
+
+    device = next(model.parameters()).device
+    model.eval()
+    x = rows.test[: config["eval_rows"]].to(device)
+    values = report(
+        model, x, rows, num_particles=config["eval_K"], objective=build_objective(config), seed=0, progress=True
+    )
+    write_atomically(directory / "evaluation.json", json.dumps(values, indent=1) + "\n")
+    for note in observations(model, fitted, rows, device):
+        say(f"note: {note}")
+    say("")
+    say(short_table(config, values, fitted, seconds))
+    if plots:
+        write_plots(config, model, rows, directory, fitted, values)
+        say(f"\nplots in {directory / 'plots'}; python -m pyrovae.evaluate {directory} for a larger K")
+
+
+def observations(model: "Model", fitted: "Fit", rows: "Rows", device: Any) -> list[str]:
+    """Posterior collapse and a scale at its floor, in words."""
+    from pyrovae.inference.diagnostics import remarks
+
+    best = fitted.history[fitted.best_epoch - 1]
+    notes = remarks(best)
+    if hasattr(model, "likelihood") and hasattr(model.likelihood, "scale_at_floor"):
+        share = model.likelihood.scale_at_floor(model.encode(rows.validation[:500].to(device)))
+        if share > 0:
+            notes.append(
+                f"the likelihood's scale is at its floor of {model.likelihood.floor:g} for {100 * share:.0f} % of the "
+                "elements: the density there is set by the floor (--likelihood.floor), not by the data"
+            )
+    return notes
+
+
+def short_table(config: Config, values: dict[str, Any], fitted: "Fit", seconds: float) -> str:
+    """What a run ends with."""
+    from pyrovae.evaluate import number
+
+    exact = values["K"] is None
+    rate = fitted.metrics["rows_per_second"].median()
+    which = "all" if values["rows"] == values["rows_in_split"] else "the first"
+    lines = [
+        (f"test rows: {which} {values['rows']} of {config['data']}, {values['measure']}", "", ""),
+        (
+            "log p(x)",
+            number(values["log_marginal"], values["error_over_rows"]),
+            "nats per datum, exact; ± error over rows",
+        )
+        if exact
+        else (
+            f"log p(x), K = {values['K']}",
+            number(values["log_marginal"], values["error_over_rows"]),
+            f"nats per datum, ± error over rows; Monte Carlo error {values['monte_carlo_error']:.2g}",
+        ),
+    ]
+    if not exact:
+        bound = describe_bound(config).split(", beta")[0]
+        lines.insert(1, (f"bound, {bound}", number(values["test_bound"]), "nats per datum"))
+        lines.append(("KL(q(z|x) || p(z))", number(values["kl"]), "nats per datum"))
+        lines.append(("active units", f"{values['active_units']} of {values['latent_dimensions']}", ""))
+    if values["bits_per_dimension"] is not None:
+        lines.append(("bits per dimension", f"{values['bits_per_dimension']:.4f}", ""))
+    epochs = f"{len(fitted.history)} epochs, the best {fitted.best_epoch}; {rate:,.0f} rows/s"
+    early = "; stopped early" if fitted.stopped == "early" else ""
+    lines.append(("time", f"{seconds:.1f} s", epochs + early))
+    head, *rest = lines
+    return "\n".join([head[0], *(f"  {label:<26}{value:>18}   {note}".rstrip() for label, value, note in rest)])
+
+
+def save_figure(figure: "Figure", directory: Path, name: str) -> Path:
+    """Write a figure into the run's plots."""
+    path = directory / "plots" / f"{name}.png"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise OutputError(f"{path}: could not be written ({error.strerror or error})") from error
+    return path
+
+
+def write_plots(
+    config: Config, model: "Model", rows: "Rows", directory: Path, fitted: "Fit", values: dict[str, Any]
+) -> None:
+    """Draw what there is to see of a run into its plots/."""
+    import torch
+
+    from pyrovae import plots
+    from pyrovae.inference.seeding import seeded
+    from pyrovae.run import Run
+
+    name = directory.name
+    save_figure(plots.training_curves(fitted.metrics, title=name), directory, "training_curves")
+    device = next(model.parameters()).device
+    with torch.no_grad(), seeded(config["seed"], "plots", device=device):
+        save_figure(plots.samples(model.sample(64), title=name), directory, "samples")
+        if config["model"]["name"] == "mixture":
+            return
+        x = rows.test[:1000].to(device)
+        codes = model.encode(x)
+        save_figure(plots.reconstructions(x[:32], model.decode(codes[:32]), title=name), directory, "reconstructions")
+        spread = model.posterior(x[:8]).sample((12,)).transpose(0, 1)
+        save_figure(plots.neighbourhood(x[:8], model.decode(spread), title=name), directory, "neighbourhood")
+        labels = rows.labels["test"]
+        save_figure(
+            plots.latent_map(codes, None if labels is None else labels[:1000], title=name), directory, "latent_map"
+        )
+        dims = codes.var(0).argsort(descending=True)[:10].tolist()
+        steps = torch.linspace(-2.5, 2.5, 11, device=device)
+        paths = codes.mean(0).repeat(len(dims), len(steps), 1)
+        for row, dim in enumerate(dims):
+            paths[row, :, dim] += steps * codes[:, dim].std()
+        figure = plots.traversals(model.decode(paths), steps.tolist(), dims, title=name)
+        save_figure(figure, directory, "traversals")
+
+    from pyrovae.evaluate import save_curve
+
+    save_curve(Run(directory, config), values)
+
+
+if __name__ == "__main__":
+    main("fit", command, sys.argv[1:])

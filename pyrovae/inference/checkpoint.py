@@ -1,0 +1,299 @@
+"""Checkpoints: the only file that reads or writes one.
+
+A run directory holds `checkpoints/step-NNNNNNNNN/`, each with
+
+    weights.safetensors     the pair's tensors
+    training.safetensors    the optimiser's tensors, for resuming
+    training.json           everything else that resuming needs: counters, history, schedules
+    manifest.json           format, step, and size and SHA-256 of the other files
+
+A checkpoint is written under a temporary name, flushed to the disk, and renamed: it is there whole or not at all. The
+newest two stay, and the best. Reading verifies sizes and checksums first, and executes nothing: tensors are
+safetensors, the rest JSON.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrovae.errors import CheckpointError, OutputError, UsageError
+
+FORMAT = 1
+WEIGHTS, TENSORS, TRAINING, MANIFEST = "weights.safetensors", "training.safetensors", "training.json", "manifest.json"
+FILES = (WEIGHTS, TENSORS, TRAINING)
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint holds.
+
+    Attributes:
+        step: Gradient steps taken.
+        weights: The pair's tensors by name.
+        training: Anything made of dictionaries, lists, numbers, strings and tensors.
+        notices: What the user should read: a damaged newer checkpoint that was passed over.
+    """
+
+    step: int
+    weights: dict[str, Tensor]
+    training: dict[str, Any]
+    notices: tuple[str, ...] = ()
+
+
+def save(run: Path, checkpoint: Checkpoint, best_step: int | None = None) -> None:
+    """Write a checkpoint, then remove all but the newest two and that of `best_step`.
+
+    Raises:
+        OutputError: the disk refused; earlier checkpoints are intact.
+    """
+    from safetensors.torch import save_file
+
+    folder = run / "checkpoints"
+    target = folder / name_of(checkpoint.step)
+    temporary = folder / f".{target.name}.{os.getpid()}"
+    tensors: dict[str, Tensor] = {}
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        record = json.dumps(pack(checkpoint.training, tensors))
+        (temporary / TRAINING).write_text(record)
+        save_file(copied(checkpoint.weights), temporary / WEIGHTS)
+        save_file(copied(tensors), temporary / TENSORS)
+        files = {name: fingerprint(temporary / name) for name in FILES}
+        manifest = {"format": FORMAT, "step": checkpoint.step, "files": files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for name in (*FILES, MANIFEST):
+            flush(temporary / name)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+        flush(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OutputError(
+            f"checkpoint {target}: could not be written ({error.strerror or error}); earlier checkpoints are intact. "
+            "Free space and continue with --resume"
+        ) from error
+    except Exception as error:  # safetensors reports a full disk by an exception of its own
+        shutil.rmtree(temporary, ignore_errors=True)
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise OutputError(f"checkpoint {target}: could not be written ({error}); earlier ones are intact") from error
+    for old in steps(run)[2:]:
+        if old != best_step:
+            shutil.rmtree(folder / name_of(old), ignore_errors=True)
+
+
+def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU that share no memory and have no strides, as safetensors asks for."""
+    return {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+
+
+def name_of(step: int) -> str:
+    """The folder of a step's checkpoint."""
+    return f"step-{step:09d}"
+
+
+def steps(run: Path) -> list[int]:
+    """Steps with a checkpoint, newest first."""
+    found = (run / "checkpoints").glob("step-*")
+    return sorted((int(p.name[5:]) for p in found if p.name[5:].isdigit()), reverse=True)
+
+
+def load_latest(run: Path) -> Checkpoint:
+    """The newest checkpoint that is whole, with a notice for each newer one that is not.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    notices: list[str] = []
+    for step in steps(run):
+        try:
+            checkpoint = load(run, step)
+        except CheckpointError as error:
+            notices.append(f"{error}; falling back to the previous checkpoint")
+            continue
+        checkpoint.notices = tuple(notices)
+        return checkpoint
+    found = "; ".join(notices) or f"{run.resolve()} has no checkpoints"
+    raise CheckpointError(f"no usable checkpoint: {found}. Was it written by pyrovae.fit?")
+
+
+def load(run: Path, step: int) -> Checkpoint:
+    """The checkpoint of a step, verified.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of a newer format.
+    """
+    folder = run / "checkpoints" / name_of(step)
+    verify(folder)
+    tensors = read_tensors(folder / TENSORS)
+    training = unpack(json.loads((folder / TRAINING).read_text()), tensors)
+    return Checkpoint(step, read_tensors(folder / WEIGHTS), training)
+
+
+def verify(folder: Path) -> None:
+    """Compare a checkpoint with its manifest before anything of it is read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        version, files = manifest["format"], manifest["files"]
+        recorded = {name: (files[name]["bytes"], files[name]["sha256"]) for name in FILES}
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {folder}: no manifest ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {folder}: its manifest is damaged") from error
+    if version != FORMAT:
+        raise CheckpointError(f"checkpoint {folder}: format {version}, this version of pyrovae reads format {FORMAT}")
+    for name, (size, digest) in recorded.items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            raise CheckpointError(f"checkpoint {path}: missing, or not an ordinary file")
+        if path.stat().st_size != size:
+            raise CheckpointError(f"checkpoint {path}: expected {size} bytes, found {path.stat().st_size}")
+        if fingerprint(path)["sha256"] != digest:
+            raise CheckpointError(f"checkpoint {path}: checksum mismatch")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"checkpoint {path}: not a safetensors file ({error})") from error
+
+
+def assign(target: dict[str, Tensor], source: dict[str, Tensor], where: str) -> None:
+    """Copy tensors by name, after comparing every name, shape and type.
+
+    Raises:
+        CheckpointError: tensors are missing, extra, misshapen, mistyped or not finite; each is named.
+    """
+    faults = [f"missing {name}" for name in target if name not in source]
+    faults += [f"extra {name}" for name in source if name not in target]
+    for name in target.keys() & source.keys():
+        want, came = target[name], source[name]
+        if want.shape != came.shape:
+            faults.append(f"{name} has shape {tuple(came.shape)}, expected {tuple(want.shape)}")
+        elif want.dtype != came.dtype:
+            faults.append(f"{name} has type {came.dtype}, expected {want.dtype}")
+        elif came.is_floating_point() and not came.isfinite().all():
+            faults.append(f"{name} has {int((~came.isfinite()).sum())} elements that are not finite")
+    if faults:
+        raise CheckpointError(f"{where}: does not fit the pair: {'; '.join(sorted(faults))}")
+    with torch.no_grad():
+        for name, tensor in target.items():
+            tensor.copy_(source[name])
+
+
+def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
+    """A JSON value for nested data, with its tensors moved to `tensors` by path."""
+    if isinstance(value, Tensor):
+        tensors[path] = value
+        return {"tensor": path}
+    if isinstance(value, dict):
+        return {"items": [[key, pack(item, tensors, f"{path}/{key}")] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return [pack(item, tensors, f"{path}/{i}") for i, item in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise UsageError(f"checkpoint: cannot store {path} of type {type(value).__name__}")
+
+
+def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of `pack`; tuples come back as lists."""
+    if isinstance(value, dict):
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        return {key: unpack(item, tensors) for key, item in value["items"]}
+    if isinstance(value, list):
+        return [unpack(item, tensors) for item in value]
+    return value
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def flush(path: Path) -> None:
+    """Have the operating system put a file or folder on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file as a whole.
+
+    Raises:
+        OutputError: the disk refused; the earlier file is intact.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text)
+        flush(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise OutputError(f"{path}: could not be written ({error.strerror or error})") from error
+
+
+@contextmanager
+def lock(run: Path) -> Iterator[str | None]:
+    """Hold a run directory for this process; yields a notice if a dead process had left its lock.
+
+    Raises:
+        OutputError: a living process holds it, or the directory cannot be written.
+    """
+    path = run / "lock"
+    notice = None
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        for _ in range(2):
+            try:
+                with path.open("x") as file:
+                    file.write(str(os.getpid()))
+                break
+            except FileExistsError as error:
+                holder = path.read_text().strip()
+                if alive(holder):
+                    raise OutputError(
+                        f"{run}: process {holder} is writing there; wait for it or choose another --out"
+                    ) from error
+                notice = f"{run}: took over the lock of process {holder or 'unknown'}, which is gone"
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{run}: cannot be written ({error.strerror or error}); choose another --out") from error
+    try:
+        yield notice
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def alive(pid: str) -> bool:
+    """Whether a process of that number runs on this machine."""
+    try:
+        os.kill(int(pid), 0)
+    except PermissionError:
+        return True
+    except (ValueError, OSError):
+        return False
+    return True

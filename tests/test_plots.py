@@ -1,0 +1,459 @@
+"""Figures hold the data that they were given, and leave matplotlib's global state alone."""
+
+import ast
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.collections import PathCollection, QuadMesh
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+
+from pyrovae import plots
+from pyrovae.errors import UsageError
+
+
+def tiles(figure: Figure) -> list[np.ndarray]:
+    """The images of a figure, row by row."""
+    images = [image for axes in figure.axes for image in axes.get_children() if isinstance(image, AxesImage)]
+    images.sort(key=lambda image: (image.get_extent()[3], image.get_extent()[0]))
+    return [np.asarray(image.get_array()) for image in images]
+
+
+def offsets(figure: Figure) -> list[np.ndarray]:
+    """The points of each scatter of a figure."""
+    return [
+        np.asarray(points.get_offsets())
+        for axes in figure.axes
+        for points in axes.collections
+        if isinstance(points, PathCollection)
+    ]
+
+
+def texts(figure: Figure) -> str:
+    return "\n".join(text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")))
+
+
+def line(figure: Figure, label: str) -> np.ndarray:
+    """The data of the curve whose label starts so, shape (points, 2)."""
+    (found,) = [line for axes in figure.axes for line in axes.lines if str(line.get_label()).startswith(label)]
+    return np.asarray(found.get_xydata())
+
+
+@pytest.fixture
+def metrics() -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "epoch": [1, 2, 3, 4, 5],
+            "train_bound": [-9e4, -110.0, -100.0, -95.0, -90.0],
+            "validation_bound": [-9e4, -112.0, -101.0, -99.0, -103.0],
+            "validation_elbo": [np.nan] * 5,
+            "reconstruction": [-9e4, -100.0, -90.0, -80.0, -75.0],
+            "kl": [1.0, 10.0, 12.0, 15.0, 16.0],
+            "active_units": [0, 1, 2, 2, 2],
+            "beta": [1.0] * 5,
+            "learning_rate": [1e-3] * 5,
+            "kl_z1[0]": [0.1, 0.2, 0.3, 0.4, 0.5],
+            "kl_z1[1]": [0.2, 2.0, 3.0, 4.0, 5.0],
+            "kl_z2[0]": [0.5, 1.0, 1.5, 2.0, 3.0],
+        }
+    )
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "name": ["VAE", "a mixture whose name is far too long for one line of a figure", "IWAE"],
+            "log_marginal": [-86.5, -102.0, -84.25],
+            "error": [0.5, 0.25, 0.125],
+            "exact": [False, True, False],
+            "elbo": [-90.0, np.nan, -88.0],
+        }
+    )
+
+
+def test_drawing_leaves_global_state_alone(metrics: pd.DataFrame, table: pd.DataFrame) -> None:
+    import matplotlib
+    from matplotlib import pyplot
+
+    images, points, profiles = torch.rand(3, 1, 6, 4), torch.randn(3, 2), torch.randn(3, 7)
+    numbers, settings = pyplot.get_fignums(), dict(matplotlib.rcParams)
+    for figure in (
+        plots.training_curves(metrics),
+        plots.reconstructions(images, images),
+        plots.samples(points),
+        plots.neighbourhood(profiles, profiles[:, None]),
+        plots.latent_map(torch.randn(30, 5), torch.arange(30) % 3),
+        plots.traversals(points[None], torch.linspace(-2, 2, 3)),
+        plots.k_curve([1, 10], [-2.0, -1.5], [0.1, 0.1], elbo=-2.0, exact=-1.0),
+        plots.comparison(table),
+    ):
+        figure.draw_without_rendering()
+    assert pyplot.get_fignums() == numbers
+    assert dict(matplotlib.rcParams) == settings
+
+
+@pytest.mark.parametrize("event", [(6, 4), (1, 6, 4), (3, 6, 4), (2,), (7,), (1,)])
+def test_every_event_is_drawn_by_every_figure_with_its_title(event: tuple[int, ...]) -> None:
+    x = torch.rand(2, *event)
+    for figure in (
+        plots.samples(x, "VAE, digits"),
+        plots.reconstructions(x, x, "VAE, digits"),
+        plots.neighbourhood(x, x[:, None], "VAE, digits"),
+        plots.traversals(x[None], [0.0, 1.0], title="VAE, digits"),
+    ):
+        assert texts(figure).count("VAE, digits") == 1
+
+
+def test_importing_plots_imports_no_plotting_library() -> None:
+    source = ast.parse(Path(plots.__file__).read_text(encoding="utf-8"))
+    names = {node.module or "" for node in source.body if isinstance(node, ast.ImportFrom)}
+    names |= {alias.name for node in source.body if isinstance(node, ast.Import) for alias in node.names}
+    roots = {name.split(".")[0] for name in names} - sys.stdlib_module_names
+    assert roots == {"numpy", "torch", "pyrovae"}
+
+
+def test_a_figure_shows_itself_in_a_notebook_without_pyplot() -> None:
+    formatters = pytest.importorskip("IPython.core.formatters")
+    data, _ = formatters.DisplayFormatter().format(plots.samples(torch.rand(1, 4, 4)))
+    assert data["image/png"].startswith(b"\x89PNG")
+
+
+def test_training_curves_mark_the_argmax_of_the_validation_bound(metrics: pd.DataFrame) -> None:
+    figure = plots.training_curves(metrics)
+    np.testing.assert_array_equal(line(figure, "best epoch"), [[4, -99.0]])
+    np.testing.assert_array_equal(line(figure, "train"), metrics[["epoch", "train_bound"]])
+    without = plots.training_curves(metrics.drop(columns="validation_bound"))
+    np.testing.assert_array_equal(line(without, "best epoch"), [[5, -90.0]])
+
+
+def test_training_curves_keep_the_first_epochs_from_flattening_the_rest(metrics: pd.DataFrame) -> None:
+    bound = plots.training_curves(metrics).axes[0]
+    low, high = bound.get_ylim()
+    assert -9e4 < low < -112.0
+    assert high > -90.0
+    assert "1 epoch below the axis" in bound.get_title()
+
+
+def test_training_curves_leave_out_what_holds_nothing(metrics: pd.DataFrame) -> None:
+    titles = [axes.get_title() for axes in plots.training_curves(metrics).axes]
+    assert "β" not in titles
+    assert "learning rate" not in titles
+    with pytest.raises(ValueError, match="not enough values"):
+        line(plots.training_curves(metrics), "validation ELBO")
+    metrics["active_units"] = np.nan
+    metrics["beta"] = [0.2, 0.4, 0.6, 0.8, 1.0]
+    titles = [axes.get_title() for axes in plots.training_curves(metrics).axes]
+    assert "active units" not in titles
+    assert "β" in titles
+
+
+def test_training_curves_sort_the_kl_of_each_dimension_by_the_last_epoch(metrics: pd.DataFrame) -> None:
+    figure = plots.training_curves(metrics)
+    (mesh,) = [mesh for axes in figure.axes for mesh in axes.collections if isinstance(mesh, QuadMesh)][:1]
+    names = ["z1[1]", "z2[0]", "z1[0]"]
+    assert [label.get_text() for label in mesh.axes.get_yticklabels()] == names
+    np.testing.assert_array_equal(mesh.get_array(), metrics[[f"kl_{name}" for name in names]].T)
+    (bars,) = [axes for axes in figure.axes if axes.get_title() == "last epoch"]
+    assert [bar.get_width() for bar in bars.patches] == [5.0, 3.0, 0.5]
+
+
+def test_training_curves_work_with_one_epoch_and_gaps(metrics: pd.DataFrame) -> None:
+    one = plots.training_curves(metrics[:1])
+    one.draw_without_rendering()
+    np.testing.assert_array_equal(line(one, "best epoch"), [[1, -9e4]])
+    metrics.loc[[0, 2], "validation_bound"] = np.nan
+    metrics.loc[4, "validation_bound"] = np.inf
+    np.testing.assert_array_equal(line(plots.training_curves(metrics), "validation"), [[2, -112.0], [4, -99.0]])
+
+
+def test_training_curves_need_epochs_and_something_to_draw(metrics: pd.DataFrame) -> None:
+    with pytest.raises(UsageError, match="epoch"):
+        plots.training_curves(metrics.drop(columns="epoch"))
+    with pytest.raises(UsageError, match="no row"):
+        plots.training_curves(metrics[:0])
+    with pytest.raises(UsageError, match="train an epoch"):
+        plots.training_curves(metrics[["epoch"]])
+
+
+def test_reconstructions_draw_each_image_above_its_reconstruction() -> None:
+    x, copy = torch.rand(10, 1, 5, 4), torch.rand(10, 1, 5, 4, requires_grad=True)
+    drawn = tiles(plots.reconstructions(x, copy))
+    rows = [x[:8], copy[:8], x[8:], copy[8:]]  # two bands of at most 8 across
+    np.testing.assert_allclose(drawn, torch.cat(rows).squeeze(1).detach())
+
+
+def test_reconstructions_of_points_join_each_pair() -> None:
+    x, copy = torch.randn(6, 2), torch.randn(6, 2)
+    figure = plots.reconstructions(x, copy)
+    originals, copies = offsets(figure)
+    np.testing.assert_allclose(originals, x)
+    np.testing.assert_allclose(copies, copy)
+    joined = np.asarray(figure.axes[0].lines[0].get_xydata()).reshape(6, 3, 2)
+    np.testing.assert_allclose(joined[:, :2], torch.stack([x, copy], 1))
+    assert np.isnan(joined[:, 2]).all()
+
+
+def test_reconstructions_of_profiles_lie_over_the_data() -> None:
+    x, copy = torch.randn(3, 9), torch.randn(3, 9)
+    for axes, original, other in zip(plots.reconstructions(x, copy).axes, x, copy, strict=True):
+        np.testing.assert_allclose([curve.get_ydata() for curve in axes.lines], torch.stack([original, other]))
+
+
+def test_reconstructions_refuse_another_shape() -> None:
+    with pytest.raises(UsageError, match=r"reconstruction: expected the shape of x, \(3, 4, 4\), got \(2, 4, 4\)"):
+        plots.reconstructions(torch.rand(3, 4, 4), torch.rand(2, 4, 4))
+
+
+def test_samples_draw_the_first_64_images_and_say_so() -> None:
+    x = torch.rand(70, 3, 4)
+    figure = plots.samples(x, title="IWAE, K = 50")
+    np.testing.assert_allclose(tiles(figure), x[:64])
+    assert "IWAE, K = 50" in texts(figure)
+    assert "first 64 of 70" in texts(figure)
+
+
+def test_samples_draw_one_as_ink_and_zero_as_paper_on_a_fixed_scale() -> None:
+    (image,) = plots.samples(torch.full((1, 4, 4), 0.5)).axes[0].get_images()
+    assert image.get_clim() == (0, 1)
+    assert image.get_cmap()(1.0)[:3] == (0, 0, 0)
+    assert image.get_cmap()(0.0)[:3] == (1, 1, 1)
+
+
+def test_samples_clip_colour_images() -> None:
+    x = torch.tensor([-1.0, 0.25, 2.0]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    (image,) = tiles(plots.samples(x))
+    np.testing.assert_array_equal(image[0, 0], [0, 0.25, 1])
+
+
+def test_samples_of_points_are_a_scatter_and_vectors_are_profiles() -> None:
+    points, profiles = torch.randn(200, 2), torch.randn(3, 5)
+    np.testing.assert_allclose(offsets(plots.samples(points))[0], points)
+    drawn = [axes.lines[0].get_ydata() for axes in plots.samples(profiles).axes]
+    np.testing.assert_allclose(drawn, profiles)
+
+
+@pytest.mark.parametrize("shape", [(5,), (0, 4, 4), (2, 4, 8, 8), (2, 1, 1, 1, 1)])
+def test_an_event_that_cannot_be_drawn_is_refused_by_name(shape: tuple[int, ...]) -> None:
+    with pytest.raises(UsageError, match="x: expected shape"):
+        plots.samples(torch.rand(shape))
+
+
+def test_neighbourhood_has_one_row_per_original_set_apart() -> None:
+    x, near = torch.rand(3, 4, 4), torch.rand(3, 5, 4, 4)
+    figure = plots.neighbourhood(x, near)
+    np.testing.assert_allclose(tiles(figure), torch.cat([x[:, None], near], 1).flatten(0, 1))
+    lefts = sorted({image.get_extent()[0] for image in figure.axes[0].get_images()})
+    gaps = np.diff(lefts)
+    assert gaps[0] > gaps[1:].max()
+
+
+def test_neighbourhood_of_points_has_one_panel_per_original() -> None:
+    x, near = torch.randn(3, 2), torch.randn(3, 5, 2)
+    drawn = offsets(plots.neighbourhood(x, near))
+    for i in range(3):
+        np.testing.assert_allclose(drawn[2 * i], near[i])
+        np.testing.assert_allclose(drawn[2 * i + 1], x[i : i + 1])
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 4), (2, 5, 4, 4), (3, 5, 4, 5), (3, 0, 4, 4)])
+def test_neighbourhood_refuses_neighbours_of_other_data(shape: tuple[int, ...]) -> None:
+    with pytest.raises(UsageError, match=r"neighbours: expected shape \(3, M, 4, 4\)"):
+        plots.neighbourhood(torch.rand(3, 4, 4), torch.rand(shape))
+
+
+def test_latent_map_puts_codes_of_two_dimensions_where_they_are() -> None:
+    codes, labels = torch.randn(40, 2), ["odd" if i % 2 else "even" for i in range(40)]
+    figure = plots.latent_map(codes, labels)
+    even, odd = offsets(figure)
+    np.testing.assert_allclose(even, codes[::2])
+    np.testing.assert_allclose(odd, codes[1::2])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["even", "odd"]
+    assert "PCA" not in texts(figure)
+
+
+def test_latent_map_names_each_class_on_one_of_its_points() -> None:
+    angle = torch.linspace(0, 6.2, 50)
+    ring = torch.stack([angle.cos(), angle.sin()], 1)  # whose median is its empty middle
+    figure = plots.latent_map(ring, torch.full((50,), 7))
+    (name,) = [text for text in figure.axes[0].texts if text.get_text() == "7"]
+    assert np.linalg.norm(ring - torch.tensor(name.xy), axis=1).min() < 1e-6
+
+
+def test_latent_map_tells_twenty_classes_apart() -> None:
+    figure = plots.latent_map(torch.randn(200, 2), torch.arange(200) % 20)
+    styles = {
+        (tuple(points.get_facecolor()[0][:3]), points.get_paths()[0].vertices.shape)
+        for points in figure.axes[0].collections
+    }
+    assert len(styles) == 20
+
+
+def test_latent_map_projects_more_dimensions_on_principal_components() -> None:
+    torch.manual_seed(0)
+    plane = torch.randn(500, 2) * torch.tensor([3.0, 1.0])
+    rotation, _ = torch.linalg.qr(torch.randn(6, 6))
+    codes = plane @ rotation[:2] + 5.0  # a plane in six dimensions: two components explain all of it
+    figure = plots.latent_map(codes)
+    (drawn,) = offsets(figure)
+    centred = codes - codes.mean(0)
+    np.testing.assert_allclose(drawn @ drawn.T, centred @ centred.T, atol=1e-3)
+    x_label, y_label = figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()
+    shares = [int(label.split("(")[1].split("%")[0]) for label in (x_label, y_label)]
+    assert x_label.startswith("PCA 1")
+    assert y_label.startswith("PCA 2")
+    assert sum(shares) in (99, 100, 101)
+    assert shares[0] == pytest.approx(90, abs=3)
+
+
+def test_latent_map_of_collapsed_codes_draws() -> None:
+    figure = plots.latent_map(torch.zeros(10, 4))
+    figure.draw_without_rendering()
+    assert "0% of the variance" in texts(figure)
+
+
+def test_latent_map_colours_many_numbers_by_a_scale() -> None:
+    labels = torch.linspace(0, 1, 40)
+    figure = plots.latent_map(torch.randn(40, 2), labels)
+    np.testing.assert_allclose(figure.axes[0].collections[0].get_array(), labels)
+    assert not figure.legends
+
+
+def test_latent_map_of_one_dimension_is_a_histogram_or_a_strip_per_class() -> None:
+    codes, labels = torch.randn(60, 1), torch.arange(60) % 3
+    bars = plots.latent_map(codes).axes[0].patches
+    assert sum(bar.get_height() for bar in bars) == 60
+    figure = plots.latent_map(codes, labels)
+    for i, strip in enumerate(offsets(figure)):
+        np.testing.assert_allclose(strip[:, 0], codes[labels == i, 0])
+        assert abs(strip[:, 1] - i).max() < 0.5
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["0", "1", "2"]
+
+
+def test_latent_map_refuses_what_does_not_fit() -> None:
+    with pytest.raises(UsageError, match=r"codes: expected shape \(N, Z\)"):
+        plots.latent_map(torch.randn(10))
+    with pytest.raises(UsageError, match=r"labels: expected shape \(10,\), got \(9,\)"):
+        plots.latent_map(torch.randn(10, 2), torch.arange(9))
+    with pytest.raises(UsageError, match="at most 20 names, got 30"):
+        plots.latent_map(torch.randn(30, 2), [f"name {i}" for i in range(30)])
+
+
+def test_traversals_have_a_row_per_dimension_and_a_column_per_value() -> None:
+    images = torch.rand(2, 5, 4, 4)
+    figure = plots.traversals(images, torch.linspace(-1, 1, 5), dims=[7, 3])
+    np.testing.assert_allclose(tiles(figure), images.flatten(0, 1))
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["−1", "−0.5", "0", "0.5", "1"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["z[7]", "z[3]"]
+
+
+def test_traversals_thin_many_values_and_keep_both_ends() -> None:
+    images = torch.rand(1, 40, 4, 4)
+    drawn = tiles(plots.traversals(images, torch.linspace(-3, 3, 40)))
+    assert len(drawn) == 16
+    np.testing.assert_allclose(drawn[0], images[0, 0])
+    np.testing.assert_allclose(drawn[-1], images[0, -1])
+
+
+def test_traversals_of_points_are_paths_coloured_by_value() -> None:
+    paths, values = torch.randn(2, 5, 2), torch.linspace(-1, 1, 5)
+    figure = plots.traversals(paths, values)
+    for axes, path in zip(figure.axes, paths, strict=False):
+        np.testing.assert_allclose(axes.lines[0].get_xydata(), path)
+        np.testing.assert_allclose(axes.collections[0].get_array(), values)
+
+
+def test_traversals_refuse_values_and_dims_of_another_number() -> None:
+    images = torch.rand(2, 5, 4, 4)
+    with pytest.raises(UsageError, match=r"values: expected shape \(5,\), got \(4,\)"):
+        plots.traversals(images, torch.zeros(4))
+    with pytest.raises(UsageError, match="dims: expected 2 dimensions, got 1"):
+        plots.traversals(images, torch.zeros(5), dims=[0])
+
+
+def test_k_curve_holds_the_values_in_order_of_k_with_a_band_of_95_percent() -> None:
+    figure = plots.k_curve([50, 1, 5], [-84.0, -88.0, -86.0], [0.1, 0.3, 0.2], elbo=-88.5, exact=-83.0)
+    axes = figure.axes[0]
+    assert axes.get_xscale() == "log"
+    np.testing.assert_array_equal(line(figure, "$L_K$"), [[1, -88.0], [5, -86.0], [50, -84.0]])
+    assert set(line(figure, "ELBO")[:, 1]) == {-88.5}
+    assert set(line(figure, "exact log p(x)")[:, 1]) == {-83.0}
+    band = axes.collections[0].get_paths()[0].vertices
+    for k, mean, error in ((1, -88.0, 0.3), (5, -86.0, 0.2), (50, -84.0, 0.1)):
+        edges = band[band[:, 0] == k, 1]
+        assert (edges.min(), edges.max()) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error))
+
+
+def test_k_curve_refuses_lengths_that_differ_and_no_particles() -> None:
+    with pytest.raises(UsageError, match="expected one length"):
+        plots.k_curve([1, 2], [-1.0], [0.1])
+    with pytest.raises(UsageError, match="at least 1, got 0"):
+        plots.k_curve([0, 2], [-1.0, -1.0], [0.1, 0.1])
+
+
+def test_comparison_orders_the_best_first_and_writes_the_numbers(table: pd.DataFrame) -> None:
+    axes = plots.comparison(table, "static MNIST").axes[0]
+    names = [label.get_text().replace("\n", " ") for label in axes.get_yticklabels()]
+    assert names == ["IWAE", "VAE", "a mixture whose name is far too long for one line of a figure"]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the axis points down, so the first is on top
+    numbers = [text.get_text() for text in axes.texts if "±" in text.get_text()][:3]
+    assert numbers == ["−84.25 ± 0.12", "−86.50 ± 0.50", "−102.00 ± 0.25"]
+
+
+def test_comparison_marks_exact_models_and_draws_intervals_and_elbos(table: pd.DataFrame) -> None:
+    figure = plots.comparison(table)
+    axes = figure.axes[0]
+    drawn = {}
+    for container in axes.containers:
+        points, _, (bars,) = container.lines
+        ends = np.concatenate([segment[:, 0] for segment in bars.get_segments()])
+        drawn[container.get_label()] = (points.get_marker(), list(points.get_xdata()), list(ends))
+    marker, means, ends = drawn["importance-sampled"]
+    assert means == [-84.25, -86.5]
+    assert ends == pytest.approx([-84.25 - 0.245, -84.25 + 0.245, -86.5 - 0.98, -86.5 + 0.98])
+    assert drawn["exact"][1] == [-102.0]
+    assert drawn["exact"][0] != marker
+    (elbos,) = offsets(figure)
+    np.testing.assert_array_equal(elbos[:, 0], [-88.0, -90.0])
+    (hollow,) = [points for points in axes.collections if isinstance(points, PathCollection)]
+    assert tuple(hollow.get_facecolor()[0][:3]) == to_rgb("white")
+
+
+def test_comparison_keeps_a_hopeless_model_from_pressing_the_others_together(table: pd.DataFrame) -> None:
+    table.loc[len(table)] = ["one Gaussian", -5e4, 1.0, True, np.nan]
+    figure = plots.comparison(table)
+    low, high = figure.axes[0].get_xlim()
+    assert high - low < 30
+    assert "−50,000.00" in texts(figure)
+    ((edge, _),) = line(figure, "off the axis")
+    assert low < edge < low + 1
+
+
+def test_comparison_survives_models_without_a_number(table: pd.DataFrame) -> None:
+    table["log_marginal"] = [np.nan, -np.inf, -84.0]
+    figure = plots.comparison(table)
+    figure.draw_without_rendering()
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()][::2] == ["IWAE", "VAE"]
+    assert "not a number" in texts(figure)
+    assert "−∞" in texts(figure)
+    table["log_marginal"] = np.nan
+    plots.comparison(table.drop(columns="elbo")).draw_without_rendering()
+
+
+def test_comparison_draws_no_interval_for_an_unknown_error(table: pd.DataFrame) -> None:
+    table.loc[0, "error"] = np.nan
+    figure = plots.comparison(table)
+    figure.draw_without_rendering()
+    assert "−86.50\n" in texts(figure)
+    assert "−86.50 ±" not in texts(figure)
+
+
+def test_comparison_names_the_missing_column(table: pd.DataFrame) -> None:
+    with pytest.raises(UsageError, match="'error'"):
+        plots.comparison(table.drop(columns="error"))
