@@ -254,7 +254,7 @@ OPTIONS: dict[str, dict[str, Setting]] = {
         "standardize": Setting(flag, False, "centre and scale continuous columns by the training rows"),
     },
     "Training": {
-        "epochs": Setting(whole(1), 50, "passes over the data (default 50)", "INT"),
+        "epochs": Setting(whole(1), 100, "passes over the data (default 100)", "INT"),
         "batch_size": Setting(whole(1), 100, "rows per step (default 100)", "INT"),
         "lr": Setting(number(0, open_below=True), 1e-3, "learning rate (default 0.001)", "NUMBER"),
         "optimizer": Setting(text, "Adam", "a class of torch.optim (default Adam)", "NAME"),

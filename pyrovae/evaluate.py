@@ -198,8 +198,8 @@ def remark(result: "LogMarginal") -> str:
         return f"k-hat is below {result.k_threshold:.2f} for every row"
     worst = known.argsort(descending=True)[:3].tolist()
     return (
-        f"lower bound only for {over} of {len(known)} rows, whose k-hat is over {result.k_threshold:.2f} (the largest in "
-        f"rows {', '.join(map(str, worst))}); a larger K raises it"
+        f"lower bound only for {over} of {len(known)} rows, whose k-hat is over {result.k_threshold:.2f} "
+        f"(the largest in rows {', '.join(map(str, worst))}); a larger K raises it"
     )
 
 

@@ -386,7 +386,9 @@ def write_plots(
         paths = codes.mean(0).repeat(len(dims), len(steps), 1)
         for row, dim in enumerate(dims):
             paths[row, :, dim] += steps * codes[:, dim].std()
-        figure = plots.traversals(model.decode(paths), steps.tolist(), dims, title=name)
+        figure = plots.traversals(
+            model.decode(paths), steps.tolist(), dims, title=f"{name}; offsets in standard deviations of the codes"
+        )
         save_figure(figure, directory, "traversals")
 
     from pyrovae.evaluate import save_curve
