@@ -242,9 +242,8 @@ def present(frame: "pd.DataFrame", rows: "Rows", kind: str, count: int, data: st
     which = "all" if count == len(rows.test) else "the first"
     caption = f"{data}, {which} {count} test rows; {rows.measure.description}{how}"
     strings = readable(frame, rows)
-    print(
-        f"\n{caption}\nnats per datum, larger is better; ± standard error over rows, of paired differences 'to the best'\n"
-    )
+    print(f"\n{caption}")
+    print("nats per datum, larger is better; ± standard error over rows; 'to the best' are paired differences\n")
     print(aligned(strings) + "\n")
     write_atomically(
         out / f"{kind}.csv", frame.assign(measure=rows.measure.description, rows=count).to_csv(index=False)

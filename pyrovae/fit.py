@@ -195,9 +195,8 @@ def announce(config: Config, rows: "Rows", model: "Model", directory: Path, devi
     """Say what is about to be trained."""
     parameters = sum(p.numel() for p in model.parameters())
     how = f", binarisation {rows.binarize}" if rows.binarize else ""
-    say(
-        f"data   {config['data']}: {len(rows.train)} train, {len(rows.validation)} validation, {len(rows.test)} test rows"
-    )
+    counts = ", ".join(f"{len(getattr(rows, split))} {split}" for split in ("train", "validation", "test"))
+    say(f"data   {config['data']}: {counts} rows")
     say(f"       {rows.measure.description}{how}")
     say(f"model  {describe_model(config)}; {parameters:,} parameters")
     say(f"bound  {describe_bound(config)}; seed {config['seed']}, on {device}")
