@@ -45,8 +45,8 @@ def parser(command: str, description: str) -> Any:
                 message = f"{word}: no such option{f'; did you mean {near[0]}?' if near else ''}"
             return f"{message} (see --help)" if "--help" not in message else message
 
-        def format_help(self) -> str:
-            text = re.sub(r"\s*\((type:\s+Any,\s+)?default:\s+null\)", "", super().format_help())
+        def format_help(self, *formatter: Any) -> str:
+            text = re.sub(r"\s*\((type:\s+Any,\s+)?default:\s+null\)", "", super().format_help(*formatter))
             text = re.sub(r"^  --\S+ \S+\s+==SUPPRESS==\n", "", text, flags=re.M)
             return re.sub(r"(--\w+)\.name\b", r"\1", text)
 

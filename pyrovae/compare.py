@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyrovae.command import add_option, given, main, parser
-from pyrovae.config import option, whole
 from pyrovae.errors import UsageError
+from pyrovae.evaluate import whole_option
 from pyrovae.run import Run, open_run
 
 if TYPE_CHECKING:
@@ -184,18 +184,15 @@ def command(words: Sequence[str]) -> int:
     add_option(p, "--out", "where to write the tables and figures (default: comparison)", "DIR")
     add_option(p, "--device", "auto, cpu, cuda or cuda:N (default auto)", "NAME")
     options = given(p.parse_args(words))
-    integers = {"K": 1000, "rows": None, "seed": 0, "components": None}
-    checked = {
-        key: default if key not in options else whole(0 if key == "seed" else 1)(option(key), options[key])
-        for key, default in integers.items()
-    }
-    if options.get("no_baseline") and checked["components"]:
+    k, seed = whole_option(options, "K", 1000), whole_option(options, "seed", 0)
+    limit, components = whole_option(options, "rows", None), whole_option(options, "components", None)
+    if options.get("no_baseline") and components:
         raise UsageError("--components: not used, since --no-baseline adds none")
     directories = [Path(name) for name in options["runs"]]
     if len({d.resolve() for d in directories}) < len(directories):
         raise UsageError("RUN: the same directory is named twice")
 
-    from pyrovae.evaluate import pick_device
+    from pyrovae.evaluate import pick_device, score
 
     device = pick_device(str(options.get("device", "auto")))
     runs = [open_run(directory) for directory in directories]
@@ -209,18 +206,14 @@ def command(words: Sequence[str]) -> int:
     out = Path(str(options.get("out", "comparison")))
     for kind, members in by_measure.items():
         rows = members[0][1]
-        x = rows.test[: checked["rows"]].to(device)
+        x = rows.test[:limit].to(device)
         scored = []
         for run, _ in members:
-            from pyrovae.evaluate import score
-
-            scored.append(
-                Scored(names[run.directory], score(run.model(device), x, checked["K"], checked["seed"], progress=True))
-            )
+            scored.append(Scored(names[run.directory], score(run.model(device), x, k, seed, progress=True)))
         if not options.get("no_baseline"):
-            counts = (checked["components"],) if checked["components"] else COMPONENTS
-            name, mixture = fit_baseline(rows, counts, checked["seed"])
-            scored.append(Scored(name, score(mixture, x.cpu(), checked["K"])))
+            counts = (components,) if components else COMPONENTS
+            name, mixture = fit_baseline(rows, counts, seed)
+            scored.append(Scored(name, score(mixture, x.cpu(), k)))
         present(table(scored), rows, kind, len(x), members[0][0].config["data"], out)
     print(f"tables and figures in {out}")
     return 0

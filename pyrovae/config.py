@@ -352,8 +352,8 @@ def resolve_bound(config: Config, given: Config) -> None:
         config["beta"] = 1.0
 
 
-def choose(part: str, value: Any, default: str | None) -> Config | None:
-    """A part's name and settings: what was given, short names resolved, with the defaults filled in."""
+def choose(part: str, value: Any, default: str | None) -> Any:
+    """A part's name and settings: what was given, short names resolved, with the defaults filled in, or None."""
     value = {"name": value} if isinstance(value, str) else dict(value or {})
     choices = PARTS[part]
     name = value.pop("name", default)

@@ -75,8 +75,9 @@ def score(
 
     from pyrovae.inference.log_marginal import exact, log_marginal
     from pyrovae.inference.seeding import seeded
+    from pyrovae.models.mixture import Mixture
 
-    if hasattr(model, "log_prob"):
+    if isinstance(model, Mixture):
         with torch.no_grad():
             result = exact(torch.cat([model.log_prob(block) for block in x.split(1000)]))
     else:
@@ -285,29 +286,30 @@ def command(words: Sequence[str]) -> int:
     add_option(p, "--chunk-size", "particles evaluated at once; bounds memory, changes nothing else", "INT")
     add_option(p, "--device", "auto, cpu, cuda or cuda:N (default auto)", "NAME")
     options = given(p.parse_args(words))
-    integers = {"K": 5000, "rows": None, "seed": 0, "chunk_size": None}
-    least = {"seed": 0}
-    checked = {
-        key: default if key not in options else whole(least.get(key, 1))(option(key), options[key])
-        for key, default in integers.items()
-    }
+    k, seed = whole_option(options, "K", 5000), whole_option(options, "seed", 0)
+    limit, chunk_size = whole_option(options, "rows", None), whole_option(options, "chunk_size", None)
     split = str(options.get("split", "test"))
     if split not in SPLITS:
         raise UsageError(f"--split: expected one of {', '.join(SPLITS)}, got {split}")
     run = open_run(options["run"])
     values = evaluate(
         run,
-        checked["K"],
-        checked["rows"],
+        k,
+        limit,
         split,
-        checked["seed"],
-        checked["chunk_size"],
+        seed,
+        chunk_size,
         str(options.get("device", "auto")),
     )
     print(describe(run.name, values))
     if values["K"] is not None:
         save_curve(run, values)
     return 0
+
+
+def whole_option(options: dict[str, Any], key: str, default: int | None) -> Any:
+    """An option that is a whole number: at least 0 for the seed, 1 for all others."""
+    return default if key not in options else whole(0 if key == "seed" else 1)(option(key), options[key])
 
 
 def save_curve(run: Run, values: Report) -> Path:

@@ -108,6 +108,7 @@ def command(words: Sequence[str]) -> int:
     for derived in ("data_hash", "event_shape", "version"):
         options.pop(derived, None)
     started = time.perf_counter()
+    directory: Path | None
     if output["resume"]:
         directory, config = resumed(options, output)
     else:
@@ -295,10 +296,11 @@ def conclude(
 def observations(model: "Model", fitted: "Fit", rows: "Rows", device: Any) -> list[str]:
     """Posterior collapse and a scale at its floor, in words."""
     from pyrovae.inference.diagnostics import remarks
+    from pyrovae.models import Gaussian, HierarchicalVAE
 
     best = fitted.history[fitted.best_epoch - 1]
     notes = remarks(best)
-    if hasattr(model, "likelihood") and hasattr(model.likelihood, "scale_at_floor"):
+    if isinstance(model, HierarchicalVAE) and isinstance(model.likelihood, Gaussian):
         share = model.likelihood.scale_at_floor(model.encode(rows.validation[:500].to(device)))
         if share > 0:
             notes.append(
@@ -362,6 +364,7 @@ def write_plots(
 
     from pyrovae import plots
     from pyrovae.inference.seeding import seeded
+    from pyrovae.models import HierarchicalVAE
     from pyrovae.run import Run
 
     name = directory.name
@@ -369,7 +372,7 @@ def write_plots(
     device = next(model.parameters()).device
     with torch.no_grad(), seeded(config["seed"], "plots", device=device):
         save_figure(plots.samples(model.sample(64), title=name), directory, "samples")
-        if config["model"]["name"] == "mixture":
+        if not isinstance(model, HierarchicalVAE):
             return
         x = rows.test[:1000].to(device)
         codes = model.encode(x)

@@ -125,13 +125,13 @@ class Objective(PyroELBO):
         loss.backward()
         return loss.item()
 
-    def __call__(self, model: Callable, guide: Callable) -> Bound:  # type: ignore[override]
+    def __call__(self, model: Callable, guide: Callable) -> Bound:
         """This objective of a pair, as a torch module."""
         return Bound(self, Pair(model, guide))
 
     def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> Any:
         """Pyro's own entry for traces; everything here goes through `draw`."""
-        particles = draw(model, guide, *args, num_particles=self.num_averages * self.num_particles, **kwargs)
+        particles = draw(model, guide, args[0], self.num_averages * self.num_particles)
         return particles.model_trace, particles.guide_trace
 
 

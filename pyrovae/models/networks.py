@@ -124,8 +124,8 @@ class MLP(Network):
 
     @property
     def output_bias(self) -> nn.Parameter | None:
-        last = self.body[-2] if isinstance(self.body[-1], nn.Unflatten) else None
-        return last.bias if isinstance(last, nn.Linear) else None
+        layers = list(self.body.children())
+        return layers[-2].bias if isinstance(layers[-2], nn.Linear) else None
 
 
 class ConvEncoder(Network):

@@ -40,9 +40,9 @@ class HierarchicalVAE(nn.Module):
     ) -> None:
         super().__init__()
         self.prior = prior
-        self.conditionals = nn.ModuleList(conditionals)
+        self.conditionals: Sequence[Guide] = nn.ModuleList(conditionals)  # type: ignore[assignment]
         self.likelihood = likelihood
-        self.guides = nn.ModuleList(guides)
+        self.guides: Sequence[Guide] = nn.ModuleList(guides)  # type: ignore[assignment]
         self.check_shapes()
 
     @property
