@@ -1,0 +1,1003 @@
+"""Where rows come from, how they are split, and on which measure they are scored."""
+
+import dataclasses
+import gzip
+import io
+import math
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pyrovae import data as data_module
+from pyrovae.data import NAMES, SPLITS, Data, Measure, default_measure, load_data
+from pyrovae.errors import DataError, UsageError
+
+GREY = np.random.default_rng(0).integers(0, 256, (60, 5, 4), dtype=np.uint8)
+FLOATS = np.random.default_rng(1).standard_normal((60, 3)).astype(np.float32)
+BITS = np.random.default_rng(2).integers(0, 2, (60, 6), dtype=np.uint8)
+PLANE = ("three-gaussians", "ring", "pinwheel")
+
+
+def saved(path: Path, **arrays: np.ndarray) -> str:
+    """Save one array `x` as .npy, or several as .npz, and return the path as a user gives it."""
+    if path.suffix == ".npy":
+        np.save(path, arrays["x"])
+    else:
+        np.savez(path, **arrays)
+    return str(path)
+
+
+@contextmanager
+def raises(error: type[Exception], *words: str) -> Iterator[None]:
+    """Expect an error of one line that holds all these words."""
+    with pytest.raises(error) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def rows_of(*splits: torch.Tensor) -> set[bytes]:
+    return {row.numpy().tobytes() for split in splits for row in split}
+
+
+def write_mnist(root: Path, train: int = 40, test: int = 10) -> Path:
+    """A small data set in the layout that torchvision.datasets.MNIST(root) reads."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    random = np.random.default_rng(3)
+    for prefix, count in (("train", train), ("t10k", test)):
+        images = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        images[:, 0, 0] = labels  # so that a test can tell that labels follow their rows
+        head = struct.pack(">4B3I", 0, 0, 8, 3, *images.shape)
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(head + images.tobytes())
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">4BI", 0, 0, 8, 1, count) + labels.tobytes())
+    return raw
+
+
+# ------------------------------------------------------------------------------------------------------------ splits
+
+
+def test_splits_partition_the_rows_whatever_the_global_seed(tmp_path):
+    path = saved(tmp_path / "x.npy", x=np.arange(300, dtype=np.float32).reshape(100, 3))
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    one = load_data(path)
+    torch.manual_seed(2)
+    np.random.seed(2)  # noqa: NPY002
+    two = load_data(path)
+    assert [len(one.train), len(one.validation), len(one.test)] == [80, 10, 10]
+    values = torch.cat([one.train, one.validation, one.test]).flatten().sort().values
+    assert torch.equal(values, torch.arange(300.0))
+    assert not torch.equal(one.train[:, 0], one.train[:, 0].sort().values)  # permuted: files are often in order
+    for split in SPLITS:
+        assert torch.equal(getattr(one, split), getattr(two, split))
+    assert one.hash == two.hash
+
+
+def test_a_given_test_set_is_kept_and_validation_comes_off_train(tmp_path):
+    train, test = FLOATS[:50], FLOATS[50:]
+    data = load_data(saved(tmp_path / "x.npz", x_train=train, x_test=test))
+    assert np.array_equal(data.test.numpy(), test)
+    assert (len(data.train), len(data.validation)) == (45, 5)
+    assert rows_of(data.train, data.validation) == rows_of(torch.from_numpy(train))
+
+
+def test_validation_beside_a_test_set_is_at_most_5000(tmp_path):
+    x = np.arange(60_000, dtype=np.float32)[:, None]
+    data = load_data(saved(tmp_path / "x.npz", x_train=x, x_test=-x[1:100]))
+    assert (len(data.train), len(data.validation)) == (55_000, 5_000)
+
+
+def test_given_validation_is_kept_and_train_stays_in_its_order(tmp_path):
+    a, b, c = FLOATS[:20], FLOATS[20:30], FLOATS[30:40]
+    data = load_data(saved(tmp_path / "x.npz", x_train=a, x_validation=b, x_test=c))
+    for split, rows in zip(SPLITS, (a, b, c), strict=True):
+        assert np.array_equal(getattr(data, split).numpy(), rows)
+
+
+def test_labels_follow_their_rows(tmp_path):
+    x = np.arange(200, dtype=np.float32).reshape(100, 2)
+    data = load_data(saved(tmp_path / "x.npz", x=x, y=np.arange(100) * 7))
+    for split in SPLITS:
+        labels = data.labels[split]
+        assert labels.dtype == torch.int64
+        assert torch.equal(getattr(data, split)[:, 0], 2.0 * (labels // 7))
+
+
+def test_names_become_codes_that_agree_between_splits(tmp_path):
+    y_train, y_test = np.array(["cat", "dog"] * 10), np.array(["dog", "eel"])
+    data = load_data(
+        saved(tmp_path / "x.npz", x_train=FLOATS[:20], x_test=FLOATS[20:22], y_train=y_train, y_test=y_test)
+    )
+    assert data.labels["test"].tolist() == [1, 2]
+    assert set(data.labels["train"].tolist()) == {0, 1}
+
+
+def test_loading_and_fixed_draws_leave_the_global_generators_alone(tmp_path):
+    path = saved(tmp_path / "x.npy", x=GREY)
+    torch.manual_seed(5)
+    np.random.seed(5)  # noqa: NPY002
+    before, before_numpy = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    for source in ("digits", *PLANE, path):
+        load_data(source)
+    data = load_data(path)
+    data.rows("mass", "fixed")
+    data.rows("mass", "dynamic")
+    data.rows("density")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.array_equal(np.random.get_state()[1], before_numpy)  # noqa: NPY002
+
+
+def test_the_default_device_and_type_of_torch_do_not_matter(tmp_path):
+    path = saved(tmp_path / "x.npy", x=GREY)
+    hash_before = load_data(path).rows("density").hash
+    torch.set_default_dtype(torch.float64)
+    try:
+        rows = load_data(path).rows("density")
+        assert rows.transform(rows.train[:2]).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert rows.hash == hash_before
+
+
+# ----------------------------------------------------------------------------------------------------------- measures
+
+
+def test_digits_have_17_levels_in_one_channel():
+    data = load_data("digits")
+    assert (data.event_shape, data.levels, data.train.dtype) == ((1, 8, 8), 17, torch.uint8)
+    assert int(data.train.max()) == 16
+    assert len(data.train) + len(data.validation) + len(data.test) == 1797
+    assert default_measure(data) == "mass"
+    assert data.labels["test"].unique().tolist() == list(range(10))
+
+
+def test_dynamic_binarisation_draws_anew_with_the_pixel_probability():
+    data = load_data("digits")
+    rows = data.rows("mass")
+    assert rows.binarize == "dynamic"
+    raw = data.train[:50]
+    torch.manual_seed(0)
+    draws = torch.stack([rows.transform(raw) for _ in range(400)])
+    assert not torch.equal(draws[0], draws[1])
+    assert set(draws.unique().tolist()) == {0.0, 1.0}
+    p = raw.double() / 16
+    error = (p * (1 - p) / 400).sqrt()
+    assert ((draws.double().mean(0) - p).abs() <= 5 * error).all()  # exact where p is 0 or 1
+
+
+def test_validation_and_test_are_the_same_in_every_run_and_training_draws_are_not():
+    torch.manual_seed(0)
+    one = load_data("digits").rows("mass")
+    torch.manual_seed(1)
+    two = load_data("digits").rows("mass")
+    assert torch.equal(one.test, two.test)
+    assert torch.equal(one.validation, two.validation)
+    assert one.hash == two.hash
+    assert one.test.dtype == torch.float32
+    p = load_data("digits").test.double() / 16
+    z = (one.test.double() - p).sum() / (p * (1 - p)).sum().sqrt()
+    assert abs(z) < 5
+    assert one.test[p == 1].all()
+    assert not one.test[p == 0].any()
+
+
+def test_validation_and_test_are_drawn_independently(tmp_path):
+    rows = load_data(saved(tmp_path / "x.npy", x=np.full((500, 20), 128, np.uint8))).rows("mass", "fixed")
+    train, validation, test = rows.transform(rows.train)[:50], rows.validation, rows.test
+    for one, two in ((train, validation), (validation, test), (test, train)):
+        assert abs((one == two).double().mean() - 0.5) < 5 * 0.5 / math.sqrt(one.numel())
+
+
+def test_fixed_binarisation_draws_the_training_rows_once():
+    data = load_data("digits")
+    rows, dynamic = data.rows("mass", "fixed"), data.rows("mass", "dynamic")
+    first = rows.transform(rows.train)
+    assert rows.train.dtype == torch.uint8
+    assert torch.equal(first, rows.transform(rows.train))
+    p = data.train.double() / 16
+    assert abs((first.double() - p).sum() / (p * (1 - p)).sum().sqrt()) < 5
+    assert not torch.equal(first, (p > 0.5).float())
+    assert torch.equal(rows.test, dynamic.test)
+    assert rows.hash != dynamic.hash
+
+
+def test_threshold_is_above_one_half(tmp_path):
+    x = np.tile(np.array([0, 127, 128, 255], np.uint8), (20, 1))
+    x[:, 0] = np.arange(20)
+    rows = load_data(saved(tmp_path / "x.npy", x=x)).rows("mass", "threshold")
+    for split in (rows.transform(rows.train), rows.validation, rows.test):
+        assert torch.equal(split, torch.tensor([0.0, 0, 1, 1]).expand_as(split))
+    digits = load_data("digits")
+    assert torch.equal(digits.rows("mass", "threshold").test, (digits.test > 8).float())  # 8/16 is not above
+
+
+def test_floats_in_the_unit_interval_are_probabilities_on_demand(tmp_path):
+    x = np.tile(np.array([0.0, 0.25, 1.0], np.float32), (20_000, 1))
+    data = load_data(saved(tmp_path / "x.npy", x=x))
+    assert default_measure(data) == "density"
+    with raises(DataError, "[0, 1]", "--binarize", "--likelihood gaussian"):
+        data.rows("mass")
+    rows = data.rows("mass", "dynamic")
+    drawn = rows.transform(rows.train)
+    assert drawn[:, 0].max() == 0
+    assert drawn[:, 2].min() == 1
+    assert abs(drawn[:, 1].mean() - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 16_000)
+
+
+def test_floats_outside_the_unit_interval_have_no_mass(tmp_path):
+    data = load_data(saved(tmp_path / "x.npz", x_train=GREY / np.float32(255), x_test=GREY.astype(np.float32)))
+    for binarize in (None, "dynamic", "threshold"):
+        with raises(DataError, "values in [0, 255]", "--binarize", "--likelihood gaussian"):
+            data.rows("mass", binarize)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.bool_, np.int64, np.float64])
+def test_binary_data_are_used_as_they_are(tmp_path, dtype):
+    data = load_data(saved(tmp_path / "x.npz", x_train=BITS.astype(dtype), x_test=BITS[:7].astype(dtype)))
+    assert (data.levels, data.binary, data.train.dtype) == (None, True, torch.uint8)
+    assert default_measure(data) == "mass"
+    rows = data.rows("mass")
+    assert rows.binarize is None
+    assert np.array_equal(rows.test.numpy(), BITS[:7].astype(np.float32))
+    assert torch.equal(rows.transform(rows.train), data.train.float())
+    with raises(UsageError, "nothing to binarise"):
+        data.rows("mass", "dynamic")
+    with raises(DataError, "density of binary data is meaningless", "--likelihood bernoulli"):
+        data.rows("density")
+
+
+@pytest.mark.parametrize("source", ["digits", "grey"])
+def test_dequantised_levels_floor_back_exactly(tmp_path, source):
+    if source == "grey":
+        source = saved(tmp_path / "x.npy", x=np.random.default_rng(0).integers(0, 256, (20_000, 64), dtype=np.uint8))
+    data = load_data(source)
+    rows = data.rows("density")
+    torch.manual_seed(0)
+    one, two = rows.transform(rows.train), rows.transform(rows.train)
+    assert not torch.equal(one, two)
+    for x, raw in ((one, data.train), (rows.validation, data.validation), (rows.test, data.test)):
+        assert x.dtype == torch.float32
+        assert x.min() >= 0
+        assert x.max() < 1
+        assert torch.equal((x * data.levels).floor().to(torch.uint8), raw)
+    u = (one.double() * data.levels - data.train).flatten()
+    assert abs(u.mean() - 0.5) < 5 / math.sqrt(12 * len(u))
+    assert abs(u.var() - 1 / 12) < 5 / math.sqrt(180 * len(u))
+    assert torch.equal(rows.test, load_data(source).rows("density").test)
+
+
+def test_the_level_255_never_becomes_1():
+    almost = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
+    level = torch.tensor([[255, 0]], dtype=torch.uint8)
+
+    def largest(like, generator):
+        return almost.expand(like.shape)
+
+    original, data_module._uniform = data_module._uniform, largest
+    try:
+        assert (data_module.Dequantize(256)(level) * 256).floor().tolist() == [[255.0, 0.0]]
+    finally:
+        data_module._uniform = original
+
+
+def test_bits_per_dimension():
+    uniform_density = Measure("density", "", 256, 10).bits_per_dimension(0.0)  # log 1 on [0,1]^10
+    uniform_mass = Measure("mass", "", None, 10).bits_per_dimension(-10 * math.log(2))
+    assert uniform_density == 8
+    assert uniform_mass == pytest.approx(1, abs=1e-12)
+    assert Measure("density", "", 256, 2).bits_per_dimension(2 * math.log(2)) == pytest.approx(7, abs=1e-12)
+    assert Measure("density", "", None, 10).bits_per_dimension(-3.0) is None
+
+
+def test_measures_say_what_they_measure():
+    digits = load_data("digits")
+    assert digits.rows("mass").measure == Measure("mass", "mass on {0,1}^64", None, 64)
+    density = digits.rows("density").measure
+    assert density == Measure("density", "density of data dequantised from 17 levels to [0,1]^64", 17, 64)
+    ring = load_data("ring")
+    assert ring.rows("density").measure.description == "density of the data in its own units, 2 dimensions"
+    assert ring.rows("density", standardize=True).measure.description == "density of standardised data, 2 dimensions"
+
+
+def test_hashes_tell_measure_binarisation_and_data_apart(tmp_path):
+    digits, ring = load_data("digits"), load_data("ring")
+    rows = [digits.rows("mass", choice) for choice in ("dynamic", "fixed", "threshold")]
+    rows += [digits.rows("density"), ring.rows("density"), ring.rows("density", standardize=True)]
+    assert len({r.hash for r in rows}) == len(rows)
+    changed = GREY.copy()
+    changed[3, 2, 1] ^= 1
+    one, two = (load_data(saved(tmp_path / "x.npy", x=x)) for x in (GREY, changed))
+    assert one.hash != two.hash
+    assert len(one.hash) == 64
+    as_floats = load_data(saved(tmp_path / "x.npy", x=GREY.astype(np.float32)[:, None]))
+    assert as_floats.hash != one.hash  # the same numbers, of another type
+    assert load_data(saved(tmp_path / "x.npy", x=GREY.reshape(60, 4, 5))).hash != one.hash
+
+
+def test_standardised_training_rows_have_mean_0_and_sd_1(tmp_path):
+    x = FLOATS * [1, 100, 0] + [5, -1000, 7]
+    data = load_data(saved(tmp_path / "x.npy", x=x))
+    rows = data.rows("density", standardize=True)
+    z = rows.transform(rows.train).double()
+    assert torch.allclose(z.mean(0), torch.zeros(3, dtype=torch.float64), atol=1e-5)
+    assert torch.allclose(z.std(0, correction=0), torch.tensor([1.0, 1, 0], dtype=torch.float64), atol=1e-5)
+    assert torch.equal(rows.transform(rows.train), rows.transform(rows.train))
+    mean, sd = data.train.double().mean(0), data.train.double().std(0, correction=0)
+    assert torch.allclose(rows.test[:, :2].double(), ((data.test - mean) / sd)[:, :2], atol=1e-4)
+    elsewhere = load_data(saved(tmp_path / "x.npz", x_train=x, x_test=x + 2)).rows("density", standardize=True)
+    assert torch.equal(elsewhere.test[:, 2], torch.full((60,), 2.0))  # in the data's units where sd is 0
+
+
+def test_constant_columns_are_counted_under_a_density(tmp_path):
+    x = np.concatenate([FLOATS, np.full((60, 2), 3, np.float32)], 1)
+    rows = load_data(saved(tmp_path / "x.npy", x=x)).rows("density")
+    assert any("2 columns of 5 constant" in notice and "without bound" in notice for notice in rows.notices)
+    assert not load_data("ring").rows("density").notices
+
+
+def test_transforms_travel_between_processes():
+    for rows in (load_data("digits").rows("density"), load_data("ring").rows("density", standardize=True)):
+        copy = pickle.loads(pickle.dumps(rows.transform))
+        torch.manual_seed(0)
+        expected = rows.transform(rows.train[:3])
+        torch.manual_seed(0)
+        assert torch.equal(copy(rows.train[:3]), expected)
+
+
+@pytest.mark.parametrize(
+    ("source", "arguments", "words"),
+    [
+        ("digits", {"measure": "mas"}, ["mass", "density", "did you mean 'mass'"]),
+        ("digits", {"measure": "mass", "binarize": "dinamic"}, ["did you mean 'dynamic'"]),
+        ("digits", {"measure": "density", "binarize": "fixed"}, ["not used by a density"]),
+        ("digits", {"measure": "density", "standardize": True}, ["standardize", "17 grey levels"]),
+        ("digits", {"measure": "mass", "standardize": True}, ["standardize"]),
+    ],
+)
+def test_choices_that_make_no_sense(source, arguments, words):
+    with raises(UsageError, *words):
+        load_data(source).rows(**arguments)
+
+
+def test_data_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load_data("ring").name = "other"
+
+
+# ------------------------------------------------------------------------------------------------------------ sources
+
+
+@pytest.mark.parametrize("name", PLANE)
+def test_the_plane(name):
+    data = load_data(name)
+    assert (data.event_shape, data.train.dtype, data.levels) == ((2,), torch.float32, None)
+    assert len(data.train) >= 2000
+    assert default_measure(data) == "density"
+    assert data.hash == load_data(name.upper().replace("-", "_")).hash
+
+
+def test_ring_is_a_normal_variable_pushed_to_the_circle():
+    x = torch.cat([getattr(load_data("ring"), split) for split in SPLITS]).double()
+    length = x.norm(dim=1) - 1  # |z| / 10, so squared and times 100 chi-square with 2 degrees of freedom
+    assert length.min() > 0
+    assert abs(100 * (length**2).mean() - 2) < 5 * 2 / math.sqrt(len(x))
+    assert (x / x.norm(dim=1, keepdim=True)).mean(0).abs().max() < 5 / math.sqrt(2 * len(x))
+
+
+def test_three_gaussians_of_equal_weight():
+    data = load_data("three-gaussians")
+    labels = data.labels["train"]
+    count = torch.bincount(labels).double()
+    assert len(count) == 3
+    assert ((count / len(labels) - 1 / 3).abs() < 5 * math.sqrt(2 / 9 / len(labels))).all()
+    for label in range(3):
+        rows = data.train[labels == label].double()
+        assert abs(rows.mean(0).norm() - 2) < 5 * 0.5 / math.sqrt(len(rows))
+        assert ((rows.std(0) - 0.5).abs() < 5 * 0.5 / math.sqrt(2 * len(rows))).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "event"),
+    [
+        ((30, 6, 5), np.uint8, (1, 6, 5)),
+        ((30, 6, 5), np.bool_, (1, 6, 5)),
+        ((30, 6, 5), np.float32, (6, 5)),
+        ((30, 6, 5, 3), np.uint8, (3, 6, 5)),
+        ((30, 6, 5, 4), np.uint8, (4, 6, 5)),
+        ((30, 3, 6, 5), np.uint8, (3, 6, 5)),
+        ((30, 1, 6, 3), np.uint8, (1, 6, 3)),
+        ((30, 6, 5, 2), np.uint8, (6, 5, 2)),
+        ((30, 7), np.uint8, (7,)),
+    ],
+)
+def test_images_are_channels_first(tmp_path, shape, dtype, event):
+    x = (np.random.default_rng(0).random(shape) * 256).astype(np.uint8).astype(dtype)
+    data = load_data(saved(tmp_path / "x.npz", x_train=x, x_validation=x[:5], x_test=x[:9]))
+    assert data.event_shape == event
+    if x.ndim == 4 and event[0] == shape[3]:
+        assert np.array_equal(data.train.numpy(), x.transpose(0, 3, 1, 2))
+    else:
+        assert np.array_equal(data.train.numpy().ravel(), x.ravel())
+
+
+def test_default_measures(tmp_path):
+    colour = load_data(saved(tmp_path / "x.npy", x=np.tile(GREY[..., None], 3)))
+    assert (default_measure(colour), colour.levels) == ("density", 256)
+    assert default_measure(load_data(saved(tmp_path / "x.npy", x=GREY))) == "mass"
+    assert default_measure(load_data(saved(tmp_path / "x.npy", x=GREY.reshape(60, -1)))) == "mass"
+    assert default_measure(load_data(saved(tmp_path / "x.npy", x=FLOATS))) == "density"
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f8", "<f2", "<f8", ">i4"])
+def test_other_numbers_become_float32(tmp_path, dtype):
+    x = (FLOATS * 100).astype(dtype)
+    data = load_data(saved(tmp_path / "x.npz", x_train=x, x_validation=x[:3], x_test=x[:4]))
+    assert data.train.dtype == torch.float32
+    assert np.array_equal(data.train.numpy(), x.astype(np.float32))
+    assert any("integers" in notice and "uint8" in notice for notice in data.notices) == (dtype == ">i4")
+
+
+def test_a_third_level_makes_grey_of_binary_data(tmp_path):
+    x = BITS.copy()
+    x[40, 0] = 2
+    assert load_data(saved(tmp_path / "x.npy", x=x)).levels == 256
+    assert load_data(saved(tmp_path / "x.npz", x_train=BITS, x_test=x)).levels == 256
+    assert not load_data(saved(tmp_path / "x.npy", x=x.astype(np.float32))).binary
+
+
+def test_integers_in_the_range_of_levels_are_continuous_unless_uint8(tmp_path):
+    assert load_data(saved(tmp_path / "x.npy", x=GREY.astype(np.int64))).levels is None
+
+
+def test_column_order_in_memory_does_not_matter(tmp_path):
+    c = load_data(saved(tmp_path / "x.npy", x=FLOATS))
+    fortran = load_data(saved(tmp_path / "x.npy", x=np.asfortranarray(FLOATS)))
+    assert c.hash == fortran.hash
+
+
+def test_a_read_only_file_stays_unchanged(tmp_path):
+    path = Path(saved(tmp_path / "x.npy", x=FLOATS))
+    path.chmod(0o444)
+    before = path.read_bytes()
+    data = load_data(path)
+    for split in SPLITS:
+        getattr(data, split).fill_(0)
+    assert path.read_bytes() == before
+
+
+def test_unknown_keys_are_said_to_be_unused(tmp_path):
+    data = load_data(saved(tmp_path / "x.npz", x=FLOATS, weights=FLOATS))
+    assert any("not used: weights" in notice for notice in data.notices)
+
+
+def test_rows_in_both_train_and_test_are_counted(tmp_path):
+    x, other = GREY[:40], GREY[40:50]
+    data = load_data(saved(tmp_path / "x.npz", x_train=x, x_validation=other, x_test=np.concatenate([x[:3], other])))
+    assert any("3 of 13 test rows also in train" in notice for notice in data.notices)
+    assert not load_data(saved(tmp_path / "x.npz", x_train=x, x_test=other)).notices
+
+
+def test_csv_with_header_and_labels(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("\ufeffa,label,b\n" + "".join(f"{i}.5,n{i % 3},{-i}\n" for i in range(30)), encoding="utf-8")
+    data = load_data(str(path))
+    assert data.event_shape == (2,)
+    for split in SPLITS:
+        x = getattr(data, split)
+        assert torch.equal(x[:, 1], 0.5 - x[:, 0])
+        assert torch.equal(data.labels[split], ((x[:, 0] - 0.5) % 3).long())
+    assert any("'label' is read as labels" in notice for notice in data.notices)
+
+
+@pytest.mark.parametrize("mark", [False, True])
+def test_csv_without_header_keeps_its_first_row(tmp_path, mark):
+    path = tmp_path / "x.csv"
+    np.savetxt(path, FLOATS, delimiter=",")
+    if mark:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as spreadsheets do
+    data = load_data(path)
+    values = torch.cat([data.train, data.validation, data.test]).sort(dim=0).values
+    assert torch.equal(values, torch.from_numpy(np.sort(FLOATS, 0)))
+
+
+def test_a_csv_column_y_of_coordinates_is_data(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("x,y\n" + "".join(f"{i / 8},{i / 16}\n" for i in range(30)))
+    assert load_data(path).event_shape == (2,)
+
+
+def write_images(folder: Path, count: int, mode: str = "L", size: tuple[int, int] = (5, 4), shade: int = 0) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        Image.new("L", size, shade + index).convert(mode).save(folder / f"{index:03}.png")
+
+
+def test_a_folder_of_images_in_order(tmp_path):
+    write_images(tmp_path / "a", 20, shade=10)
+    write_images(tmp_path / "b", 20, shade=100)
+    (tmp_path / "a" / "._000.png").write_bytes(b"not an image")
+    (tmp_path / "notes.txt").write_text("")
+    data = load_data(str(tmp_path))
+    assert (data.event_shape, data.levels) == ((1, 4, 5), 256)
+    for split in SPLITS:
+        assert torch.equal(data.labels[split], (getattr(data, split)[:, 0, 0, 0] >= 100).long())
+    colour = tmp_path / "colour"
+    write_images(colour, 10, mode="RGB")
+    assert load_data(colour).event_shape == (3, 4, 5)
+    assert load_data(colour).labels["train"] is None
+
+
+def test_a_folder_of_train_and_test(tmp_path):
+    write_images(tmp_path / "train", 20, shade=10)
+    write_images(tmp_path / "test", 4, shade=100)
+    data = load_data(tmp_path)
+    assert (len(data.train), len(data.validation), len(data.test)) == (18, 2, 4)
+    assert data.test.min() == 100
+    assert data.labels["train"] is None
+
+
+# --------------------------------------------------------------------------------------------------------- torchvision
+
+
+def test_torchvision_mnist(tmp_path):
+    write_mnist(tmp_path)
+    data = load_data("MNIST", tmp_path, download=False)
+    assert (data.name, data.event_shape, data.levels) == ("mnist", (1, 28, 28), 256)
+    assert (len(data.train), len(data.validation), len(data.test)) == (36, 4, 10)
+    for split in SPLITS:
+        assert torch.equal(getattr(data, split)[:, 0, 0, 0].long(), data.labels[split])
+    assert data.labels["test"].tolist() == list(range(10))  # a given test set keeps its order
+
+
+def test_torchvision_files_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.MNIST.download", lambda self: pytest.fail("tried to download"))
+    with raises(DataError, "fashion-mnist", str(tmp_path / "none"), "--data-root", "download is off"):
+        load_data("fashion_mnist", tmp_path / "none", download=False)
+
+
+def test_torchvision_download_that_fails(tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    def download(self):
+        raise ConnectionResetError("no\nnetwork")
+
+    monkeypatch.setattr(datasets.MNIST, "download", download)
+    with raises(DataError, "mnist", str(tmp_path), "--data-root", "the download failed (no network)"):
+        load_data("mnist", tmp_path)
+
+
+def test_torchvision_downloads_only_what_is_not_there(tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    monkeypatch.setattr(datasets.MNIST, "download", lambda self: pytest.fail("tried to download"))
+    write_mnist(tmp_path)
+    load_data("mnist", tmp_path, download=True)
+
+
+def test_torchvision_file_cut_short(tmp_path):
+    file = write_mnist(tmp_path) / "train-images-idx3-ubyte"
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:-100])
+    with raises(DataError, str(file), f"expected {size} bytes", f"found {size - 100}"):
+        load_data("mnist", tmp_path, download=False)
+
+
+def test_torchvision_file_that_claims_too_much(tmp_path):
+    file = write_mnist(tmp_path) / "t10k-images-idx3-ubyte"
+    file.write_bytes(struct.pack(">4B3I", 0, 0, 8, 3, 2**31, 2**31, 28) + file.read_bytes()[16:])
+    with raises(DataError, f"expected {16 + 2**62 * 28} bytes", f"found {16 + 10 * 784}"):
+        load_data("mnist", tmp_path, download=False)
+
+
+def test_torchvision_packed_file_damaged(tmp_path):
+    file = write_mnist(tmp_path) / "train-images-idx3-ubyte"
+    content = file.read_bytes()
+    packed = gzip.compress(content)
+    file.unlink()
+    path = file.with_suffix(".gz")
+
+    cut = packed[: len(packed) // 2]
+    path.write_bytes(cut)
+    found = len(zlib.decompressobj(wbits=31).decompress(cut))
+    with raises(DataError, str(path), f"expected {len(content)} bytes", f"found {found};"):
+        load_data("mnist", tmp_path, download=False)
+
+    path.write_bytes(gzip.compress(content + bytes(10**7)))  # counted only until it is clear that it is too much
+    with pytest.raises(DataError, match=f"expected {len(content)} bytes.* found") as caught:
+        load_data("mnist", tmp_path, download=False)
+    assert f"found {len(content) + 10**7}" not in str(caught.value)
+
+    for damaged in (b"", packed[:-6] + bytes([packed[-6] ^ 1]) + packed[-5:], gzip.compress(b"something else")):
+        path.write_bytes(damaged)
+        with raises(DataError, str(path), "fetch it again"):
+            load_data("mnist", tmp_path, download=False)
+
+
+def test_torchvision_packed_file_is_to_be_unpacked_and_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.MNIST.download", lambda self: pytest.fail("tried to download"))
+    file = write_mnist(tmp_path) / "train-images-idx3-ubyte"
+    file.with_suffix(".gz").write_bytes(gzip.compress(file.read_bytes()))
+    load_data("mnist", tmp_path)
+    file.unlink()
+    with raises(DataError, str(file) + ".gz", "gunzip"):
+        load_data("mnist", tmp_path)
+
+
+def test_torchvision_labels_that_do_not_fit(tmp_path):
+    raw = write_mnist(tmp_path)
+    (raw / "t10k-labels-idx1-ubyte").write_bytes(struct.pack(">4BI", 0, 0, 8, 1, 3) + b"abc")
+    with raises(DataError, "10 rows in test", "(3,)"):
+        load_data("mnist", tmp_path, download=False)
+
+
+def test_emnist_is_turned_upright_and_balanced(tmp_path):
+    raw = write_mnist(tmp_path)
+    target = tmp_path / "EMNIST" / "raw"
+    target.mkdir(parents=True)
+    for theirs, ours in (("train", "train"), ("t10k", "test")):
+        for kind in ("images-idx3", "labels-idx1"):
+            (raw / f"{theirs}-{kind}-ubyte").rename(target / f"emnist-balanced-{ours}-{kind}-ubyte")
+    stored = np.frombuffer((target / "emnist-balanced-test-images-idx3-ubyte").read_bytes()[16:], np.uint8)
+    data = load_data("emnist", tmp_path, download=False)
+    assert np.array_equal(data.test.numpy()[:, 0], stored.reshape(-1, 28, 28).transpose(0, 2, 1))
+
+
+class Pictures:
+    """Stands in for torchvision's classes whose items are PIL images."""
+
+    def __init__(self, root, download, background=True, split=None, target_type=None):
+        self.rows = 30 if background and split in (None, "train") else 6
+        self.labels = split is None
+        self.size = (105, 105) if self.labels else (178, 218)
+
+    def __len__(self):
+        return self.rows
+
+    def __getitem__(self, index):
+        image = Image.new("RGB" if not self.labels else "1", self.size, (9, 9, index) if not self.labels else 1)
+        if not self.labels:
+            image.paste((200, 100, index), (15, 35, 163, 183))  # the central 148 x 148
+        else:
+            image.paste(0, (0, 0, 52, 105))
+        return image, index % 4 if self.labels else None
+
+
+def test_omniglot_is_28_by_28_with_bright_strokes(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.Omniglot", Pictures)
+    data = load_data("omniglot", tmp_path)
+    assert data.event_shape == (1, 28, 28)
+    assert data.test[:, :, :, :13].min() == 255
+    assert data.test[:, :, :, 15:].max() == 0
+    assert data.labels["test"].tolist() == [4, 5, 6, 7, 4, 5]  # other characters than those of training
+
+
+def test_celeba_is_the_central_square(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.CelebA", Pictures)
+    data = load_data("celeba", tmp_path)
+    assert (data.event_shape, len(data.train), len(data.validation), len(data.test)) == ((3, 64, 64), 30, 6, 6)
+    assert data.test[:, 0].unique().tolist() == [200]
+    assert data.test[:, 1].unique().tolist() == [100]
+    assert data.test[:, 2, 0, 0].tolist() == list(range(6))
+    assert data.labels["train"] is None
+
+
+REAL = os.environ.get("PYROVAE_DATA", "")
+
+
+@pytest.mark.skipif(not (Path(REAL) / "MNIST").is_dir() or not REAL, reason="PYROVAE_DATA names no folder with MNIST")
+def test_real_mnist():
+    data = load_data("mnist", REAL, download=False)
+    assert (len(data.train), len(data.validation), len(data.test)) == (55_000, 5_000, 10_000)
+    assert data.labels["test"][:5].tolist() == [7, 2, 1, 0, 4]
+    assert not data.notices
+    mean = data.test.double().mean() / 255
+    assert abs(data.rows("mass").test.double().mean() - mean) < 5 * math.sqrt(0.25 / data.test.numel())
+
+
+# ------------------------------------------------------------------------------------------------------------- faults
+
+
+def test_a_misspelt_name_gets_the_nearest():
+    with raises(UsageError, "did you mean 'fashion-mnist'", *NAMES):
+        load_data("fasion-mnist")
+    with raises(UsageError, "digits"):
+        load_data("")
+
+
+@pytest.mark.parametrize("source", ["missing/x.npz", "x.npy", "~/missing-folder/x"])
+def test_a_missing_file(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    resolved = str(tmp_path / source.removeprefix("~/"))
+    with raises(DataError, source, resolved, "no such file"):
+        load_data(source)
+
+
+def test_a_wrong_extension(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("x.mat").write_text("")
+    with raises(DataError, "x.mat", str(tmp_path / "x.mat"), "'.mat'", ".npz"):
+        load_data("x.mat")
+
+
+def test_a_folder_without_images(tmp_path):
+    with raises(DataError, str(tmp_path), "without images"):
+        load_data(tmp_path)
+
+
+def test_images_of_two_sizes(tmp_path):
+    write_images(tmp_path / "a", 2)
+    write_images(tmp_path / "b", 1, size=(7, 9))
+    with raises(DataError, str(tmp_path / "a" / "000.png"), "5x4", str(tmp_path / "b" / "000.png"), "7x9"):
+        load_data(tmp_path)
+
+
+def test_a_damaged_image(tmp_path):
+    write_images(tmp_path, 12, size=(50, 50))
+    file = tmp_path / "005.png"
+    file.write_bytes(file.read_bytes()[:60])
+    with raises(DataError, str(file), "not a whole image"):
+        load_data(tmp_path)
+
+
+def test_an_image_of_16_bits(tmp_path):
+    Image.fromarray(np.full((4, 5), 1000, np.uint16)).save(tmp_path / "a.png")
+    with raises(DataError, "a.png", "8-bit"):
+        load_data(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e300])
+def test_not_finite(tmp_path, suffix, bad):
+    x = FLOATS.astype(np.float64)
+    x[17, 2] = x[30, 0] = bad
+    with raises(DataError, "x", "2 values", f"the first {bad}", "row 17, column 2"):
+        load_data(saved(tmp_path / f"x{suffix}", x=x))
+
+
+def test_not_finite_in_the_test_rows(tmp_path):
+    x = FLOATS.copy()
+    x[4, 1] = np.nan
+    with raises(DataError, "test", "1 value NaN", "row 4, column 1"):
+        load_data(saved(tmp_path / "x.npz", x_train=FLOATS, x_test=x))
+
+
+@pytest.mark.parametrize("hole", ["", "NA", "nan", "inf"])
+def test_a_hole_in_a_csv(tmp_path, hole):
+    path = tmp_path / "x.csv"
+    path.write_text("a,b\n" + "1,2\n" * 9 + f"3,{hole}\n" + "5,6\n" * 9)
+    with raises(DataError, str(path), "1 value", "row 9, column 1 ('b')"):
+        load_data(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["empty"]),
+        ("a,b\n", ["empty"]),
+        ("a,b\n" + "1,2\n" * 9 + "3,dog\n" * 2, ["column 'b' is not numeric: 'dog' in row 9"]),
+        ("a,b\n" + "1,2\n" * 9 + "3,4,5\n", ["fields"]),
+        ("a,b\n" + "1,2,3\n" * 9, ["more fields than the 2"]),
+        ("y,label,a\n" + "1,2,3\n" * 9, ["two columns of labels"]),
+        ("y\n" + "1\n" * 9, ["empty"]),
+    ],
+)
+def test_csv_faults(tmp_path, text, words):
+    path = tmp_path / "x.csv"
+    path.write_text(text)
+    with raises(DataError, str(path), *words):
+        load_data(path)
+
+
+def test_csv_that_is_not_text(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_bytes(b"\xff\xfe\x00\x81" * 50)
+    with raises(DataError, str(path), "not a table"):
+        load_data(path)
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (np.zeros((0, 3), np.float32), ["empty", "(0, 3)"]),
+        (np.zeros((5, 0), np.float32), ["empty", "(5, 0)"]),
+        (np.zeros((1, 3), np.float32), ["1 row,", "too few"]),
+        (np.eye(2, dtype=np.float32), ["2 rows", "too few"]),
+        (np.zeros(10, np.float32), ["(10,)", "x.reshape(-1, 1)"]),
+        (np.float32(3), ["shape ()"]),
+        (np.zeros((9, 2), complex), ["complex128"]),
+        (np.full((9, 2), "a"), ["<U1"]),
+        (np.full((9, 2), b"a"), ["|S1"]),
+        (np.zeros((9, 2), "M8[s]"), ["datetime64"]),
+        (np.zeros((9, 2), [("a", "f4")]), ["'a'"]),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_arrays_that_are_no_rows(tmp_path, x, words, suffix):
+    with raises(DataError, "x" + suffix, *words):
+        load_data(saved(tmp_path / f"x{suffix}", x=x))
+
+
+class Trap:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self):
+        return pytest.fail, ("an object array was unpickled",)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_object_arrays_are_never_unpickled(tmp_path, suffix):
+    x = np.empty((5, 1), object)
+    x[:] = Trap()
+    with raises(DataError, "Python objects", "never unpickled", "float32"):
+        load_data(saved(tmp_path / f"x{suffix}", x=x))
+
+
+def test_pickled_bytes_are_no_array(tmp_path):
+    path = tmp_path / "x.npy"
+    path.write_bytes(pickle.dumps(Trap()))
+    with raises(DataError, str(path), "not a NumPy array"):
+        load_data(path)
+
+
+def test_train_and_test_of_different_shape_or_type(tmp_path):
+    with raises(DataError, "(3,)", "(2,)", "event shape"):
+        load_data(saved(tmp_path / "x.npz", x_train=FLOATS, x_test=FLOATS[:, :2]))
+    with raises(DataError, "float32", "uint8"):
+        load_data(saved(tmp_path / "x.npz", x_train=BITS, x_test=BITS.astype(np.float32)))
+
+
+@pytest.mark.parametrize("keys", [["images"], ["x_train"], ["x", "x_test"], ["x_test", "y"]])
+def test_npz_without_the_keys(tmp_path, keys):
+    with raises(DataError, "`x_train` and `x_test`", *keys):
+        load_data(saved(tmp_path / "x.npz", **dict.fromkeys(keys, FLOATS)))
+
+
+def test_labels_of_another_length(tmp_path):
+    with raises(DataError, "60 rows in train", "(59,)"):
+        load_data(saved(tmp_path / "x.npz", x=FLOATS, y=np.arange(59)))
+
+
+@pytest.mark.parametrize("y", [np.arange(60) / 7, np.zeros((60, 2))])
+def test_labels_of_no_use_are_said_to_be_left_out(tmp_path, y):
+    data = load_data(saved(tmp_path / "x.npz", x=FLOATS, y=y))
+    assert data.labels == dict.fromkeys(SPLITS)
+    assert any("labels are not used" in notice for notice in data.notices)
+
+
+def test_npy_cut_short(tmp_path):
+    path = Path(saved(tmp_path / "x.npy", x=FLOATS))
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-7])
+    with raises(DataError, str(path), f"expected {size} bytes", f"found {size - 7}"):
+        load_data(path)
+    path.write_bytes(path.read_bytes()[:20])
+    with raises(DataError, str(path), "not a NumPy array"):
+        load_data(path)
+    path.write_bytes(b"")
+    with raises(DataError, str(path), "not a NumPy array"):
+        load_data(path)
+
+
+def npy(shape: tuple[int, ...], content: bytes = b"") -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return stream.getvalue() + content
+
+
+def no_allocation(*arguments, **keywords):
+    pytest.fail("allocated or read before the header was checked")
+
+
+def test_npy_header_that_claims_too_much(tmp_path, monkeypatch):
+    path = tmp_path / "x.npy"
+    path.write_bytes(npy((10**9, 10**9), bytes(400)))
+    monkeypatch.setattr(np, "load", no_allocation)
+    with raises(DataError, str(path), f"expected {128 + 4 * 10**18} bytes", "found 528"):
+        load_data(path)
+    path.write_bytes(npy((-10, 10), bytes(400)))
+    with raises(DataError, "(-10, 10)"):
+        load_data(path)
+    path.write_bytes(b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**32 - 1) + bytes(400))
+    with raises(DataError, "not a NumPy array", "(2, 0)"):  # refused by its version, before 4 GB of header are read
+        load_data(path)
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.98])
+def test_npz_cut_short(tmp_path, keep):
+    path = Path(saved(tmp_path / "x.npz", x=FLOATS))
+    content = path.read_bytes()
+    kept = int(len(content) * keep)
+    path.write_bytes(content[:kept])
+    expected = max(kept, content.index(b"PK\x01\x02"))  # at least the member; the rest is not known
+    with raises(DataError, str(path), f"expected more than {expected} bytes", f"found {kept}"):
+        load_data(path)
+
+
+def test_npz_with_a_flipped_bit(tmp_path):
+    path = Path(saved(tmp_path / "x.npz", x=FLOATS))
+    content = bytearray(path.read_bytes())
+    content[400] ^= 1
+    path.write_bytes(content)
+    with raises(DataError, str(path), "x: damaged inside its archive"):
+        load_data(path)
+
+
+def test_npz_member_shorter_than_its_header_says(tmp_path, monkeypatch):
+    path = tmp_path / "x.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x.npy", npy((10**9, 10**9), bytes(400)))
+    monkeypatch.setattr(np.lib.format, "read_array", no_allocation)
+    with raises(DataError, str(path), f"expected {128 + 4 * 10**18} bytes", "found 528"):
+        load_data(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.npy", npy((11, 10), bytes(400)))
+    with raises(DataError, str(path), "expected 568 bytes", "found 528"):
+        load_data(path)
+
+
+def test_npz_packed_in_another_way(tmp_path):
+    path = tmp_path / "x.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("x.npy", npy((10, 10), bytes(400)))
+    with raises(DataError, str(path), "np.savez_compressed"):
+        load_data(path)
+
+
+def test_npz_directory_that_claims_more_than_it_can_unpack(tmp_path, monkeypatch):
+    path = tmp_path / "x.npz"
+    member = npy((10**6, 100), bytes(400))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.npy", member)
+    content = path.read_bytes()
+    claimed = 128 + 4 * 10**8
+    path.write_bytes(content.replace(struct.pack("<I", len(member)), struct.pack("<I", claimed)))
+    monkeypatch.setattr(np.lib.format, "read_array", no_allocation)
+    with raises(DataError, f"expected {claimed} bytes", "found"):
+        load_data(path)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".csv", ""])
+def test_data_larger_than_memory(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(data_module, "_available_memory", lambda: 10_000)
+    monkeypatch.setattr(np.lib.format, "read_array", no_allocation)
+    monkeypatch.setattr(np, "load", no_allocation)
+    path = tmp_path / f"x{suffix}"
+    x = np.zeros((40, 2000), np.float32)
+    if suffix in (".npy", ".npz"):
+        np.savez_compressed(path, x=x) if suffix == ".npz" else np.save(path, x)  # a small archive of a large array
+    elif suffix == ".csv":
+        np.savetxt(path, x, delimiter=",")
+    else:
+        write_images(path, 10, size=(80, 90))
+    with raises(DataError, str(path), "GiB of memory", "is available"):
+        load_data(path)
+
+
+def test_importing_data_imports_nothing_heavy():
+    code = (
+        "import sys, pyrovae.data; print([m for m in ('torchvision', 'sklearn', 'pandas', 'PIL') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_data_say_what_they_are_in_one_line():
+    assert isinstance(load_data("ring"), Data)
+    assert "tensor" not in repr(load_data("ring"))
