@@ -310,9 +310,7 @@ def resolve(given: Config) -> Config:
         )
         for name in ("elbo", "K", "M", "latent_dim"):
             config[name] = None
-        config["likelihood"] = choose("likelihood", given.get("likelihood"), None)
-        if config["likelihood"] and len(config["likelihood"]) > 1 and "scale" in dict(given["likelihood"] or {}):
-            refuse({"likelihood.scale": 1}, ("likelihood.scale",), "a mixture has covariances: --model.covariance")
+        config["likelihood"] = choose_measure(given.get("likelihood"))
     else:
         resolve_bound(config, given)
         layers = 2 if model["name"] == "hierarchical" else 1
@@ -324,7 +322,7 @@ def resolve(given: Config) -> Config:
         config["latent_dim"] = latent
         for part, default in (("prior", "StandardNormal"), ("guide", "MeanFieldNormal"), ("network", "mlp")):
             config[part] = choose(part, given.get(part), default)
-        config["likelihood"] = choose("likelihood", given.get("likelihood"), None)
+        config["likelihood"] = choose_likelihood(given.get("likelihood"))
         if config["guide"].get("rank", 1) > min(latent):
             raise UsageError(f"--guide.rank: {config['guide']['rank']} is more than --latent-dim {min(latent)}")
         if model["name"] == "hierarchical" and config["prior"]["name"] == "VampPrior":
@@ -377,6 +375,20 @@ def choose(part: str, value: Any, default: str | None) -> Any:
     return result
 
 
+def choose_likelihood(value: Any) -> Any:
+    """The likelihood of a VAE with its settings, or None if it is left to the data."""
+    return choose("likelihood", value, None)
+
+
+def choose_measure(value: Any) -> Any:
+    """The likelihood of a mixture, which only says whether it is a density or a mass."""
+    likelihood = choose_likelihood(value)
+    if likelihood and not isinstance(value, str):
+        used = {f"likelihood.{key}": item for key, item in dict(value).items() if key != "name"}
+        refuse(used, tuple(used), "a mixture has covariances of its own: --model.covariance")
+    return likelihood and {"name": likelihood["name"]}
+
+
 def refuse(given: Config, names: tuple[str, ...], why: str) -> None:
     """Refuse options that would be ignored."""
     used = [f"--{option(name)}" for name in names if given.get(name) is not None]
@@ -417,7 +429,8 @@ def build_rows(config: Config) -> "Rows":
     if config["likelihood"] is None:
         binarised = config["binarize"] is not None
         measure = "mass" if binarised else default_measure(data)
-        config["likelihood"] = choose("likelihood", "Bernoulli" if measure == "mass" else "Gaussian", None)
+        pick = choose_measure if config["model"]["name"] == "mixture" else choose_likelihood
+        config["likelihood"] = pick("Bernoulli" if measure == "mass" else "Gaussian")
     measure = "mass" if config["likelihood"]["name"] == "Bernoulli" else "density"
     rows = data.rows(measure, binarize=config["binarize"], standardize=config["standardize"])
     config["binarize"] = rows.binarize

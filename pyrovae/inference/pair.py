@@ -11,7 +11,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import pyro
@@ -129,15 +129,30 @@ def modules_of(program: Any, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
         named = [("", owner)] if isinstance(owner, nn.Module) else list(vars(owner).items())
         named.append(("", program.__func__))
     elif isinstance(program, FunctionType):
-        variables = inspect.getclosurevars(program)
-        named = [*variables.nonlocals.items(), *variables.globals.items()]
+        named = [*references_of(program)]
     else:
         return
     for name, value in named:
         if isinstance(value, nn.Module):
             yield name or type(value).__name__.lower(), value
+        elif isinstance(value, dict | list | tuple):
+            inside = value.values() if isinstance(value, dict) else value
+            yield from ((name, module) for module in inside if isinstance(module, nn.Module))
         elif callable(value) and not belongs_to_a_library(value):
             yield from modules_of(value, seen)
+
+
+def references_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """What a function refers to by name: what it closes over, its defaults, and globals, also in its inner functions."""
+    yield from inspect.getclosurevars(function).nonlocals.items()
+    for parameter in inspect.signature(function).parameters.values():
+        yield parameter.name, parameter.default
+    codes = [function.__code__]
+    for code in codes:  # grows while it is read
+        codes.extend(constant for constant in code.co_consts if isinstance(constant, CodeType))
+        for name in code.co_names:
+            if name in function.__globals__:
+                yield name, function.__globals__[name]
 
 
 def belongs_to_a_library(value: Any) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyrovae.errors import UsageError
-from pyrovae.models.networks import Network
+from pyrovae.models.networks import Network, check_event
 
 # Added to every scale: far below any scale that matters, it keeps 1/scale finite in single precision.
 SCALE_FLOOR = 1e-6
@@ -54,6 +54,7 @@ class Guide(nn.Module, ABC):
 
     def parameters_of(self, x: Tensor) -> Tensor:
         """The head's output for x (*batch, *event), shape (*batch, outputs)."""
+        check_event(x, self.event_shape)
         return self.head(self.encoder((x - self.shift) * self.rescale))
 
     @abstractmethod

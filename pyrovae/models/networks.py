@@ -75,13 +75,8 @@ class Network(nn.Module):
         Raises:
             UsageError: x does not end in `in_shape`, or the body does not return `out_shape`.
         """
-        dims = len(self.in_shape)
-        if x.shape[x.ndim - dims :] != self.in_shape:
-            raise UsageError(
-                f"x: expected event shape {self.in_shape}, got a tensor of shape {tuple(x.shape)}; "
-                "reshape x or build the network for its shape"
-            )
-        batch = x.shape[: x.ndim - dims]
+        check_event(x, self.in_shape)
+        batch = x.shape[: x.ndim - len(self.in_shape)]
         out = self.body(x.reshape(-1, *self.in_shape))
         if out.shape[1:] != self.out_shape:
             raise UsageError(f"network: expected output shape {self.out_shape}, got {tuple(out.shape[1:])}")
@@ -125,7 +120,8 @@ class MLP(Network):
     @property
     def output_bias(self) -> nn.Parameter | None:
         layers = list(self.body.children())
-        return layers[-2].bias if isinstance(layers[-2], nn.Linear) else None
+        last = layers[-2] if isinstance(layers[-1], nn.Unflatten) else None
+        return last.bias if isinstance(last, nn.Linear) else None
 
 
 class ConvEncoder(Network):
@@ -211,6 +207,15 @@ class ConvDecoder(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + self.bias
+
+
+def check_event(x: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse x (*batch, *event) of another event shape than `shape`, before anything broadcasts it."""
+    if x.ndim < len(shape) or x.shape[x.ndim - len(shape) :] != shape:
+        raise UsageError(
+            f"x: expected event shape {shape}, got a tensor of shape {tuple(x.shape)}; "
+            "reshape x or build the network for its shape"
+        )
 
 
 def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
