@@ -143,7 +143,7 @@ def modules_of(program: Any, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
 
 
 def references_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """What a function refers to by name: what it closes over, its defaults, and globals, also in its inner functions."""
+    """What a function refers to by name: variables it closes over, defaults, globals (inner functions' too)."""
     yield from inspect.getclosurevars(function).nonlocals.items()
     for parameter in inspect.signature(function).parameters.values():
         yield parameter.name, parameter.default

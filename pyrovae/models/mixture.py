@@ -1,0 +1,493 @@
+r"""The baselines with an exact log p(x): mixtures of Gaussians and of Bernoullis.
+
+A mixture is the latent variable model whose latent is one of C values, so nothing has to be estimated:
+
+    p(x) = sum_c w_c p(x | c),     log p(x) = logsumexp_c [ log w_c + log p(x | c) ]
+
+with p(x | c) = N(x; mu_c, Sigma_c) for real data, prod_d Bernoulli(x_d; pi_cd) for binary data. As a Pyro model the
+assignment is a site `c` enumerated in parallel and the guide is empty, so `TraceEnum_ELBO(max_plate_nesting=1)` is
+exactly -sum_n log p(x_n).
+
+EM climbs the same log p(x) without a step size. With responsibilities r_nc = p(c | x_n), proportional to
+w_c p(x_n | c), Jensen's inequality bounds log p(x) from below by an expected log-likelihood, with equality at the
+current parameters. Its maximiser is the M step, with N_c = sum_n r_nc:
+
+    w_c = N_c / N      mu_c = (1/N_c) sum_n r_nc x_n      pi_c = mu_c
+    S_c = (1/N_c) sum_n r_nc (x_n - mu_c)(x_n - mu_c)^T
+
+    full  Sigma_c = S_c     diagonal  diag(S_c)     spherical  (tr(S_c) / D) I     tied  sum_c (N_c / N) S_c
+
+Parameters are unconstrained, so that a gradient step is as lawful as an EM step: w is the softmax of `mixing_logits`,
+and a full or tied Sigma = L L^T with L = diag(exp(log_scale)) (I + strictly lower triangle of `unit_lower`), whose rows
+carry their scale apart because pixels differ in scale by a thousandfold. The floors act in the M step only; training by
+gradient is not held by them.
+
+EM runs in float64 whatever the dtype of the module, since covariances of images are too ill-conditioned for float32.
+`log_prob` and `model` compute in the module's dtype; float32 keeps six or seven digits of log p(x).
+
+References:
+    Dempster, Laird and Rubin 1977, Maximum Likelihood from Incomplete Data via the EM Algorithm.
+    Bishop 2006, Pattern Recognition and Machine Learning, chapter 9.
+"""
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.distributions.transforms import ReshapeTransform
+from torch.nn import functional as F
+
+from pyrovae.errors import DataError, NumericalError, UsageError
+
+COVARIANCES = ("full", "diagonal", "tied", "spherical")
+WEIGHTS = ("trainable", "uniform")
+
+# A component responsible for less than this many rows is empty: its mean would be noise.
+EMPTY = 1e-12
+# Numbers in the largest temporary of an E step: 8 MiB of float64.
+CHUNK = 2**20
+
+
+class Mixture(nn.Module, ABC):
+    """C components on one event shape, with weights that are trained or held equal.
+
+    A subclass gives the components (`component`, `component_log_prob`) and their M step (`_fit_components`); the
+    Pyro pair, log p(x), sampling, the k-means start and EM are written here, once.
+
+    Args:
+        event_shape: Shape of one datum; an int D means (D,).
+        components: C, at least 1.
+        weights: "trainable", or "uniform" to hold every weight at 1/C.
+    Raises:
+        UsageError: An argument outside its range or choices; the message names them.
+    """
+
+    measure: ClassVar[str]  # of p(x): "density" or "mass"
+    support: ClassVar[constraints.Constraint]  # of one number of x
+    mixing_logits: Tensor
+
+    def __init__(self, event_shape: int | Sequence[int], components: int, weights: str) -> None:
+        super().__init__()
+        self.event_shape = torch.Size([event_shape] if isinstance(event_shape, int) else event_shape)
+        self.event_numel = self.event_shape.numel()
+        self.components = components
+        if not self.event_shape or min(self.event_shape) < 1:
+            raise UsageError(
+                f"event_shape: expected positive sizes, got {tuple(self.event_shape)}; pass D for vectors"
+            )
+        if components < 1:
+            raise UsageError(
+                f"components: expected at least 1, got {components}; pass 1 for a single component"
+            )
+        _one_of("weights", weights, WEIGHTS)
+        equal = torch.zeros(components)
+        if weights == "trainable":
+            self.mixing_logits = nn.Parameter(equal)
+        else:
+            self.register_buffer("mixing_logits", equal)
+
+    @abstractmethod
+    def component(self, c: Tensor) -> dist.TorchDistribution:
+        """p(x | c) for integer c of any shape: batch shape that of c, event shape that of x."""
+
+    @abstractmethod
+    def component_log_prob(self, x: Tensor) -> Tensor:
+        """log p(x | c) in nats for every row and component, shape (N, C)."""
+
+    @abstractmethod
+    def _fit_components(self, x: Tensor, responsibilities: Tensor, chunk: int) -> None:
+        """Maximise sum_nc r_nc log p(x_n | c) in place, over `chunk` rows at a time; called in float64."""
+
+    @property
+    def weights(self) -> Tensor:
+        """Mixing weights w, shape (C,), summing to 1."""
+        return self.mixing_logits.softmax(-1)
+
+    def model(self, x: Tensor) -> None:
+        """Pyro model: sites `c`, enumerated in parallel, and `x`, observed, in the plate `data`."""
+        x = self._rows(x)
+        with pyro.plate("data", len(x)):
+            assignment = dist.Categorical(logits=self.mixing_logits)
+            c = pyro.sample("c", assignment, infer={"enumerate": "parallel"})
+            pyro.sample("x", self.component(c), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        """Pyro guide: empty, because the one latent site is summed out exactly."""
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Exact log p(x); differentiable.
+
+        Keeps about N * C * D numbers for the gradient: pass many images in batches.
+
+        Args:
+            x: Data, shape (N, *event); taken to the dtype and device of the parameters.
+        Returns:
+            log p(x) in nats, shape (N,).
+        Raises:
+            UsageError: x does not have the mixture's event shape.
+            DataError: x is outside the support.
+        """
+        self._check(x)
+        return self._joint(x).logsumexp(-1)
+
+    def responsibilities(self, x: Tensor) -> Tensor:
+        """p(c | x), shape (N, C), rows summing to 1; arguments and errors as `log_prob`."""
+        self._check(x)
+        return self._joint(x).softmax(-1)
+
+    @torch.no_grad()
+    def sample(self, n: int) -> Tensor:
+        """Draw n data from p(x) with torch's random state, shape (n, *event)."""
+        c = dist.Categorical(logits=self.mixing_logits).sample((n,))
+        x = self.mixing_logits.new_empty(n, *self.event_shape)
+        # One component at a time: indexing by all of c would copy a (D, D) factor for every draw.
+        for k in c.unique():
+            rows = c == k
+            x[rows] = self.component(k).sample((int(rows.sum()),))
+        return x
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor, seed: int = 0) -> None:
+        """Start from k-means, the start of scikit-learn's mixtures: hard assignments, then one M step.
+
+        With one component this is the maximum likelihood fit: the sample mean and covariance (plus the floor).
+
+        Args:
+            x: Data, shape (N, *event), N at least C.
+            seed: Of k-means alone; the global random states of torch and NumPy are left as they are.
+        Raises:
+            UsageError: x does not have the mixture's event shape, or has fewer rows than components.
+            DataError: x is outside the support.
+            NumericalError: A covariance is singular; a positive floor prevents it.
+        """
+        from sklearn.cluster import KMeans
+
+        self._check(x, fitting=True)
+        flat = x.detach().reshape(len(x), -1).cpu()
+        points = flat if flat.is_floating_point() else flat.float()
+        labels = KMeans(self.components, n_init=1, random_state=seed).fit_predict(points.numpy())
+        hard = F.one_hot(torch.from_numpy(labels).long(), self.components)
+        exact = copy.deepcopy(self).double()
+        exact._maximise(x, hard.to(exact.mixing_logits), self._chunk(None))
+        self.load_state_dict(exact.state_dict())
+
+    @torch.no_grad()
+    def em(
+        self, x: Tensor, max_iterations: int = 100, tolerance: float = 1e-3, batch_size: int | None = None
+    ) -> list[float]:
+        """Fit by expectation maximisation on all of x, from the current parameters; call `initialise` first.
+
+        Stops when an iteration gains less than `tolerance`. An iteration that would lose, which rounding and the
+        floor make possible near the end, is undone and ends the run; so the values returned never decrease, and the
+        last one belongs to the parameters left behind. A component that is responsible for no row keeps its
+        parameters and loses its weight.
+
+        Args:
+            x: Data, shape (N, *event), N at least C.
+            max_iterations: Most M steps to take.
+            tolerance: Least gain in nats per datum that is worth another iteration.
+            batch_size: Rows per chunk, which bounds memory and changes nothing else; by default 8 MiB worth.
+        Returns:
+            Mean log p(x) in nats per datum, at the start and after each iteration.
+        Raises:
+            UsageError: x does not have the mixture's event shape, or has fewer rows than components; an argument
+                is out of range.
+            DataError: x is outside the support.
+            NumericalError: A covariance is singular, or log p(x) is not finite.
+        """
+        self._check(x, fitting=True)
+        if max_iterations < 1:
+            raise UsageError(f"max_iterations: expected at least 1, got {max_iterations}; pass 1 or more")
+        chunk = self._chunk(batch_size)
+        exact = copy.deepcopy(self).double()
+        history: list[float] = []
+        for iteration in range(max_iterations + 1):
+            value, responsibilities = exact._expect(x, chunk)
+            if not math.isfinite(value):
+                raise NumericalError(
+                    f"em: expected a finite mean log p(x), got {value} after {iteration} iterations; "
+                    "check x for extreme values, or raise floor"
+                )
+            gain = value - history[-1] if history else math.inf
+            if gain < 0:
+                break
+            self.load_state_dict(exact.state_dict())
+            history.append(value)
+            if gain < tolerance or iteration == max_iterations:
+                break
+            exact._maximise(x, responsibilities, chunk)
+        return history
+
+    def extra_repr(self) -> str:
+        return f"event_shape={tuple(self.event_shape)}, components={self.components}"
+
+    def _joint(self, x: Tensor) -> Tensor:
+        """log p(x, c) in nats, shape (N, C)."""
+        return self.mixing_logits.log_softmax(-1) + self.component_log_prob(self._rows(x))
+
+    def _expect(self, x: Tensor, chunk: int) -> tuple[float, Tensor]:
+        """The E step: mean log p(x), and the responsibilities, shape (N, C)."""
+        joint = torch.cat([self._joint(rows) for rows in x.split(chunk)])
+        log_prob = joint.logsumexp(-1, keepdim=True)
+        return float(log_prob.mean()), (joint - log_prob).exp()
+
+    def _maximise(self, x: Tensor, responsibilities: Tensor, chunk: int) -> None:
+        """The M step, in place."""
+        if isinstance(self.mixing_logits, nn.Parameter):
+            # The logit of an empty component stays finite: weight decay would turn -inf into NaN.
+            smallest = torch.finfo(torch.float32).tiny
+            self.mixing_logits.copy_(responsibilities.mean(0).clamp_min(smallest).log())
+        self._fit_components(x, responsibilities, chunk)
+
+    def _means(self, x: Tensor, responsibilities: Tensor, counts: Tensor, chunk: int) -> Tensor:
+        """sum_n r_nc x_n / N_c, shape (C, D); meaningless where a component is empty."""
+        total = counts.new_zeros(self.components, self.event_numel)
+        for rows, r in zip(x.split(chunk), responsibilities.split(chunk), strict=True):
+            total += r.T @ self._rows(rows).flatten(1)
+        return total / counts.clamp_min(EMPTY).unsqueeze(-1)
+
+    def _chunk(self, batch_size: int | None) -> int:
+        if batch_size is not None and batch_size < 1:
+            raise UsageError(f"batch_size: expected at least 1, got {batch_size}; pass None for the default")
+        return batch_size or max(1, CHUNK // max(self.components, self.event_numel))
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """x, its event shape checked, in the dtype and on the device of the parameters."""
+        self._check_shape(x)
+        return x.to(self.mixing_logits)
+
+    def _check_shape(self, x: Tensor) -> None:
+        if x.dim() > 0 and x.shape[1:] == self.event_shape:
+            return
+        wanted, got = tuple(self.event_shape), tuple(x.shape[1:])
+        if x.shape == self.event_shape:
+            remedy = "pass x.unsqueeze(0) for a single datum"
+        elif x.dim() > 0 and x.shape[1:].numel() == self.event_numel:
+            remedy = f"pass x.reshape(-1, {', '.join(map(str, wanted))})"
+        else:
+            remedy = f"build the mixture with event_shape={got}"
+        raise UsageError(f"x: expected event shape {wanted}, got {got}; {remedy}")
+
+    def _check(self, x: Tensor, fitting: bool = False) -> None:
+        """Refuse x of another shape, outside the support, or too short to fit C components to."""
+        self._check_shape(x)
+        if not bool((self.support.check(x) & x.isfinite()).all()):
+            raise DataError(
+                f"x: expected values in {_describe(self.support)}, got others between {x.min().item():g} and "
+                f"{x.max().item():g}; clean or binarise the data, or use the mixture for its kind"
+            )
+        if fitting and len(x) < self.components:
+            raise UsageError(
+                f"x: expected at least {self.components} rows for {self.components} components, got {len(x)}; "
+                "pass more data or build the mixture with fewer components"
+            )
+
+
+class GaussianMixture(Mixture):
+    """Mixture of C Gaussians on real data; p(x) is a density.
+
+    Components start at standard normal means (drawn as torch draws any layer's parameters) with unit covariance.
+
+    Args:
+        event_shape: Shape of one datum; an int D means (D,).
+        components: C, at least 1.
+        covariance: "full", "diagonal", "tied" (one full matrix for all components) or "spherical".
+        weights: "trainable", or "uniform" to hold every weight at 1/C.
+        floor: Variance added to each dimension in the M step, in squared units of x; scikit-learn's `reg_covar`. It
+            keeps a component that collapses onto few rows positive definite.
+    Raises:
+        UsageError: An argument outside its range or choices; the message names them.
+    Example:
+        >>> mixture = GaussianMixture(2, components=3)
+        >>> x = torch.randn(100, 2)
+        >>> mixture.initialise(x)
+        >>> history = mixture.em(x)
+        >>> mixture.log_prob(x).shape
+        torch.Size([100])
+    """
+
+    measure = "density"
+    support = constraints.real
+
+    def __init__(
+        self,
+        event_shape: int | Sequence[int],
+        components: int = 10,
+        covariance: str = "full",
+        weights: str = "trainable",
+        floor: float = 1e-6,
+    ) -> None:
+        super().__init__(event_shape, components, weights)
+        _one_of("covariance", covariance, COVARIANCES)
+        if not 0 <= floor < math.inf:
+            raise UsageError(f"floor: expected a variance of at least 0, got {floor}; the default is 1e-6")
+        self.covariance, self.floor = covariance, floor
+        C, D = components, self.event_numel
+        self.means = nn.Parameter(torch.randn(C, *self.event_shape))
+        scales = {"full": (C, D), "diagonal": (C, D), "tied": (1, D), "spherical": (C, 1)}[covariance]
+        self.log_scale = nn.Parameter(torch.zeros(scales))
+        if covariance in ("full", "tied"):
+            self.unit_lower = nn.Parameter(torch.zeros(*scales, D))
+
+    @property
+    def scale_tril(self) -> Tensor:
+        """Cholesky factors L of the covariances, shape (C, D, D)."""
+        C, D = self.components, self.event_numel
+        if self.covariance in ("full", "tied"):
+            return _factor(self.log_scale, self.unit_lower).expand(C, D, D)
+        return torch.diag_embed(self.log_scale.exp().expand(C, D))
+
+    @property
+    def covariances(self) -> Tensor:
+        """Covariance of each flattened component, shape (C, D, D) whatever its kind."""
+        return self.scale_tril @ self.scale_tril.mT
+
+    def component(self, c: Tensor) -> dist.TorchDistribution:
+        """N(mu_c, Sigma_c) for integer c of any shape: batch shape that of c, event shape that of x."""
+        means = self.means.flatten(1)[c]
+        if self.covariance == "full":
+            flat = dist.MultivariateNormal(means, scale_tril=_factor(self.log_scale[c], self.unit_lower[c]))
+        elif self.covariance == "tied":
+            flat = dist.MultivariateNormal(means, scale_tril=_factor(self.log_scale[0], self.unit_lower[0]))
+        else:
+            flat = dist.Normal(means, self.log_scale.exp()[c]).to_event(1)
+        return dist.TransformedDistribution(
+            flat, [ReshapeTransform(torch.Size([self.event_numel]), self.event_shape)]
+        )
+
+    def component_log_prob(self, x: Tensor) -> Tensor:
+        """log N(x; mu_c, Sigma_c) in nats for every row and component, shape (N, C)."""
+        # One component at a time: a triangular solve on (N, D) each, where broadcasting would hold (N, C, D).
+        every = torch.arange(self.components, device=self.means.device)
+        return torch.stack([self.component(c).log_prob(x) for c in every], -1)
+
+    def _fit_components(self, x: Tensor, responsibilities: Tensor, chunk: int) -> None:
+        counts = responsibilities.sum(0)
+        live = counts > EMPTY
+        _overwrite(self.means, self._means(x, responsibilities, counts, chunk).view_as(self.means), live)
+
+        scatter = self._scatter(x, responsibilities, chunk)
+        if self.covariance == "tied":
+            scatter, counts = scatter.sum(0, keepdim=True), counts.sum(0, keepdim=True)
+            live = counts > EMPTY
+        if self.covariance in ("diagonal", "spherical"):
+            variances = scatter / counts.clamp_min(EMPTY).unsqueeze(-1) + self.floor
+            if self.covariance == "spherical":
+                variances = variances.mean(-1, keepdim=True)
+            self._require_positive(variances[live].min() > 0)
+            _overwrite(self.log_scale, variances.log() / 2, live)
+        else:
+            identity = torch.eye(self.event_numel).to(scatter)
+            covariances = scatter / counts.clamp_min(EMPTY)[:, None, None] + self.floor * identity
+            covariances[~live] = identity  # not used, but it has to factorise
+            factor, failed = torch.linalg.cholesky_ex(covariances)
+            self._require_positive(~failed.any())
+            scale = factor.diagonal(dim1=-2, dim2=-1)
+            _overwrite(self.log_scale, scale.log(), live)
+            _overwrite(self.unit_lower, (factor / scale.unsqueeze(-1)).tril(-1), live)
+
+    def _require_positive(self, positive: Tensor) -> None:
+        if not bool(positive):
+            raise NumericalError(
+                f"x: expected positive definite covariances, got a singular one with floor={self.floor:g}; "
+                "raise floor, or use fewer components or covariance='diagonal'"
+            )
+
+    def _scatter(self, x: Tensor, responsibilities: Tensor, chunk: int) -> Tensor:
+        """N_c S_c about the current means: (C, D, D), or its diagonal (C, D) where no more is needed."""
+        C, D = self.components, self.event_numel
+        dense = self.covariance in ("full", "tied")
+        means = self.means.flatten(1)
+        total = means.new_zeros((C, D, D) if dense else (C, D))
+        for rows, r in zip(x.split(chunk), responsibilities.split(chunk), strict=True):
+            flat = self._rows(rows).flatten(1)
+            for c in range(C):
+                # Between images most responsibilities underflow to zero; such rows add nothing and cost D^2 each.
+                counted = r[:, c] > 0
+                residual, weight = flat[counted] - means[c], r[counted, c].unsqueeze(-1)
+                weighted = weight * residual
+                total[c] += weighted.T @ residual if dense else (weighted * residual).sum(0)
+        return total
+
+
+class BernoulliMixture(Mixture):
+    """Mixture of C products of Bernoullis on binary data; p(x) is a probability mass on {0, 1}^D.
+
+    Components start at probabilities near 1/2, told apart by a little noise.
+
+    Args:
+        event_shape: Shape of one datum; an int D means (D,).
+        components: C, at least 1.
+        weights: "trainable", or "uniform" to hold every weight at 1/C.
+        floor: The M step keeps probabilities in [floor, 1 - floor], in (0, 1/2), which is the constrained maximum. It
+            decides what a pixel costs that was never on in training: -log(floor), 6.9 nats by default.
+    Raises:
+        UsageError: An argument outside its range or choices; the message names them.
+    """
+
+    measure = "mass"
+    support = constraints.boolean
+
+    def __init__(
+        self,
+        event_shape: int | Sequence[int],
+        components: int = 10,
+        weights: str = "trainable",
+        floor: float = 1e-3,
+    ) -> None:
+        super().__init__(event_shape, components, weights)
+        if not 0 < floor < 0.5:
+            raise UsageError(
+                f"floor: expected a probability between 0 and 0.5, got {floor}; the default is 1e-3"
+            )
+        self.floor = floor
+        self.logits = nn.Parameter(0.1 * torch.randn(components, *self.event_shape))
+
+    @property
+    def means(self) -> Tensor:
+        """Probabilities pi of a one, shape (C, *event)."""
+        return self.logits.sigmoid()
+
+    def component(self, c: Tensor) -> dist.TorchDistribution:
+        """prod_d Bernoulli(pi_cd) for integer c of any shape: batch shape that of c, event shape that of x."""
+        return dist.Bernoulli(logits=self.logits[c]).to_event(len(self.event_shape))
+
+    def component_log_prob(self, x: Tensor) -> Tensor:
+        """log p(x | c) in nats for every row and component, shape (N, C)."""
+        # x l - softplus(l), summed over dimensions: one matrix product, where broadcasting would hold (N, C, D).
+        logits = self.logits.flatten(1)
+        return x.flatten(1) @ logits.T + F.logsigmoid(-logits).sum(-1)
+
+    def _fit_components(self, x: Tensor, responsibilities: Tensor, chunk: int) -> None:
+        counts = responsibilities.sum(0)
+        probabilities = self._means(x, responsibilities, counts, chunk).clamp(self.floor, 1 - self.floor)
+        _overwrite(self.logits, probabilities.logit().view_as(self.logits), counts > EMPTY)
+
+
+def _factor(log_scale: Tensor, unit_lower: Tensor) -> Tensor:
+    """L = diag(exp(log_scale)) (I + strictly lower triangle of unit_lower)."""
+    identity = torch.eye(log_scale.shape[-1], dtype=log_scale.dtype, device=log_scale.device)
+    return log_scale.exp().unsqueeze(-1) * (identity + unit_lower.tril(-1))
+
+
+def _overwrite(parameter: Tensor, value: Tensor, live: Tensor) -> None:
+    """Copy `value` into the parameter, except in the components that are not live."""
+    parameter.copy_(torch.where(live.view(-1, *[1] * (value.dim() - 1)), value, parameter))
+
+
+def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UsageError(
+            f"{name}: expected one of {', '.join(choices)}, got {value!r}; pass one of those names"
+        )
+
+
+def _describe(support: constraints.Constraint) -> str:
+    return "{0, 1}" if support is constraints.boolean else "the real numbers"

@@ -1,0 +1,667 @@
+"""One contract for every prior, likelihood and guide, and for the networks under them."""
+
+import ast
+import copy
+import itertools
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyro.distributions as dist
+import pytest
+import torch
+from conftest import EXACT, assert_mean
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+from torch.testing import assert_close
+
+import pyrovae
+from pyrovae.errors import DataError, UsageError
+from pyrovae.models import (
+    MLP,
+    VAE,
+    Bernoulli,
+    ConvDecoder,
+    ConvEncoder,
+    FullCovarianceNormal,
+    Gaussian,
+    HierarchicalVAE,
+    LowRankNormal,
+    MeanFieldNormal,
+    MixtureOfGaussians,
+    Network,
+    StandardNormal,
+    VampPrior,
+)
+from pyrovae.models.guides import SCALE_FLOOR, Guide
+from pyrovae.models.likelihoods import Likelihood
+from pyrovae.models.priors import Prior
+
+Z = 2
+
+
+def encoder(shape: tuple[int, ...]) -> Network:
+    if len(shape) == 1:
+        return MLP(shape, hidden=(7,))
+    return ConvEncoder(shape, channels=(3, 4), hidden=6, activation="silu")
+
+
+def decoder(shape: tuple[int, ...], latent_dim: int = Z) -> Network:
+    if len(shape) < 3:
+        return MLP(latent_dim, shape, hidden=(7,))
+    return ConvDecoder(latent_dim, shape, channels=(3, 4), hidden=6, activation="silu")
+
+
+GUIDES: dict[str, Callable[[], Guide]] = {
+    f"{cls.__name__}-{kind}": lambda cls=cls, shape=shape, options=options: cls(encoder(shape), Z, **options)
+    for cls, options in ((MeanFieldNormal, {}), (FullCovarianceNormal, {}), (LowRankNormal, {"rank": 1}))
+    for kind, shape in (("MLP", (4,)), ("Conv", (1, 5, 3)))
+}
+PRIORS: dict[str, Callable[[], Prior]] = {
+    "StandardNormal": lambda: StandardNormal(Z),
+    "MixtureOfGaussians": lambda: MixtureOfGaussians(Z, components=3),
+    **{
+        f"VampPrior({name})": lambda make=make: VampPrior(g := make(), g.event_shape, components=3)
+        for name, make in GUIDES.items()
+    },
+}
+LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {
+    "Bernoulli-MLP": lambda: Bernoulli(decoder((4,))),
+    "Bernoulli-Conv": lambda: Bernoulli(decoder((1, 2, 3))),
+    "Gaussian(0.7)-MLP": lambda: Gaussian(decoder((2,)), 0.7),
+    "Gaussian(0.7)-Conv": lambda: Gaussian(decoder((1, 2, 1)), 0.7),
+    "Gaussian(learned)-MLP": lambda: Gaussian(decoder((2,)), "learned"),
+    "Gaussian(per-dimension)-MLP": lambda: Gaussian(decoder((2,)), "per-dimension"),
+    "Gaussian(per-dimension)-Conv": lambda: Gaussian(decoder((1, 2, 1)), "per-dimension"),
+    "Gaussian(predicted)-MLP": lambda: Gaussian(decoder((2, 2)), "predicted"),
+    "Gaussian(predicted)-Conv": lambda: Gaussian(decoder((2, 1, 2)), "predicted"),
+}
+PARTS = {**GUIDES, **LIKELIHOODS, **PRIORS}
+
+
+def every(parts: dict) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("name", parts)
+
+
+def build(name: str) -> nn.Module:
+    """The part in double precision, its parameters away from any special start."""
+    part = PARTS[name]().double()
+    guide = [part._guide[0].double()] if isinstance(part, VampPrior) else []
+    with torch.no_grad():
+        for module in (part, *guide):
+            for parameter in module.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return part
+
+
+def apply(part: nn.Module, batch: tuple[int, ...]) -> tuple[dist.Distribution, Tensor]:
+    """The part's distribution for a random input of that batch shape, and the input."""
+    if isinstance(part, Prior):
+        return part().expand(batch), torch.zeros(*batch, 0)
+    shape = part.event_shape if isinstance(part, Guide) else part.latent_shape
+    value = torch.randn(*batch, *shape, dtype=torch.float64)
+    return part(value), value
+
+
+def event_shape(part: nn.Module) -> tuple[int, ...]:
+    return part.event_shape if isinstance(part, Likelihood) else (Z,)
+
+
+def values(part: nn.Module, batch: tuple[int, ...]) -> Tensor:
+    """Random values in the support."""
+    out = torch.randn(*batch, *event_shape(part), dtype=torch.float64)
+    return (out > 0).double() if isinstance(part, Bernoulli) else out
+
+
+@every(PARTS)
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=str)
+def test_batch_is_the_loop_over_its_elements(name: str, batch: tuple[int, ...]) -> None:
+    """For every batch shape: event and batch shapes as documented, and each log_prob that of its element alone."""
+    part = build(name)
+    p, given = apply(part, batch)
+    value = values(part, batch)
+    assert p.batch_shape == batch
+    assert p.event_shape == event_shape(part)
+    assert p.sample().shape == (*batch, *event_shape(part))
+    found = p.log_prob(value)
+    assert found.shape == batch
+    for index in itertools.product(*map(range, batch)):
+        alone = part() if isinstance(part, Prior) else part(given[index])
+        assert_close(found[index], alone.log_prob(value[index]), **EXACT)
+    if batch:
+        assert found.std() > 1e-3
+
+
+@every(PARTS)
+def test_gradients_reach_every_parameter(name: str) -> None:
+    """No parameter is dead: a VampPrior reaches its guide's too, though it does not own them."""
+    part = build(name)
+    p, _ = apply(part, (5,))
+    loss = p.log_prob(values(part, (5,))).square().sum()
+    if isinstance(part, StandardNormal):
+        assert not list(part.parameters())
+        return
+    loss.backward()
+    parameters = dict(part.named_parameters())
+    if isinstance(part, VampPrior):
+        assert set(parameters) == {"pseudo_inputs"}
+        parameters |= dict(part._guide[0].named_parameters())
+    assert parameters
+    for parameter_name, parameter in parameters.items():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.abs().max() > 0, parameter_name
+
+
+def density_on_a_grid(p: dist.Distribution, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Points (P, 2) and probabilities (P,) of a density in two dimensions, by the trapezoid rule."""
+    draws = p.sample((2000,)).flatten(1)
+    centre, reach = draws.mean(0), 10 * draws.std(0)
+    axes = [torch.linspace(c - r, c + r, 401, dtype=torch.float64) for c, r in zip(centre, reach, strict=True)]
+    points = torch.cartesian_prod(*axes)
+    cell = math.prod((axis[1] - axis[0]).item() for axis in axes)
+    return points, p.log_prob(points.reshape(-1, *shape)).exp() * cell
+
+
+CONTINUOUS = [name for name in PARTS if not name.startswith("Bernoulli")]
+
+
+@every(CONTINUOUS)
+def test_density_integrates_to_1_and_is_what_is_sampled(name: str) -> None:
+    """Quadrature over the plane: total 1, and the first and second moments are those of samples to 5 s.e."""
+    part = build(name)
+    with torch.no_grad():
+        p, _ = apply(part, ())
+        points, mass = density_on_a_grid(p, event_shape(part))
+        assert mass.sum().item() == pytest.approx(1, abs=1e-6)
+        samples = p.sample((20_000,)).flatten(1)
+        moments = torch.cat([samples, samples**2, samples.prod(1, keepdim=True), samples.tanh()], 1)
+        wanted = torch.cat([points, points**2, points.prod(1, keepdim=True), points.tanh()], 1)
+        assert_mean(moments, mass @ wanted)
+
+
+@pytest.mark.parametrize("name", ["Bernoulli-MLP", "Bernoulli-Conv"])
+def test_masses_sum_to_1_and_are_what_is_sampled(name: str) -> None:
+    """All 2^D images: total 1, and their frequencies are those of samples to 5 s.e."""
+    part = build(name)
+    p, z = apply(part, ())
+    D = math.prod(part.event_shape)
+    images = torch.tensor(list(itertools.product([0.0, 1.0], repeat=D)), dtype=torch.float64)
+    mass = p.log_prob(images.reshape(-1, *part.event_shape)).exp().detach()
+    assert mass.sum().item() == pytest.approx(1, abs=1e-10)
+    samples = p.sample((20_000,)).flatten(1)
+    assert_mean(samples, mass @ images, least=0.03)
+    assert_mean(samples.unsqueeze(2) * samples.unsqueeze(1), torch.einsum("p,pi,pj->ij", mass, images, images))
+    probability = torch.sigmoid(part.decoder(z)).flatten()
+    assert_close(mass @ images, probability, **EXACT)
+
+
+@pytest.mark.parametrize("name", [n for n in PRIORS if n != "StandardNormal"])
+def test_mixture_priors_against_an_explicit_loop(name: str) -> None:
+    """log p(z) = log sum_c pi_c p_c(z), one component at a time, also under plates."""
+    prior = build(name)
+    z = torch.randn(4, 5, Z, dtype=torch.float64)
+    total = torch.zeros(4, 5, dtype=torch.float64)
+    for c in range(prior.components):
+        if isinstance(prior, VampPrior):
+            weight, component = 1 / prior.components, prior._guide[0](prior.pseudo_inputs[c])
+        else:
+            weight = prior.logits.softmax(0)[c]
+            scale = prior.floor + softplus(prior.raw_scale[c])
+            component = dist.MultivariateNormal(prior.loc[c], torch.diag(scale**2))
+        total = total + weight * component.log_prob(z).exp()
+    assert_close(prior().log_prob(z), total.log(), **EXACT)
+    assert_close(prior().expand((4, 5)).log_prob(z), total.log(), **EXACT)
+
+
+@pytest.mark.parametrize("latent_dim", [1, 2, 3])
+def test_standard_normal(latent_dim: int) -> None:
+    """-(Z log 2 pi + |z|^2)/2."""
+    z = torch.randn(6, latent_dim, dtype=torch.float64)
+    wanted = -(latent_dim * math.log(2 * math.pi) + z.square().sum(-1)) / 2
+    assert_close(StandardNormal(latent_dim).double()().log_prob(z), wanted, **EXACT)
+
+
+def test_guides_say_the_parameters_they_document() -> None:
+    """N(m, diag s^2), N(m, L L'), N(m, F F' + diag s^2), from the head's output in the documented order."""
+    z = 3
+    x = torch.randn(5, 4, dtype=torch.float64)
+    for guide in (MeanFieldNormal(MLP(4), z), FullCovarianceNormal(MLP(4), z), LowRankNormal(MLP(4), z, rank=2)):
+        guide.double()
+        out, q = guide.parameters_of(x), guide(x)
+        scale = softplus(out[:, z : 2 * z]) + SCALE_FLOOR
+        if isinstance(guide, FullCovarianceNormal):
+            L = torch.diag_embed(scale)
+            for k, (i, j) in enumerate([(1, 0), (2, 0), (2, 1)]):
+                L[:, i, j] = out[:, 2 * z + k]
+            covariance = L @ L.mT
+        elif isinstance(guide, LowRankNormal):
+            F = 0.1 * out[:, 2 * z :].reshape(5, z, 2)
+            covariance = F @ F.mT + torch.diag_embed(scale**2)
+        else:
+            covariance = torch.diag_embed(scale**2)
+        wanted = dist.MultivariateNormal(out[:, :z], covariance)
+        value = torch.randn(7, 5, z, dtype=torch.float64)
+        assert_close(q.log_prob(value), wanted.log_prob(value), **EXACT)
+        assert_close(q.mean, out[:, :z], **EXACT)
+
+
+@every(PARTS)
+def test_state_dict_round_trip(name: str) -> None:
+    """A part loaded with another's state is that part."""
+    first = build(name)
+    torch.manual_seed(1)
+    second = build(name)
+    if isinstance(first, VampPrior):  # the guide's parameters belong to the pair
+        second._guide[0].load_state_dict(first._guide[0].state_dict())
+    batch = (3,)
+    torch.manual_seed(2)
+    p, given = apply(first, batch)
+    value = values(first, batch)
+
+    def other() -> Tensor:
+        return (second() if isinstance(second, Prior) else second(given)).log_prob(value)
+
+    if not isinstance(first, StandardNormal):
+        assert (other() - p.log_prob(value)).abs().max() > 1e-3
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(other(), (first() if isinstance(first, Prior) else first(given)).log_prob(value))
+
+
+@every(PARTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtype_follows(name: str, dtype: torch.dtype) -> None:
+    """Everything a part computes has the dtype of its parameters, and float32 agrees with float64."""
+    exact = build(name)
+    part = copy.deepcopy(exact).to(dtype)
+    if isinstance(part, VampPrior):
+        part._guide[0].to(dtype)
+    p, given = apply(exact, (3,))
+    value = values(exact, (3,))
+    q = part() if isinstance(part, Prior) else part(given.to(dtype))
+    assert q.sample().dtype == q.mean.dtype == q.log_prob(value.to(dtype)).dtype == dtype
+    tolerance = 1e-3 if dtype == torch.float32 else 1e-12
+    assert_close(q.log_prob(value.to(dtype)).double(), p.log_prob(value), rtol=tolerance, atol=tolerance)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How parts start, and their floors
+
+
+@pytest.mark.parametrize("name", ["Bernoulli-MLP", "Bernoulli-Conv"])
+def test_bernoulli_starts_at_the_mean_of_the_data(name: str) -> None:
+    """decoder(z) less what the weights add is the logit of the mean, clipped to [0.001, 0.999], element by element."""
+    part = build(name)
+    x = torch.bernoulli(torch.rand(part.event_shape).double().expand(50, *part.event_shape))
+    x[:, ..., 0] = 1.0
+    x[:, ..., 1] = 0.0
+    z = torch.randn(6, Z, dtype=torch.float64)
+    weights_add = part.decoder(z) - part.decoder.output_bias.reshape(part.event_shape)
+    part.initialise(x)
+    assert_close(part.decoder(z) - weights_add, torch.logit(x.mean(0).clamp(1e-3, 1 - 1e-3)).expand(6, *x.shape[1:]))
+    assert x.mean(0).std() > 0.1
+
+
+@pytest.mark.parametrize("name", [n for n in LIKELIHOODS if n.startswith("Gaussian")])
+def test_gaussian_starts_at_the_moments_of_the_data(name: str) -> None:
+    """With the weights' part removed, mean and standard deviation are those of x: per element, or pooled if learned."""
+    part = build(name)
+    spread = torch.tensor([0.5, 2.0]).double().reshape(part.event_shape)
+    x = 3 + spread * torch.randn(400, *part.event_shape, dtype=torch.float64)
+    z = torch.randn(6, Z, dtype=torch.float64)
+    shape = part.decoder.out_shape
+    weights_add = part.decoder(z) - part.decoder.output_bias.reshape(shape)
+    part.initialise(x)
+    start = (part.decoder(z) - weights_add).detach()
+    deviation = (x - x.mean(0)).square().mean(0).sqrt()
+    if part.scale == "predicted":
+        start, raw_scale = start.unbind(1)
+        scale = part.floor + softplus(raw_scale)
+    else:
+        scale = part.loc_and_scale(z)[1]
+    if part.scale == "learned":
+        deviation = deviation.square().mean().sqrt()
+    elif part.scale == 0.7:
+        deviation = torch.tensor(0.7, dtype=torch.float64)
+    assert_close(start, x.mean(0).expand_as(start), **EXACT)
+    assert_close(scale, deviation.expand_as(scale), rtol=0, atol=1e-8)
+
+
+@every(GUIDES)
+def test_guides_start_centred(name: str) -> None:
+    """After `initialise` the encoder sees data of mean 0 and mean square 1."""
+    guide = build(name)
+    seen = []
+    guide.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    x = 4 + 3 * torch.randn(30, *guide.event_shape, dtype=torch.float64)
+    guide(x)
+    guide.initialise(x)
+    guide(x)
+    assert torch.equal(seen[0], x)
+    assert_close(seen[1].mean(0), torch.zeros(guide.event_shape).double(), **EXACT)
+    assert seen[1].square().mean().item() == pytest.approx(1, abs=1e-10)
+
+
+def test_vamp_prior_starts_at_rows_of_the_data() -> None:
+    """Pseudo-inputs are distinct rows while they last, and no two are equal when they do not."""
+    x = 10 * torch.randn(6, 4, dtype=torch.float64)
+    for components in (4, 6, 15):
+        prior = VampPrior(MeanFieldNormal(MLP(4), Z).double(), 4, components).double()
+        prior.initialise(x)
+        distance = torch.cdist(prior.pseudo_inputs.detach(), x)
+        rows = distance.argmin(1)
+        assert (distance.min(1).values < 0.2).all()
+        counts = rows.bincount(minlength=6)
+        assert counts.max() - counts.min() <= 1
+        apart = torch.cdist(prior.pseudo_inputs, prior.pseudo_inputs) + torch.eye(components)
+        assert (apart > 1e-4).all()
+
+
+@pytest.mark.parametrize("scale", ["learned", "per-dimension", "predicted"])
+def test_gaussian_scale_has_a_floor_and_says_so(scale: str) -> None:
+    """No parameter drives the scale below the floor, and `scale_at_floor` is the share of elements that are there."""
+    part = Gaussian(decoder((2, 4) if scale == "predicted" else (4,)), scale, floor=0.05).double()
+    z = torch.randn(6, Z, dtype=torch.float64)
+    assert part.scale_at_floor(z) == 0
+    with torch.no_grad():
+        if scale == "predicted":
+            part.decoder.output_bias.view(2, 4)[1, :2] = -1e4
+        elif scale == "per-dimension":
+            part.raw_scale[:2] = -1e4
+        else:
+            part.raw_scale.fill_(-1e4)
+    found = part(z).stddev
+    share = 1.0 if scale == "learned" else 0.5
+    assert (found >= 0.05).all()
+    assert (found == 0.05).double().mean() == share
+    assert part.scale_at_floor(z) == share
+    assert Gaussian(decoder((4,)), 0.01).scale_at_floor(z.float()) == 0
+
+
+@pytest.mark.parametrize("name", ["MeanFieldNormal-MLP", "FullCovarianceNormal-MLP", "LowRankNormal-MLP"])
+def test_guide_scale_has_a_floor(name: str) -> None:
+    """The smallest scale of a guide is SCALE_FLOOR."""
+    guide = build(name)
+    with torch.no_grad():
+        guide.head.weight.zero_()
+        guide.head.bias[:Z] = 0
+        guide.head.bias[Z : 2 * Z] = -1e4
+        guide.head.bias[2 * Z :] = 0
+    variance = guide(torch.zeros(guide.event_shape).double()).variance
+    assert_close(variance.sqrt(), torch.full((Z,), SCALE_FLOOR, dtype=torch.float64), rtol=1e-9, atol=0)
+
+
+def test_mixture_of_gaussians_scale_has_a_floor() -> None:
+    """No component collapses to a point."""
+    prior = MixtureOfGaussians(Z, components=3, floor=0.1).double()
+    with torch.no_grad():
+        prior.raw_scale.fill_(-1e4)
+    assert_close(prior().component_distribution.stddev, torch.full((3, Z), 0.1, dtype=torch.float64), **EXACT)
+
+
+def test_measures_and_support() -> None:
+    """Masses and densities are told apart, and data without probability is refused with what was found."""
+    bernoulli, gaussian = Bernoulli(decoder((4,))), Gaussian(decoder((4,)))
+    assert (bernoulli.measure, gaussian.measure) == ("mass", "density")
+    bernoulli.check_support(torch.tensor([[0.0, 1.0, 1.0, 0.0]]))
+    with pytest.raises(DataError, match=r"from 0 to 255 with 2 elements neither 0 nor 1.*binarise"):
+        bernoulli.check_support(torch.tensor([[0.0, 1.0, 255.0, 0.5]]))
+    gaussian.check_support(torch.randn(3, 4))
+    with pytest.raises(DataError, match="2 that are not"):
+        gaussian.check_support(torch.tensor([[0.0, math.nan, math.inf, 0.5]]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 7, 5), (1, 1, 3), (6, 9), (2, 3, 5, 4)], ids=str)
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=str)
+def test_a_convolution_never_sees_a_particle_dimension(shape: tuple[int, ...], batch: tuple[int, ...]) -> None:
+    """Leading dimensions are flattened into one: rank 4 at every convolution, values those of the loop, any size."""
+    networks = [ConvEncoder(shape, (3, 4), 6).double(), ConvDecoder(Z, shape, (3, 4), 6).double()]
+    seen: list[int] = []
+    for network in networks:
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_pre_hook(lambda _, args: seen.append(args[0].ndim))
+        seen.clear()
+        x = torch.randn(*batch, *network.in_shape, dtype=torch.float64)
+        out = network(x)
+        assert seen == [4, 4]
+        assert out.shape == (*batch, *network.out_shape)
+        for index in itertools.product(*map(range, batch)):
+            assert_close(out[index], network(x[index]), **EXACT)
+    assert networks[1].out_shape == shape
+
+
+def test_any_module_in_a_network_gets_the_same_manners() -> None:
+    """A wrapped body sees one batch dimension; with several particles its output is that of the flattened rows."""
+    ranks = []
+
+    class Body(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            ranks.append(x.ndim)
+            return x.cumsum(1)
+
+    network = Network(Body(), 3, 3)
+    x = torch.randn(4, 2, 3)
+    assert torch.equal(network(x), x.cumsum(-1))
+    assert ranks == [2]
+    assert network.output_bias is None
+    with pytest.raises(UsageError, match=r"\(2,\).*\(3,\)"):
+        Network(Body(), 3, 2)(x)
+
+
+def test_mlp_is_the_layers_it_says() -> None:
+    """in -> hidden with its activation -> out, linear at the end when an output is asked for."""
+    x = torch.randn(5, 4, dtype=torch.float64)
+    mlp = MLP(4, (2, 3), hidden=(8, 6), activation="relu").double()
+    first, second, last = [m for m in mlp.modules() if isinstance(m, nn.Linear)]
+    wanted = last(torch.relu(second(torch.relu(first(x))))).reshape(5, 2, 3)
+    assert_close(mlp(x), wanted, **EXACT)
+    features = MLP(4, hidden=(8,), activation="tanh").double()
+    assert_close(features(x), torch.tanh(next(m for m in features.modules() if isinstance(m, nn.Linear))(x)), **EXACT)
+    assert features.output_bias is None
+    assert mlp.output_bias is last.bias
+    assert MLP(4, hidden=()).output_bias is None
+    dropout = MLP(4, 3, hidden=(50,), dropout=0.5).double()
+    assert not torch.equal(dropout(x), dropout(x))
+    assert torch.equal(dropout.eval()(x), dropout(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs of parts
+
+
+def hierarchy() -> HierarchicalVAE:
+    return HierarchicalVAE(
+        StandardNormal(2),
+        [MeanFieldNormal(MLP(2, hidden=(5,)), 3)],
+        Gaussian(MLP(3, 4, hidden=(5,))),
+        [MeanFieldNormal(MLP(4, hidden=(5,)), 3), FullCovarianceNormal(MLP(3, hidden=(5,)), 2)],
+    ).double()
+
+
+def test_sampling_is_ancestral_and_decodes_means() -> None:
+    """E of `sample` is E p(x) by hand: top layer, conditional, decoder mean."""
+    vae = hierarchy()
+    n = 20_000
+    with torch.no_grad():
+        z2 = torch.randn(n, 2, dtype=torch.float64)
+        z1 = vae.conditionals[0](z2).sample()
+        byhand = vae.likelihood.decoder(z1)
+        samples = vae.sample(n)
+    assert samples.shape == (n, 4)
+    for f in (lambda v: v, torch.square):
+        difference = f(samples) - f(byhand)
+        assert_mean(difference, 0.0, least=0.1)
+    assert vae.latent_sites == ["z1", "z2"]
+
+
+def test_encode_decode_reconstruct() -> None:
+    """Means of q(z1|x), of p(x|z1), and of one after the other."""
+    vae = hierarchy()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    loc = vae.guides[0].parameters_of(x)[:, :3]
+    assert_close(vae.encode(x), loc.detach(), **EXACT)
+    assert_close(vae.decode(loc), vae.likelihood.decoder(loc).detach(), **EXACT)
+    assert_close(vae.reconstruct(x), vae.likelihood.decoder(loc).detach(), **EXACT)
+    bernoulli = VAE(StandardNormal(2), Bernoulli(MLP(2, 4)), MeanFieldNormal(MLP(4), 2)).double()
+    z = torch.randn(3, 2, dtype=torch.float64)
+    assert_close(bernoulli.decode(z), torch.sigmoid(bernoulli.likelihood.decoder(z)).detach(), **EXACT)
+    assert bernoulli.latent_sites == ["z"]
+
+
+def test_a_vamp_pair_names_each_parameter_once_and_survives_a_copy() -> None:
+    """The guide is shared, not copied: one name per parameter, and a deep copy's prior follows the copy's guide."""
+    guide = MeanFieldNormal(MLP(4), 2)
+    vae = VAE(VampPrior(guide, 4, components=3), Bernoulli(MLP(2, 4)), guide).double()
+    names = [name for name, _ in vae.named_parameters(remove_duplicate=False)]
+    assert len({id(p) for p in vae.parameters()}) == len(names)
+    other = copy.deepcopy(vae)
+    z = torch.randn(3, 2, dtype=torch.float64)
+    before = vae.prior().log_prob(z)
+    with torch.no_grad():
+        other.guides[0].head.bias.add_(1.0)
+    assert torch.equal(vae.prior().log_prob(z), before)
+    assert (other.prior().log_prob(z) - before).abs().max() > 0.01
+
+
+def parts_of_a_hierarchy(**changes: object) -> dict:
+    parts = {
+        "prior": StandardNormal(2),
+        "conditionals": [MeanFieldNormal(MLP(2), 3)],
+        "likelihood": Gaussian(MLP(3, 4)),
+        "guides": [MeanFieldNormal(MLP(4), 3), MeanFieldNormal(MLP(3), 2)],
+    }
+    return {**parts, **changes}
+
+
+MISMATCHES = {
+    "guide's input": (
+        {"likelihood": Gaussian(MLP(3, 5))},
+        r"likelihood's output is \(5,\), the guide's input is \(4,\)",
+    ),
+    "decoder's input": ({"likelihood": Gaussian(MLP(6, 4))}, r"latent_dim is \(3,\), the decoder's input is \(6,\)"),
+    "next guide": (
+        {"guides": [MeanFieldNormal(MLP(4), 3), MeanFieldNormal(MLP(7), 2)]},
+        r"latent_dim is \(3,\), the next guide's input is \(7,\)",
+    ),
+    "conditional's output": (
+        {"conditionals": [MeanFieldNormal(MLP(2), 5)]},
+        r"latent_dim is \(3,\), the conditional's is \(5,\)",
+    ),
+    "conditional's input": (
+        {"conditionals": [MeanFieldNormal(MLP(8), 3)]},
+        r"latent_dim is \(2,\), the conditional's input is \(8,\)",
+    ),
+    "prior": ({"prior": StandardNormal(9)}, r"latent_dim is \(2,\), the prior's is \(9,\)"),
+    "count": ({"conditionals": []}, r"0 conditionals need 1 guides, got 2"),
+}
+
+
+@pytest.mark.parametrize("arrow", MISMATCHES)
+def test_mismatched_parts_are_refused_with_both_sides(arrow: str) -> None:
+    """Every arrow of the graph is checked at construction; the message names both sides and their shapes."""
+    HierarchicalVAE(**parts_of_a_hierarchy())
+    changes, message = MISMATCHES[arrow]
+    with pytest.raises(UsageError, match=message):
+        HierarchicalVAE(**parts_of_a_hierarchy(**changes))
+
+
+REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
+    "x": (lambda: MLP(4, 2)(torch.zeros(3, 5)), r"\(4,\).*\(3, 5\)"),
+    "rank of x": (lambda: ConvEncoder((1, 5, 5))(torch.zeros(5, 5)), r"\(1, 5, 5\).*\(5, 5\)"),
+    "pseudo-inputs": (lambda: VampPrior(MeanFieldNormal(MLP(4), 2), 5, 3)(), r"\(4,\).*\(3, 5\)"),
+    "activation": (lambda: MLP(4, activation="sine"), "one of tanh, .*'sine'"),
+    "hidden": (lambda: MLP(4, hidden=(3, 0)), r"hidden.*\[3, 0\]"),
+    "channels": (lambda: ConvDecoder(2, (1, 4, 4), channels=(0,)), "channels"),
+    "image": (lambda: ConvEncoder(784), r"\(784,\); use an MLP"),
+    "latent_dim": (lambda: StandardNormal(0), "latent_dim.*at least 1, got 0"),
+    "guide latent_dim": (lambda: MeanFieldNormal(MLP(4), 0), "latent_dim.*at least 1, got 0"),
+    "components": (lambda: MixtureOfGaussians(2, components=0), "components.*got 0"),
+    "rank": (lambda: LowRankNormal(MLP(4), 2, rank=3), "rank.*latent_dim = 2, got 3"),
+    "features": (lambda: MeanFieldNormal(MLP(4, (2, 2)), 2), r"encoder.*\(2, 2\)"),
+    "scale": (lambda: Gaussian(MLP(2, 4), "lerned"), "scale.*'lerned'"),
+    "negative scale": (lambda: Gaussian(MLP(2, 4), -1.0), r"scale.*-1\.0"),
+    "floor": (lambda: Gaussian(MLP(2, 4), floor=-1.0), r"floor.*-1\.0"),
+    "predicted": (lambda: Gaussian(MLP(2, 4), "predicted"), r"\(2, \*event\), got \(4,\)"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_arguments_that_make_no_sense_are_refused(case: str) -> None:
+    """The message names the argument, what was wanted and what came."""
+    make, message = REFUSALS[case]
+    with pytest.raises(UsageError, match=message):
+        make()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The package
+
+
+PACKAGE = Path(pyrovae.__file__).parent
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module a source file imports, at any depth."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = ".".join(path.relative_to(PACKAGE.parent).parts[: -node.level]) + "." if node.level else ""
+            found |= {f"{package}{node.module or ''}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize(("here", "never"), [("models", "inference"), ("inference", "models")])
+def test_import_direction(here: str, never: str) -> None:
+    """Models never import inference, nor inference models; neither imports the commands."""
+    files = sorted((PACKAGE / here).glob("**/*.py"))
+    assert len(files) >= 5
+    for path in files:
+        for name in imports_of(path):
+            for forbidden in (never, "fit", "evaluate", "compare"):
+                assert f"{name}.".find(f"pyrovae.{forbidden}.") != 0, f"{path.name} imports {name}"
+
+
+def in_a_fresh_process(code: str) -> str:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.slow
+def test_importing_changes_nothing_global() -> None:
+    """Random states, default dtype, threads, validation and the parameter store are what torch and Pyro made them."""
+    code = """
+import random, numpy, torch, pyro, torch.distributions as td
+def state():
+    return (torch.get_rng_state().tolist(), random.getstate(), str(numpy.random.get_state()),
+            torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(),
+            td.Distribution._validate_args, pyro.settings.get(), list(pyro.get_param_store().keys()),
+            torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision())
+before = state()
+import pyrovae, pyrovae.models, pyrovae.inference
+from pyrovae import VAE, IWAE, log_marginal
+assert state() == before
+print("unchanged")
+"""
+    assert in_a_fresh_process(code) == "unchanged"
+
+
+@pytest.mark.slow
+def test_import_is_light() -> None:
+    """`import pyrovae` loads nothing heavy; models and inference need no plotting, no data sets, no ArviZ."""
+    code = """
+import sys, pyrovae
+heavy = ("torchvision", "sklearn", "arviz", "matplotlib")
+assert not [name for name in heavy if name in sys.modules], "import pyrovae"
+import pyrovae.models
+print(*[name for name in heavy if name in sys.modules])
+"""
+    assert in_a_fresh_process(code) == ""
