@@ -304,7 +304,7 @@ def observations(model: "Model", fitted: "Fit", rows: "Rows", device: Any) -> li
         share = model.likelihood.scale_at_floor(model.encode(rows.validation[:500].to(device)))
         if share > 0:
             notes.append(
-                f"the likelihood's scale is at its floor of {model.likelihood.floor:g} for {100 * share:.0f} % of the "
+                f"the likelihood's scale is at its floor of {model.likelihood.floor:g} for {100 * share:.2g} % of the "
                 "elements: the density there is set by the floor (--likelihood.floor), not by the data"
             )
     return notes

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +49,8 @@ class Checkpoint:
     notices: tuple[str, ...] = ()
 
 
-def save(run: Path, checkpoint: Checkpoint, best_step: int | None = None) -> None:
-    """Write a checkpoint, then remove all but the newest two and that of `best_step`.
+def save(run: Path, checkpoint: Checkpoint, best: Iterable[int | None] = ()) -> None:
+    """Write a checkpoint, then remove all but the newest two and those of the steps in `best`.
 
     Raises:
         OutputError: the disk refused; earlier checkpoints are intact.
@@ -87,8 +87,9 @@ def save(run: Path, checkpoint: Checkpoint, best_step: int | None = None) -> Non
         if type(error).__name__ != "SafetensorError":
             raise
         raise OutputError(f"checkpoint {target}: could not be written ({error}); earlier ones are intact") from error
-    for old in steps(run)[2:]:
-        if old != best_step:
+    kept = {*steps(run)[:2], *best}
+    for old in steps(run):
+        if old not in kept:
             shutil.rmtree(folder / name_of(old), ignore_errors=True)
 
 

@@ -9,21 +9,23 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyro
 import torch
+from pyro import poutine
 from pyro.infer import ELBO as PyroELBO
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from pyrovae.errors import CheckpointError, NumericalError, OutputError, UsageError
+from pyrovae.errors import CheckpointError, DataError, NumericalError, OutputError, PyrovaeError, UsageError
 from pyrovae.inference import checkpoint as checkpoints
 from pyrovae.inference.diagnostics import measure
-from pyrovae.inference.log_weights import draw
+from pyrovae.inference.log_weights import draw, sample_sites
 from pyrovae.inference.objectives import ELBO, Bound, Objective
 from pyrovae.inference.pair import Pair, Program, evaluating
 from pyrovae.inference.seeding import derive_seed, seeded
@@ -196,6 +198,7 @@ class Trainer:
         self.progress = Progress()
         self.notices: list[str] = []
         self.best_weights: dict[str, Tensor] | None = None
+        self.kept_best: int | None = None  # best step as of the checkpoint before
 
     @contextmanager
     def accelerated(self) -> Iterator[None]:
@@ -222,6 +225,15 @@ class Trainer:
         self.pair.to(self.device)
         self.data = self.data.to(self.device)
         self.validation = None if self.validation is None else self.validation.to(self.device)
+        if self.validation is not None and not self.validation.isfinite().all():
+            bad = (~self.validation.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+            raise DataError(
+                f"validation: {len(bad)} rows are not finite, the first being {bad[:5]}; repair or drop them"
+            )
+        if directory is not None and not resume and checkpoints.steps(directory):
+            raise UsageError(
+                f"directory: {directory} holds the checkpoints of another run; pass resume=True, or choose another"
+            )
         self.discover()
         trainable = self.pair.trainable()
         if not trainable:
@@ -235,12 +247,21 @@ class Trainer:
 
     def discover(self) -> None:
         """Run the pair once with a gradient: it must work, and every parameter should get one."""
-        x = self.transform(self.data[: min(2, self.batch_size)])
-        if isinstance(self.objective, Objective):
-            self.pair.discover(x)
+        rows = torch.arange(min(2, self.batch_size), device=self.device)
+        x = self.transform(self.data[rows])
         before = getattr(self.objective, "step", 0)
-        self.objective.differentiable_loss(self.pair.model, self.pair.guide, x).backward()
+        with self.diagnosing(x, rows), poutine.trace(param_only=True) as declared:
+            self.objective.differentiable_loss(self.pair.model, self.pair.guide, x).backward()
         self.objective.step = before
+        known = {id(p) for p in self.pair.parameters()}
+        for name, site in declared.trace.nodes.items():
+            if id(value := site["value"].unconstrained()) not in known:
+                self.pair.stored[name] = value
+        if self.pair.stored and self.world > 1:
+            raise UsageError(
+                f"fit: pyro.param {', '.join(self.pair.stored)}: several processes train torch modules only; declare "
+                "parameters in a module"
+            )
         idle = [name for name, p in self.pair.trainable().items() if p.grad is None]
         if idle:
             self.notices.append(f"no gradient reaches {', '.join(idle)}: the loss does not depend on them")
@@ -304,44 +325,68 @@ class Trainer:
         """One gradient step on some rows; returns the objective summed over them."""
         state = self.progress
         mine = rows[self.rank :: self.world]
+        # A process without rows of its own still has to take part: it does so with a loss of nothing.
+        share = float(len(mine) > 0) * self.world
+        mine = mine if len(mine) else rows[:1]
         torch.manual_seed(derive_seed(self.seed, "step", state.step, self.rank))
         x = self.transform(self.data[mine])
         self.objective.step = state.step
-        # Processes' gradients are averaged; times their number, the average is the gradient of the sum over all rows.
-        loss = self.loss(x) * self.world
-        loss.backward()
+        with self.diagnosing(x, mine):
+            # Processes' gradients are averaged; times their number, that is the gradient of the sum over all rows.
+            loss = self.loss(x) * share
+            loss.backward()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         # One transfer from the device for both.
         value, size = torch.stack([loss.detach().double() / self.world, norm.double()]).tolist()
         if not (math.isfinite(value) and math.isfinite(size)):
+            what = f"the loss is {value}" if not math.isfinite(value) else "a gradient is not finite"
+            message = self.diagnose(x, mine, what)
             self.optimizer.zero_grad(set_to_none=True)
-            raise NumericalError(self.diagnose(x, mine, value))
+            raise NumericalError(message)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.world > 1:
             value = self.accelerator.reduce(torch.tensor(value, device=self.device), "sum").item()
         return -value
 
-    def diagnose(self, x: Tensor, rows: Tensor, loss: float) -> str:
-        """Say which rows and which site made a loss or gradient that is not finite."""
+    @contextmanager
+    def diagnosing(self, x: Tensor, rows: Tensor) -> Iterator[None]:
+        """Tell a distribution that was given NaN or infinite numbers, which Pyro refuses, from other faults."""
+        try:
+            yield
+        except ValueError as error:
+            broken = not x.isfinite().all() or any(not p.isfinite().all() for p in self.pair.trainable().values())
+            if isinstance(error, PyrovaeError) or not (broken or "Expected parameter" in str(error)):
+                raise
+            reason = str(error).split("\n")[0].removesuffix(", but found invalid values:")
+            raise NumericalError(self.diagnose(x, rows, f"a distribution was refused ({reason})")) from error
+
+    def diagnose(self, x: Tensor, rows: Tensor, what: str) -> str:
+        """Say which rows, sites and parameters make a loss or gradient that is not finite."""
         state = self.progress
-        what = f"the loss is {loss}" if not math.isfinite(loss) else "a gradient is not finite"
-        where = ""
-        torch.manual_seed(derive_seed(self.seed, "step", state.step, self.rank))
-        self.transform(self.data[rows])
+        wrong = (~x.isfinite()).flatten(1).any(1)
+        sites: list[str] = []
         if isinstance(self.objective, Objective):
+            torch.manual_seed(derive_seed(self.seed, "step", state.step, self.rank))
+            self.transform(self.data[rows])
             k = self.objective.num_averages * self.objective.num_particles
-            with torch.no_grad():
+            with torch.no_grad(), suppress(ValueError), pyro.validation_enabled(False):
                 particles = draw(self.pair.model, self.pair.guide, x, k)
-            bad = (~particles.log_weights.isfinite()).any(0)
-            names = [
-                name
-                for name, site in particles.model_trace.nodes.items()
-                if site["type"] == "sample" and not torch.as_tensor(site["value"]).isfinite().all()
-            ] or [name for name, p in self.pair.trainable().items() if not p.isfinite().all()]
-            if bad.any():
-                where = f" in rows {rows[bad][:5].tolist()}" + (f", site {', '.join(names)}" if names else "")
+                bad = (~particles.log_weights.isfinite()).any(0)
+                wrong = wrong if wrong.any() else bad
+                latents = particles.latents
+                terms = {name: latent.log_prior + latent.log_guide for name, latent in latents.items()}
+                observed = [name for name in sample_sites(particles.model_trace) if name not in latents]
+                terms[", ".join(observed)] = particles.log_likelihood
+                sites = [name for name, term in terms.items() if not term.isfinite().all()]
+        named = self.pair.trainable().items()
+        parameters = [name for name, p in named if not p.isfinite().all()]
+        gradients = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
+        where = f" in rows {rows[wrong][:5].tolist()}" if wrong.any() else ""
+        for kind, names in (("site", sites), ("parameter", parameters), ("gradient of", gradients)):
+            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            where += f", {kind} {shown}" if names else ""
         last = f"the last good step is {state.step - 1}" if state.step else "no step has been taken"
         kept = f"; the checkpoints in {self.directory} are intact" if self.directory else ""
         return (
@@ -382,10 +427,16 @@ class Trainer:
         """Bounds and their terms on the validation rows, with the same noise at every epoch."""
         assert self.validation is not None
         torch.manual_seed(derive_seed(self.seed, "validation"))
+        batches = self.validation.split(max(self.batch_size, 100))
         with evaluating(self.pair.model, self.pair.guide):
-            report = measure(
-                self.pair.model, self.pair.guide, self.validation.split(max(self.batch_size, 100)), self.objective
-            )
+            try:
+                report = measure(self.pair.model, self.pair.guide, batches, self.objective)
+            except ValueError as error:
+                if isinstance(error, PyrovaeError) or "Expected parameter" not in str(error):
+                    raise
+                rows = torch.arange(len(self.validation), device=self.device)
+                what = f"on the validation rows a distribution was refused ({str(error).splitlines()[0]})"
+                raise NumericalError(self.diagnose(self.validation, rows, what)) from error
         renamed = {"bound": "validation_bound", "elbo": "validation_elbo"}
         return {renamed.get(name, name): value for name, value in report.items()}
 
@@ -401,9 +452,10 @@ class Trainer:
             "run": self.identity(),
             "environment": self.environment(),
         }
-        checkpoints.save(
-            self.directory, checkpoints.Checkpoint(state.step, self.pair.tensors(), training), state.best_step
-        )
+        # The newest two stay, so the best of either has to stay as well.
+        best = (state.best_step, self.kept_best)
+        checkpoints.save(self.directory, checkpoints.Checkpoint(state.step, self.pair.tensors(), training), best)
+        self.kept_best = state.best_step
 
     def restore(self) -> None:
         """Take over the newest whole checkpoint of the directory."""
@@ -425,7 +477,7 @@ class Trainer:
         if self.scheduler is not None and saved.training["scheduler"] is not None:
             self.scheduler.load_state_dict(saved.training["scheduler"])
         self.progress = Progress(**saved.training["progress"])
-        best = self.progress.best_step
+        best = self.kept_best = self.progress.best_step
         if self.validation is not None and best is not None:
             same = best == saved.step
             weights = saved.weights if same else checkpoints.load(self.directory, best).weights
@@ -436,6 +488,7 @@ class Trainer:
         checksum = derive_seed(str(self.data[:: max(1, len(self.data) // 1000)].cpu().numpy().tobytes()))
         return {
             "objective": describe_objective(self.objective),
+            "optimizer": type(self.optimizer).__name__,
             "seed": self.seed,
             "batch_size": self.batch_size,
             "processes": self.world,

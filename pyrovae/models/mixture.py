@@ -79,13 +79,9 @@ class Mixture(nn.Module, ABC):
         self.event_numel = self.event_shape.numel()
         self.components = components
         if not self.event_shape or min(self.event_shape) < 1:
-            raise UsageError(
-                f"event_shape: expected positive sizes, got {tuple(self.event_shape)}; pass D for vectors"
-            )
+            raise UsageError(f"event_shape: expected positive sizes, got {tuple(self.event_shape)}; pass D for vectors")
         if components < 1:
-            raise UsageError(
-                f"components: expected at least 1, got {components}; pass 1 for a single component"
-            )
+            raise UsageError(f"components: expected at least 1, got {components}; pass 1 for a single component")
         _one_of("weights", weights, WEIGHTS)
         equal = torch.zeros(components)
         if weights == "trainable":
@@ -358,9 +354,7 @@ class GaussianMixture(Mixture):
             flat = dist.MultivariateNormal(means, scale_tril=_factor(self.log_scale[0], self.unit_lower[0]))
         else:
             flat = dist.Normal(means, self.log_scale.exp()[c]).to_event(1)
-        return dist.TransformedDistribution(
-            flat, [ReshapeTransform(torch.Size([self.event_numel]), self.event_shape)]
-        )
+        return dist.TransformedDistribution(flat, [ReshapeTransform(torch.Size([self.event_numel]), self.event_shape)])
 
     def component_log_prob(self, x: Tensor) -> Tensor:
         """log N(x; mu_c, Sigma_c) in nats for every row and component, shape (N, C)."""
@@ -444,9 +438,7 @@ class BernoulliMixture(Mixture):
     ) -> None:
         super().__init__(event_shape, components, weights)
         if not 0 < floor < 0.5:
-            raise UsageError(
-                f"floor: expected a probability between 0 and 0.5, got {floor}; the default is 1e-3"
-            )
+            raise UsageError(f"floor: expected a probability between 0 and 0.5, got {floor}; the default is 1e-3")
         self.floor = floor
         self.logits = nn.Parameter(0.1 * torch.randn(components, *self.event_shape))
 
@@ -484,9 +476,7 @@ def _overwrite(parameter: Tensor, value: Tensor, live: Tensor) -> None:
 
 def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise UsageError(
-            f"{name}: expected one of {', '.join(choices)}, got {value!r}; pass one of those names"
-        )
+        raise UsageError(f"{name}: expected one of {', '.join(choices)}, got {value!r}; pass one of those names")
 
 
 def _describe(support: constraints.Constraint) -> str:
