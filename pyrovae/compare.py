@@ -120,7 +120,7 @@ def table(scored: Sequence[Scored]) -> "pd.DataFrame":
                 "elbo": None if entry.exact else result.elbo.mean().item(),
             }
         )
-    return pd.DataFrame(records, columns=list(COLUMNS))
+    return pd.DataFrame(records, columns=list(COLUMNS)).astype({"K": "Int64"})
 
 
 def readable(frame: "pd.DataFrame", rows: "Rows") -> "pd.DataFrame":

@@ -33,7 +33,7 @@ from pyrovae.inference.pair import evaluating
 # Elements of x decoded at once when `chunk_size` is not given: 64 MiB in single precision for each activation.
 ELEMENTS_AT_ONCE = 2**24
 # ArviZ fits no tail to fewer draws.
-LEAST_DRAWS_FOR_TAIL = 25
+LEAST_DRAWS_FOR_TAIL = 30
 
 
 @dataclass(frozen=True)

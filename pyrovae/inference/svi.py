@@ -347,7 +347,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.world > 1:
-            value = self.accelerator.reduce(torch.tensor(value, device=self.device), "sum").item()
+            value = self.accelerator.reduce(torch.tensor(value, dtype=torch.float64, device=self.device), "sum").item()
         return -value
 
     @contextmanager

@@ -114,7 +114,12 @@ class HierarchicalVAE(nn.Module):
         return z
 
     def model(self, x: Tensor) -> Tensor:
-        """p(x, z) as a Pyro model, for x of shape (N, *event)."""
+        """p(x, z) as a Pyro model, for x of shape (N, *event).
+
+        Raises:
+            DataError: x has values outside the support of the likelihood.
+        """
+        self.likelihood.check_support(x)
         with pyro.plate("data", len(x)):
             z = self.latent(self.latent_sites)
             return pyro.sample("x", self.likelihood(z), obs=x)
