@@ -1,9 +1,11 @@
 """python -m pyrovae.fit: train a pair on data, score it, and keep all of it in a run directory."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,9 +98,15 @@ def shown(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def leading() -> bool:
+    """Whether this is the only process, or the one of several that writes and speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(text: str) -> None:
-    """Print a line at once."""
-    print(text, flush=True)
+    """Print a line at once; of several processes one speaks."""
+    if leading():
+        print(text, flush=True)
 
 
 def command(words: Sequence[str]) -> int:
@@ -112,6 +120,8 @@ def command(words: Sequence[str]) -> int:
     if output["resume"]:
         directory, config = resumed(options, output)
     else:
+        if "seed" not in options and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UsageError("--seed: several processes must be given one, so that they agree")
         config = resolve(options)
         directory = None if output["out"] is None else Path(str(output["out"]))
     for note in warnings(config):
@@ -136,12 +146,13 @@ def command(words: Sequence[str]) -> int:
 
     if directory is None:
         directory = fresh_directory(title(config))
-    if not output["resume"]:
+    if not output["resume"] and leading():
         claim(directory, config, bool(output["overwrite"]))
-    with lock(directory) as notice:
+    with lock(directory) if leading() else nullcontext() as notice:
         if notice:
             say(f"note: {notice}")
-        write_config(directory, config)
+        if leading():
+            write_config(directory, config)
         announce(config, rows, model, directory, device.type)
         fitted, signal = train(config, rows, model, directory, bool(output["resume"]), device)
         for note in fitted.notices:
@@ -150,7 +161,8 @@ def command(words: Sequence[str]) -> int:
             say(f"stopped at epoch {len(fitted.history) + 1}, step {fitted.step}; the state is saved. Continue with")
             say(f"  python -m pyrovae.fit --resume {directory}")
             return 128 + signal
-        conclude(config, rows, model, directory, fitted, time.perf_counter() - started, not output["no_plots"])
+        if leading():
+            conclude(config, rows, model, directory, fitted, time.perf_counter() - started, not output["no_plots"])
     return 0
 
 

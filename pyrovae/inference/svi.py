@@ -136,7 +136,8 @@ def fit(
         transform: Maps a batch of rows to x, e.g. a binarisation drawn anew at every step.
         patience: Stop after so many epochs without a better validation bound.
         seed: Of the order of rows and all noise. The caller's random state is restored.
-        device: "cpu", "cuda", ...; None: where Accelerate puts it.
+        device: "cpu", "cuda", ...; None: where the pair's parameters are, or with several processes where Accelerate
+            puts each. The pair is moved there and stays there.
         directory: Where to keep metrics.csv, TensorBoard records and checkpoints; None: nowhere.
         resume: Continue from the newest whole checkpoint in `directory`.
         progress: Show a progress bar when the output is a terminal.
@@ -192,9 +193,10 @@ class Trainer:
         self.requested = None if device is None else torch.device(device)
         if self.requested is not None and self.requested.type == "cuda" and not torch.cuda.is_available():
             raise UsageError(f"device: {self.requested} asked for, but torch sees no CUDA device; use cpu")
-        self.device = self.requested or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.data, self.validation = data, validation
         self.pair = Pair(model, guide)
+        here = next((p.device for p in self.pair.parameters()), torch.device("cpu"))
+        self.device = self.requested or here
         self.progress = Progress()
         self.notices: list[str] = []
         self.best_weights: dict[str, Tensor] | None = None
@@ -209,8 +211,9 @@ class Trainer:
         alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
         if alone:
             AcceleratorState._reset_state(reset_partial_state=True)
-        self.accelerator = Accelerator(cpu=self.device.type == "cpu")
-        if not alone or self.requested is None:
+        on_cpu = self.device.type == "cpu" if alone or self.requested else not torch.cuda.is_available()
+        self.accelerator = Accelerator(cpu=on_cpu)
+        if not alone:
             self.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         try:
@@ -356,7 +359,9 @@ class Trainer:
         try:
             yield
         except ValueError as error:
-            broken = not x.isfinite().all() or any(not p.isfinite().all() for p in self.pair.trainable().values())
+            if not x.isfinite().all():
+                raise NumericalError(self.diagnose(x, rows, "x is not finite")) from error
+            broken = any(not p.isfinite().all() for p in self.pair.trainable().values())
             if isinstance(error, PyrovaeError) or not (broken or "Expected parameter" in str(error)):
                 raise
             reason = str(error).split("\n")[0].removesuffix(", but found invalid values:")
