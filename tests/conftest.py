@@ -15,12 +15,14 @@ SOLVED = {"rtol": 0.0, "atol": 1e-8}  # one linear solve away
 @pytest.fixture(autouse=True)
 def isolated() -> Iterator[None]:
     """Each test starts from the same seed and an empty parameter store, and leaves the process as it found it."""
-    dtype = torch.get_default_dtype()
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors here are tiny: threads would only wait for each other
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         pyro.clear_param_store()
         yield
         pyro.clear_param_store()
+    torch.set_num_threads(threads)
     assert torch.get_default_dtype() == dtype
 
 

@@ -180,7 +180,7 @@ def test_khat_tells_guides_apart_and_looks_at_the_right_tail() -> None:
 
     A guide too wide has bounded weights, but 1/w is then unbounded: k-hat of -log w would call it the bad one.
     """
-    x = data(4)
+    x = data(20)
 
     def khat(width: float, sign: int = 1) -> Tensor:
         pair = GaussianPair(width)
@@ -188,14 +188,14 @@ def test_khat_tells_guides_apart_and_looks_at_the_right_tail() -> None:
             return log_marginal(pair.model, pair.guide, x, 4000).pareto_k
         return pareto_k(-log_weights(pair.model, pair.guide, x, 4000))
 
-    assert (khat(1.0) == 0).all()
-    assert (khat(1.5) < 0.3).all()
-    assert (khat(0.45) > 0.7).all()
-    narrow = GaussianPair(0.45)
-    threshold = log_marginal(narrow.model, narrow.guide, x, 4000).k_threshold
-    assert threshold == 0.7
-    assert (khat(1.5, sign=-1) > khat(1.5) + 0.3).all()
-    assert (khat(0.45, sign=-1) < 0.3).all()
+    wide, narrow, exact = khat(1.5), khat(0.25), khat(1.0)
+    assert (exact == 0).all()
+    assert (wide < 0.5).all()
+    assert wide.mean() < 0.2
+    assert narrow.mean() > 0.7
+    assert (narrow > wide.max()).all()
+    assert khat(1.5, sign=-1).mean() > 0.7
+    assert khat(0.25, sign=-1).mean() < 0.2
 
 
 def test_khat_of_pareto_weights_is_their_shape() -> None:
@@ -208,9 +208,9 @@ def test_khat_of_pareto_weights_is_their_shape() -> None:
 
 
 def test_khat_is_nan_where_there_are_too_few_draws() -> None:
-    """Fewer than 25 draws have no tail to fit: NaN, not a number that looks good; the estimate stays."""
+    """Fewer than 30 draws have no tail to fit: NaN, not a number that looks good; the estimate stays."""
     pair, x = GaussianPair(1.5), data()
-    for K, enough in ((1, False), (2, False), (24, False), (25, True), (200, True)):
+    for K, enough in ((1, False), (2, False), (29, False), (30, True), (200, True)):
         result = log_marginal(pair.model, pair.guide, x, K)
         assert result.estimate.isfinite().all()
         # a single weight is equal to itself

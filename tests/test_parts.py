@@ -251,7 +251,7 @@ def test_guides_say_the_parameters_they_document() -> None:
 def test_state_dict_round_trip(name: str) -> None:
     """A part loaded with another's state is that part."""
     first = build(name)
-    torch.manual_seed(1)
+    torch.manual_seed(12345)
     second = build(name)
     if isinstance(first, VampPrior):  # the guide's parameters belong to the pair
         second._guide[0].load_state_dict(first._guide[0].state_dict())
