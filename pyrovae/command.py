@@ -31,7 +31,8 @@ def parser(command: str, description: str) -> Any:
         """One-line errors, the nearest option for a misspelt one, and `--PART` for `--PART.name`."""
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            raise UsageError(self.explain(re.sub(r"\s*\n\s*", " ", message)))
+            line = re.sub(r"\s*\n\s*", " ", re.sub(r"(--\w+)\.name\b", r"\1", message))
+            raise UsageError(self.explain(line if len(line) < 300 else line[:300] + " ..."))
 
         def explain(self, message: str) -> str:
             """The parser's message in terms of what was typed."""

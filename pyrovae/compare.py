@@ -87,6 +87,8 @@ def fit_baseline(
         if bound <= best_bound:
             break
         best, best_bound, best_count = mixture, bound, count
+    if best_count == max(components) and len(components) > 1:
+        say(f"baseline: {best_count} components are the most that are tried; more may be better")
     if best is None:
         raise UsageError(f"baseline: none of {list(components)} components can be fit to {len(train)} rows")
     return f"mixture of {best_count} {'Bernoullis' if binary else 'Gaussians, full covariance'}", best.eval()
@@ -203,6 +205,10 @@ def command(words: Sequence[str]) -> int:
     if len({d.resolve() for d in directories}) < len(directories):
         raise UsageError("RUN: the same directory is named twice")
 
+    out = Path(str(options.get("out", "comparison")))
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out}: is a file; choose a directory")
+
     from pyrovae.evaluate import pick_device, score
 
     device = pick_device(str(options.get("device", "auto")))
@@ -214,7 +220,6 @@ def command(words: Sequence[str]) -> int:
     for members in by_measure.values():
         check_same_rows(members)
     names = unique_names(runs)
-    out = Path(str(options.get("out", "comparison")))
     for kind, members in by_measure.items():
         rows = members[0][1]
         x = rows.test[:limit].to(device)

@@ -40,10 +40,11 @@ def whole(least: int, most: int | None = None) -> Convert:
             number = math.nan
         if isinstance(value, bool) or number != math.floor(number if math.isfinite(number) else 0.5):
             raise UsageError(f"--{name}: expected a whole number of at least {least}, got {value}")
-        if number < least or (most is not None and number > most):
+        result = int(value) if isinstance(value, int) or str(value).strip().lstrip("+").isdecimal() else int(number)
+        if result < least or (most is not None and result > most):
             limit = f"of at least {least}" if most is None else f"from {least} to {most}"
             raise UsageError(f"--{name}: expected a whole number {limit}, got {value}")
-        return int(value)
+        return result
 
     return convert
 

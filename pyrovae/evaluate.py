@@ -42,8 +42,8 @@ def pick_device(name: str) -> "torch.device":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
         raise UsageError(f"--device {name}: not available here; use cpu or auto") from None
     return device
 

@@ -142,7 +142,7 @@ def command(words: Sequence[str]) -> int:
     model = initialised_model(config, rows)
 
     from pyrovae.inference.checkpoint import lock
-    from pyrovae.run import claim, fresh_directory, write_config
+    from pyrovae.run import claim, clear, fresh_directory, write_config
 
     if directory is None:
         directory = fresh_directory(title(config))
@@ -152,6 +152,8 @@ def command(words: Sequence[str]) -> int:
         if notice:
             say(f"note: {notice}")
         if leading():
+            if output["overwrite"]:
+                clear(directory)
             write_config(directory, config)
         announce(config, rows, model, directory, device.type)
         fitted, signal = train(config, rows, model, directory, bool(output["resume"]), device)
@@ -190,7 +192,24 @@ def resumed(options: Config, output: dict[str, Any]) -> tuple[Path, Config]:
             f"{directory}: cannot resume with another configuration ({'; '.join(forbidden)}); only "
             f"{', '.join('--' + option(key) for key in RESUMABLE)} may differ. Start a new run with another --out"
         )
+    if "epochs" in options:
+        check_epochs(Path(str(directory)), stored, changes["epochs"])
     return Path(str(directory)), stored | {key: changes[key] for key in asked}
+
+
+def check_epochs(directory: Path, stored: Config, epochs: int) -> None:
+    """Refuse a number of epochs that a run cannot be continued to."""
+    from pyrovae.inference.checkpoint import load_latest
+
+    done = load_latest(directory).training["progress"]["epoch"]
+    if epochs < done:
+        raise UsageError(
+            f"--epochs {epochs}: {directory} has been trained for {done} already; give more, or leave it out"
+        )
+    if stored["schedule"] == "cosine" and epochs != stored["epochs"]:
+        raise UsageError(
+            f"--epochs {epochs}: the cosine schedule of {directory} ends at epoch {stored['epochs']}; start a new run"
+        )
 
 
 def initialised_model(config: Config, rows: "Rows") -> "Model":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pyrovae import config as configuration
-from pyrovae.errors import CheckpointError, DataError, UsageError
+from pyrovae.errors import CheckpointError, DataError, OutputError, UsageError
 from pyrovae.inference import checkpoint as checkpoints
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.seeding import seeded
@@ -27,7 +27,16 @@ if TYPE_CHECKING:
     from pyrovae.config import Config, Model
     from pyrovae.data import Rows
 
-CONTENTS = ("config.yaml", "metrics.csv", "tensorboard", "checkpoints", "evaluation.json", "plots")
+CONTENTS = (
+    "config.yaml",
+    "metrics.csv",
+    "tensorboard",
+    "checkpoints",
+    "evaluation.json",
+    "evaluation-validation.json",
+    "evaluation-train.json",
+    "plots",
+)
 
 
 @dataclass
@@ -115,7 +124,7 @@ def load(directory: str | Path) -> "Model":
 
 
 def claim(directory: Path, config: "Config", overwrite: bool) -> None:
-    """Make sure that a new run may be written to a directory, emptying it of an older run if asked.
+    """Make sure that a new run may be written to a directory.
 
     Raises:
         UsageError: something is there.
@@ -130,12 +139,6 @@ def claim(directory: Path, config: "Config", overwrite: bool) -> None:
             return
         raise UsageError(f"--out {directory}: is not empty and holds no run; choose another")
     if overwrite:
-        for name in CONTENTS:
-            path = directory / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
         return
     try:
         keys = differences(yaml.safe_load(file.read_text()) or {}, config)
@@ -146,6 +149,23 @@ def claim(directory: Path, config: "Config", overwrite: bool) -> None:
         f"--out {directory}: holds {what}; continue it with --resume {directory}, replace it with --overwrite, or "
         "choose another --out"
     )
+
+
+def clear(directory: Path) -> None:
+    """Remove an older run from a directory, and nothing else.
+
+    Raises:
+        OutputError: something cannot be removed.
+    """
+    try:
+        for name in CONTENTS:
+            path = directory / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"--overwrite: {error.filename} cannot be removed ({error.strerror})") from error
 
 
 def differences(theirs: "Config", ours: "Config") -> list[str]:

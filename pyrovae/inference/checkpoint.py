@@ -62,7 +62,8 @@ def save(run: Path, checkpoint: Checkpoint, best: Iterable[int | None] = ()) -> 
     temporary = folder / f".{target.name}.{os.getpid()}"
     tensors: dict[str, Tensor] = {}
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in folder.glob(".step-*"):  # of a process that was killed while writing
+            shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(parents=True)
         record = json.dumps(pack(checkpoint.training, tensors))
         (temporary / TRAINING).write_text(record)
@@ -137,19 +138,28 @@ def load(run: Path, step: int) -> Checkpoint:
     folder = run / "checkpoints" / name_of(step)
     verify(folder)
     tensors = read_tensors(folder / TENSORS)
-    training = unpack(json.loads((folder / TRAINING).read_text()), tensors)
+    try:
+        training = unpack(json.loads((folder / TRAINING).read_text()), tensors)
+        if not isinstance(training, dict):
+            raise TypeError("not a dictionary")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"checkpoint {folder / TRAINING}: not written by pyrovae ({type(error).__name__})"
+        ) from error
     return Checkpoint(step, read_tensors(folder / WEIGHTS), training)
 
 
 def verify(folder: Path) -> None:
     """Compare a checkpoint with its manifest before anything of it is read."""
     try:
+        if (folder / MANIFEST).is_symlink():
+            raise CheckpointError(f"checkpoint {folder / MANIFEST}: not an ordinary file")
         manifest = json.loads((folder / MANIFEST).read_text())
         version, files = manifest["format"], manifest["files"]
         recorded = {name: (files[name]["bytes"], files[name]["sha256"]) for name in FILES}
     except OSError as error:
         raise CheckpointError(f"checkpoint {folder}: no manifest ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {folder}: its manifest is damaged") from error
     if version != FORMAT:
         raise CheckpointError(f"checkpoint {folder}: format {version}, this version of pyrovae reads format {FORMAT}")
@@ -200,6 +210,8 @@ def assign(target: dict[str, Tensor], source: dict[str, Tensor], where: str) -> 
 def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     """A JSON value for nested data, with its tensors moved to `tensors` by path."""
     if isinstance(value, Tensor):
+        while path in tensors:  # the keys 0 and "0", or "a/b" and "a" above "b"
+            path += "'"
         tensors[path] = value
         return {"tensor": path}
     if isinstance(value, dict):
@@ -275,7 +287,8 @@ def lock(run: Path) -> Iterator[str | None]:
                 holder = path.read_text().strip()
                 if alive(holder):
                     raise OutputError(
-                        f"{run}: process {holder} is writing there; wait for it or choose another --out"
+                        f"{run}: process {holder} is writing there; wait for it, choose another --out, or remove "
+                        f"{path} if that process is none of pyrovae's"
                     ) from error
                 notice = f"{run}: took over the lock of process {holder or 'unknown'}, which is gone"
                 path.unlink(missing_ok=True)
@@ -292,9 +305,11 @@ def lock(run: Path) -> Iterator[str | None]:
 def alive(pid: str) -> bool:
     """Whether a process of that number runs on this machine."""
     try:
+        if int(pid) < 1:
+            return False
         os.kill(int(pid), 0)
     except PermissionError:
         return True
-    except (ValueError, OSError):
+    except (ValueError, OverflowError, OSError):
         return False
     return True

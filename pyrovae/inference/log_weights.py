@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
@@ -207,6 +208,9 @@ def log_prob(site: dict, where: str, shape: tuple[int, int]) -> Tensor:
             f"{where}: the distribution has event shape {tuple(fn.event_shape)}, its value has shape "
             f"{tuple(value.shape)}; they would be broadcast against each other. Make them equal"
         )
+    batch = value.shape[: value.ndim - event_dim]
+    if site["is_observed"] and batch and batch[-1] != shape[1] and not isinstance(fn, dist.Unit):
+        raise PairError(f"{where}: {batch[-1]} rows are observed in a plate over {shape[1]} data; pass x whole as obs")
     result = scale_and_mask(fn.log_prob(value), 1.0, site["mask"])
     if result.shape != shape:
         raise PairError(

@@ -238,10 +238,7 @@ class Trainer:
                 f"directory: {directory} holds the checkpoints of another run; pass resume=True, or choose another"
             )
         self.discover()
-        trainable = self.pair.trainable()
-        if not trainable:
-            raise UsageError("fit: found no parameters to train in the model and the guide")
-        self.optimizer = self.make_optimizer(list(trainable.values()))
+        self.optimizer = self.make_optimizer(list(self.pair.trainable().values()))
         self.scheduler = self.make_schedule(self.optimizer) if self.make_schedule else None
         if resume:
             self.restore()
@@ -254,7 +251,11 @@ class Trainer:
         x = self.transform(self.data[rows])
         before = getattr(self.objective, "step", 0)
         with self.diagnosing(x, rows), poutine.trace(param_only=True) as declared:
-            self.objective.differentiable_loss(self.pair.model, self.pair.guide, x).backward()
+            loss = self.objective.differentiable_loss(self.pair.model, self.pair.guide, x)
+            depends_on = leaves(loss)
+            if not depends_on:
+                raise UsageError("fit: found no parameters to train in the model and the guide")
+            loss.backward()
         self.objective.step = before
         known = {id(p) for p in self.pair.parameters()}
         for name, site in declared.trace.nodes.items():
@@ -264,6 +265,14 @@ class Trainer:
             raise UsageError(
                 f"fit: pyro.param {', '.join(self.pair.stored)}: several processes train torch modules only; declare "
                 "parameters in a module"
+            )
+        known = {id(p) for p in self.pair.trainable().values()}
+        lost = [tuple(leaf.shape) for leaf in depends_on if id(leaf) not in known]
+        if lost:
+            raise UsageError(
+                f"fit: the loss depends on {len(lost)} parameters, of shapes {', '.join(map(str, lost[:4]))}, that "
+                "belong to no module which the model and the guide refer to, so they would not be trained; make the model "
+                "and the guide methods of one torch.nn.Module"
             )
         idle = [name for name, p in self.pair.trainable().items() if p.grad is None]
         if idle:
@@ -509,6 +518,21 @@ class Trainer:
             "threads": torch.get_num_threads(),
             "machine": platform.machine(),
         }
+
+
+def leaves(loss: Tensor) -> list[Tensor]:
+    """The tensors that would get a gradient from a scalar: the leaves of its graph."""
+    found: dict[int, Tensor] = {}
+    seen, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        stack += [parent for parent, _ in node.next_functions]
+    return list(found.values())
 
 
 def describe_objective(objective: PyroELBO) -> str:
