@@ -271,8 +271,8 @@ class Trainer:
         if lost:
             raise UsageError(
                 f"fit: the loss depends on {len(lost)} parameters, of shapes {', '.join(map(str, lost[:4]))}, that "
-                "belong to no module which the model and the guide refer to, so they would not be trained; make the model "
-                "and the guide methods of one torch.nn.Module"
+                "belong to no module which the model and the guide refer to, so they would not be trained; make both "
+                "methods of one torch.nn.Module"
             )
         idle = [name for name, p in self.pair.trainable().items() if p.grad is None]
         if idle:
