@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 from pyrovae.errors import OutputError, PyrovaeError, UsageError
 
 
-def parser(command: str, description: str) -> Any:
+def parser(command: str, description: str, usage: str = "[options]") -> Any:
     """A parser of that command's options; every option defaults to None, which says that it was not given."""
     import jsonargparse
 
@@ -60,7 +60,7 @@ def parser(command: str, description: str) -> Any:
 
     return Parser(
         prog=f"python -m pyrovae.{command}",
-        usage=f"python -m pyrovae.{command} [options]",
+        usage=f"python -m pyrovae.{command} {usage}",
         description=description,
         default_env=False,
         print_config=None,
@@ -111,7 +111,11 @@ def explain(error: Exception) -> tuple[int, str]:
     line = re.sub(r"\s*\n\s*", " ", str(error)).strip() or type(error).__name__
     if isinstance(error, PyrovaeError):
         return error.code, line
-    if type(error).__name__ == "OutOfMemoryError" or (isinstance(error, RuntimeError) and "out of memory" in line):
+    memory = ("out of memory", "can't allocate memory", "not enough memory")
+    if type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and any(m in line for m in memory)
+    ):
+        line = re.sub(r"^\[.*?\] .*?: (?=can't|not)", "", line)
         return 4, f"out of memory: {line.split('.')[0]}. Lower --K or --batch-size, or for log p(x) --chunk-size"
     if isinstance(error, MemoryError):
         return 4, "out of memory. Lower --K or --batch-size, or for log p(x) --chunk-size"

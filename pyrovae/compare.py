@@ -186,7 +186,9 @@ def check_same_rows(runs: Sequence[tuple[Run, "Rows"]]) -> None:
 def command(words: Sequence[str]) -> int:
     """Parse the options, score every run, print and write the tables."""
     p = parser(
-        "compare", "Score trained runs on the same rows, one table per measure, beside an exact mixture baseline."
+        "compare",
+        "Score trained runs on the same rows, one table per measure, beside an exact mixture baseline.",
+        "RUN [RUN ...] [options]",
     )
     p.add_argument("runs", nargs="+", metavar="RUN", help="directories written by python -m pyrovae.fit")
     add_option(p, "--K", "particles per datum, drawn exactly (default 1000)", "INT")
@@ -225,7 +227,10 @@ def command(words: Sequence[str]) -> int:
         x = rows.test[:limit].to(device)
         scored = []
         for run, _ in members:
-            scored.append(Scored(names[run.directory], score(run.model(device), x, k, seed, progress=True)))
+            model = run.model(device)
+            for notice in run.notices:
+                print(f"note: {notice}")
+            scored.append(Scored(names[run.directory], score(model, x, k, seed, progress=True)))
         if not options.get("no_baseline"):
             counts = (components,) if components else COMPONENTS
             name, mixture = fit_baseline(rows, counts, seed, device)

@@ -262,8 +262,11 @@ def evaluate(
     place = pick_device(device)
     rows = run.rows()
     x = rows_of(rows, split, limit).to(place)
+    model = run.model(place)
+    for notice in run.notices:
+        print(f"note: {notice}")
     values = report(
-        run.model(place),
+        model,
         x,
         rows,
         num_particles=num_particles,
@@ -280,7 +283,11 @@ def evaluate(
 
 def command(words: Sequence[str]) -> int:
     """Parse the options, evaluate, print."""
-    p = parser("evaluate", "The log p(x) of a trained run by importance sampling from its guide, with its error.")
+    p = parser(
+        "evaluate",
+        "The log p(x) of a trained run by importance sampling from its guide, with its error.",
+        "RUN [options]",
+    )
     p.add_argument("run", metavar="RUN", help="a directory written by python -m pyrovae.fit")
     add_option(p, "--K", "particles per datum, drawn exactly (default 5000)", "INT")
     add_option(p, "--rows", "score only the first rows (default: all)", "INT")

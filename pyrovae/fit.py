@@ -402,7 +402,8 @@ def write_plots(
     save_figure(plots.training_curves(fitted.metrics, title=name), directory, "training_curves")
     device = next(model.parameters()).device
     with torch.no_grad(), seeded(config["seed"], "plots", device=device):
-        save_figure(plots.samples(model.sample(64), title=name), directory, "samples")
+        drawn = "means of p(x|z) with z from the prior" if isinstance(model, HierarchicalVAE) else "drawn from p(x)"
+        save_figure(plots.samples(model.sample(64), title=f"{name}, {drawn}"), directory, "samples")
         if not isinstance(model, HierarchicalVAE):
             return
         x = rows.test[:1000].to(device)

@@ -9,7 +9,8 @@ plots/
 """
 
 import shutil
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,7 @@ class Run:
 
     directory: Path
     config: "Config"
+    notices: list[str] = field(default_factory=list)  # damaged checkpoints that `model` passed over
 
     @property
     def name(self) -> str:
@@ -71,6 +73,7 @@ class Run:
         with seeded("build"):
             model = configuration.build_model(self.config, tuple(self.config["event_shape"]))
         latest = checkpoints.load_latest(self.directory)
+        self.notices = list(latest.notices)
         best = latest.training["progress"]["best_step"]
         saved = latest if best in (None, latest.step) else checkpoints.load(self.directory, best)
         pair = Pair(model.model, model.guide)
@@ -99,6 +102,9 @@ def open_run(directory: str | Path) -> Run:
     derived = ("data_hash", "event_shape")
     if not isinstance(content, dict) or any(key not in content for key in derived):
         raise CheckpointError(f"{file}: not written by pyrovae.fit: {' and '.join(derived)} are missing")
+    shape = content["event_shape"]
+    if not isinstance(shape, list) or any(not isinstance(size, int) or size < 1 for size in shape):
+        raise CheckpointError(f"{file}: event_shape: expected a list of whole numbers, got {shape!r}")
     try:
         config = configuration.resolve({k: v for k, v in content.items() if k not in (*derived, "version")})
     except UsageError as error:
@@ -120,7 +126,11 @@ def load(directory: str | Path) -> "Model":
     Raises:
         CheckpointError: the directory is no run, or all its checkpoints are damaged.
     """
-    return open_run(directory).model()
+    run = open_run(directory)
+    model = run.model()
+    for notice in run.notices:
+        warnings.warn(notice, stacklevel=2)
+    return model
 
 
 def claim(directory: Path, config: "Config", overwrite: bool) -> None:

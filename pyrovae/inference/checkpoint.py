@@ -121,9 +121,9 @@ def load_latest(run: Path) -> Checkpoint:
         try:
             checkpoint = load(run, step)
         except CheckpointError as error:
-            notices.append(f"{error}; falling back to the previous checkpoint")
+            notices.append(str(error))
             continue
-        checkpoint.notices = tuple(notices)
+        checkpoint.notices = tuple(f"{notice}; falling back to the previous checkpoint" for notice in notices)
         return checkpoint
     found = "; ".join(notices) or f"{run.resolve()} has no checkpoints"
     raise CheckpointError(f"no usable checkpoint: {found}. Was it written by pyrovae.fit?")
