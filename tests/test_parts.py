@@ -305,7 +305,7 @@ def test_bernoulli_starts_at_the_mean_of_the_data(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in LIKELIHOODS if n.startswith("Gaussian")])
 def test_gaussian_starts_at_the_moments_of_the_data(name: str) -> None:
-    """With the weights' part removed, mean and standard deviation are those of x: per element, or pooled if learned."""
+    """With the weights' part removed, the mean is that of x and the scale half its standard deviation (pooled, or not)."""
     part = build(name)
     spread = torch.tensor([0.5, 2.0]).double().reshape(part.event_shape)
     x = 3 + spread * torch.randn(400, *part.event_shape, dtype=torch.float64)
@@ -314,7 +314,7 @@ def test_gaussian_starts_at_the_moments_of_the_data(name: str) -> None:
     weights_add = part.decoder(z) - part.decoder.output_bias.reshape(shape)
     part.initialise(x)
     start = (part.decoder(z) - weights_add).detach()
-    deviation = (x - x.mean(0)).square().mean(0).sqrt()
+    deviation = 0.5 * (x - x.mean(0)).square().mean(0).sqrt()
     if part.scale == "predicted":
         start, raw_scale = start.unbind(1)
         scale = part.floor + softplus(raw_scale)

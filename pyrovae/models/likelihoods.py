@@ -138,11 +138,14 @@ class Gaussian(Likelihood):
         return dist.Normal(*self.loc_and_scale(z), validate_args=False).to_event(len(self.event_shape))
 
     def initialise(self, x: Tensor) -> None:
-        """Start the mean at the mean of x, and a scale that is not fixed at the standard deviation of x."""
+        """Start the mean at the mean of x, and a scale that is not fixed at half the standard deviation of x.
+
+        At the whole of it, noise would explain the data as they are, and training begins by collapsing the posterior.
+        """
         loc, spread = x.mean(0), (x - x.mean(0)).square().mean(0).sqrt()
         if self.scale == "learned":
             spread = spread.square().mean().sqrt()
-        excess = (spread - self.floor).clamp(min=0.1 * self.floor + 1e-6)
+        excess = (0.5 * spread - self.floor).clamp(min=0.1 * self.floor + 1e-6)
         raw_scale = excess + torch.log(-torch.expm1(-excess))  # inverse softplus
         if self.scale == "predicted":
             set_output_bias(self.decoder, torch.stack([loc, raw_scale]))
