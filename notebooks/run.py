@@ -5,6 +5,7 @@
 Without arguments, all of them.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -17,7 +18,12 @@ HERE = Path(__file__).parent
 def run(path: Path) -> nbformat.NotebookNode:
     """Execute a notebook in its own folder; an error in a cell is an error here."""
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}).execute()
+    # Pyro imports tqdm.auto, which warns in a notebook where ipywidgets are not installed; nothing here needs them.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress")
+    # One output for all that a cell prints, whenever it prints it: the committed files do not depend on timing.
+    client = NotebookClient(notebook, timeout=900, kernel_name="python3", coalesce_streams=True)
+    client.resources = {"metadata": {"path": str(HERE)}}
+    client.execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times, which would differ at every run
     return notebook

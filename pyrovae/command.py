@@ -90,7 +90,8 @@ def main(command: str, run: Callable[[list[str]], int | None], argv: Sequence[st
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         code = run([word for word in words if word != "--debug"]) or 0
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None where it was closed before the start
+            sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read our output has gone: nothing is left to say, not even at interpreter exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

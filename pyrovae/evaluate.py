@@ -72,7 +72,7 @@ def score(
         NumericalError: some row's estimate is not a number; the rows are named and nothing is averaged without them.
     """
     import torch
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     from pyrovae.inference.log_marginal import exact, log_marginal
     from pyrovae.inference.seeding import seeded

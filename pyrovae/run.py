@@ -46,7 +46,7 @@ class Run:
 
     directory: Path
     config: "Config"
-    notices: list[str] = field(default_factory=list)  # damaged checkpoints that `model` passed over
+    notices: list[str] = field(default_factory=list)  # what `model` found: damaged checkpoints, an unfinished run
 
     @property
     def name(self) -> str:
@@ -74,6 +74,10 @@ class Run:
             model = configuration.build_model(self.config, tuple(self.config["event_shape"]))
         latest = checkpoints.load_latest(self.directory)
         self.notices = list(latest.notices)
+        progress, patience = latest.training["progress"], self.config["patience"]
+        done, planned = progress["epoch"], self.config["epochs"]
+        if done < planned and (patience is None or done - progress["best_epoch"] < patience):
+            self.notices.append(f"{self.directory}: trained for {done} of {planned} epochs so far")
         best = latest.training["progress"]["best_step"]
         saved = latest if best in (None, latest.step) else checkpoints.load(self.directory, best)
         pair = Pair(model.model, model.guide)

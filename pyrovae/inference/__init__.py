@@ -2,6 +2,7 @@
 `pyrovae.models`.
 """
 
+from pyrovae.inference.diagnostics import measure as measure
 from pyrovae.inference.log_marginal import LogMarginal as LogMarginal
 from pyrovae.inference.log_marginal import log_marginal as log_marginal
 from pyrovae.inference.log_weights import log_weights as log_weights

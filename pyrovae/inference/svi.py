@@ -586,7 +586,7 @@ class Bar:
     """A progress bar over epochs with the bound in nats per datum; silent where the output is no terminal."""
 
     def __init__(self, shown: bool, epochs: int, done: int) -> None:
-        from tqdm.auto import tqdm
+        from tqdm import tqdm
 
         self.bar = tqdm(total=epochs, initial=done, unit="epoch", disable=None if shown else True, leave=False)
         self.drawn = 0.0
