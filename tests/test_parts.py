@@ -305,7 +305,7 @@ def test_bernoulli_starts_at_the_mean_of_the_data(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in LIKELIHOODS if n.startswith("Gaussian")])
 def test_gaussian_starts_at_the_moments_of_the_data(name: str) -> None:
-    """With the weights' part removed, the mean is that of x and the scale half its standard deviation (pooled, or not)."""
+    """Without the weights, the mean is that of x and the scale half its standard deviation (pooled if learned)."""
     part = build(name)
     spread = torch.tensor([0.5, 2.0]).double().reshape(part.event_shape)
     x = 3 + spread * torch.randn(400, *part.event_shape, dtype=torch.float64)
