@@ -97,6 +97,7 @@ def main(command: str, run: Callable[[list[str]], int | None], argv: Sequence[st
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(OutputError.code)
     except KeyboardInterrupt:
+        print(f"pyrovae.{command}: interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if "--debug" in words:

@@ -215,7 +215,7 @@ def test_a_module_shared_by_both_sides_is_found_once() -> None:
 
 
 def test_parameters_of_pyro_module_and_pyro_param() -> None:
-    """`discover` finds what a plain function declares in Pyro's store, unconstrained, with its starting values."""
+    """`adopt` takes in what a plain function declares in Pyro's store, unconstrained, with its starting values."""
     inner = [nn.Linear(2, 4).double()]
 
     def model(x: Tensor) -> None:
@@ -231,9 +231,10 @@ def test_parameters_of_pyro_module_and_pyro_param() -> None:
             pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
 
     x = x_of()
-    state = torch.get_rng_state()
-    pair = Pair(model, guide).discover(x)
-    assert torch.equal(torch.get_rng_state(), state)
+    with poutine.trace(param_only=True) as declared:
+        log_weights(model, guide, x)
+    pair = Pair(model, guide)
+    pair.adopt(declared.trace)
     trainable = pair.trainable()
     assert {id(p) for p in inner[0].parameters()} <= {id(p) for p in trainable.values()}
     assert len(trainable) == 4
@@ -278,8 +279,6 @@ def refused(message: str, model, guide, x: Tensor, error: type[Exception] = Pair
         log_weights(model, guide, x, 2)
     with pytest.raises(error, match=message):
         log_marginal(model, guide, x, 10)
-    with pytest.raises(error, match=message):
-        Pair(model, guide).discover(x)
 
 
 def latent(name: str = "z", dim: int = 2, plate: bool = True, event: bool = True):

@@ -3,7 +3,7 @@
 A model or a guide may be a torch module, a method of one, a `functools.partial`, or a plain function that refers to
 modules by name. `Pair` finds those modules, so that their parameters can be trained, moved and saved without the Pyro
 parameter store. Parameters that a plain function declares with `pyro.param` live in that store, where Pyro put them;
-`discover` finds them too.
+`adopt` takes them in.
 """
 
 import functools
@@ -15,13 +15,10 @@ from types import CodeType, FunctionType
 from typing import Any
 
 import pyro
-import torch
 from pyro.poutine.runtime import effectful
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.distributions import constraints
-
-from pyrovae.inference.log_weights import draw
-from pyrovae.inference.seeding import seeded
 
 Program = Callable[..., Any]
 
@@ -60,18 +57,12 @@ class Pair(nn.Module):
         """The guide, as it was given."""
         return self._programs[1]
 
-    def discover(self, x: Tensor) -> "Pair":
-        """Run the pair once on x of shape (N, *event), checking it, and find what it declares with `pyro.param`."""
-        with torch.no_grad(), seeded("discover", device=x.device):
-            particles = draw(self.model, self.guide, x, 1)
+    def adopt(self, trace: Trace) -> None:
+        """Take in what a run of the pair declared with `pyro.param`: the parameter sites of its trace."""
         known = {id(p) for p in self.parameters()}
-        for trace in (particles.guide_trace, particles.model_trace):
-            for name, site in trace.nodes.items():
-                if site["type"] == "param":
-                    value = site["value"].unconstrained()
-                    if id(value) not in known:
-                        self.stored[name] = value
-        return self
+        for name, site in trace.nodes.items():
+            if site["type"] == "param" and id(value := site["value"].unconstrained()) not in known:
+                self.stored[name] = value
 
     def tensors(self) -> dict[str, Tensor]:
         """Every parameter and persistent buffer by name, those of the Pyro parameter store included."""

@@ -4,6 +4,7 @@ What makes a run repeatable and resumable bit for bit: the rows of epoch e come 
 and the noise of step t from a generator seeded by (seed, t, process). Nothing random has to be saved.
 """
 
+import hashlib
 import math
 import os
 import platform
@@ -25,7 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from pyrovae.errors import CheckpointError, DataError, NumericalError, OutputError, PyrovaeError, UsageError
 from pyrovae.inference import checkpoint as checkpoints
 from pyrovae.inference.diagnostics import measure
-from pyrovae.inference.log_weights import draw, sample_sites
+from pyrovae.inference.log_weights import describe, draw, sample_sites
 from pyrovae.inference.objectives import ELBO, Bound, Objective
 from pyrovae.inference.pair import Pair, Program, evaluating
 from pyrovae.inference.seeding import derive_seed, seeded
@@ -158,6 +159,9 @@ def fit(
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise UsageError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    for name, rows in (("data", data), ("validation", validation)):
+        if (rows is not None or name == "data") and (not isinstance(rows, Tensor) or rows.ndim < 1 or not len(rows)):
+            raise UsageError(f"{name}: expected a tensor of shape (N, *event) with N >= 1, got {describe(rows)}")
     if batch_size > len(data):
         raise UsageError(f"batch_size: {batch_size} is more than the {len(data)} training rows")
     if resume and directory is None:
@@ -237,18 +241,29 @@ class Trainer:
             raise UsageError(
                 f"directory: {directory} holds the checkpoints of another run; pass resume=True, or choose another"
             )
+        sampled = self.data[:: max(1, len(self.data) // 1000)].cpu().contiguous()
+        self.fingerprint = hashlib.sha256(sampled.numpy().tobytes()).hexdigest()[:16]
         self.discover()
         self.optimizer = self.make_optimizer(list(self.pair.trainable().values()))
         self.scheduler = self.make_schedule(self.optimizer) if self.make_schedule else None
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            raise UsageError("optimizer: LBFGS evaluates the loss several times per step; use another")
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise UsageError("schedule: ReduceLROnPlateau needs a metric; use one that is stepped by the epoch alone")
         if resume:
             self.restore()
-        self.bound = self.accelerator.prepare_model(Bound(self.objective, self.pair)) if self.world > 1 else None
-        self.loss = self.bound or Bound(self.objective, self.pair)
+        bound = Bound(self.objective, self.pair)
+        self.loss = self.accelerator.prepare_model(bound) if self.world > 1 else bound
 
     def discover(self) -> None:
         """Run the pair once with a gradient: it must work, and every parameter should get one."""
         rows = torch.arange(min(2, self.batch_size), device=self.device)
         x = self.transform(self.data[rows])
+        if self.validation is not None and self.validation.shape[1:] != x.shape[1:]:
+            raise UsageError(
+                f"validation: expected event shape {tuple(x.shape[1:])}, that of the training rows, got "
+                f"{tuple(self.validation.shape[1:])}"
+            )
         before = getattr(self.objective, "step", 0)
         with self.diagnosing(x, rows), poutine.trace(param_only=True) as declared:
             loss = self.objective.differentiable_loss(self.pair.model, self.pair.guide, x)
@@ -257,10 +272,7 @@ class Trainer:
                 raise UsageError("fit: found no parameters to train in the model and the guide")
             loss.backward()
         self.objective.step = before
-        known = {id(p) for p in self.pair.parameters()}
-        for name, site in declared.trace.nodes.items():
-            if id(value := site["value"].unconstrained()) not in known:
-                self.pair.stored[name] = value
+        self.pair.adopt(declared.trace)
         if self.pair.stored and self.world > 1:
             raise UsageError(
                 f"fit: pyro.param {', '.join(self.pair.stored)}: several processes train torch modules only; declare "
@@ -499,7 +511,6 @@ class Trainer:
 
     def identity(self) -> dict[str, Any]:
         """What must not change between a run and its resumption."""
-        checksum = derive_seed(str(self.data[:: max(1, len(self.data) // 1000)].cpu().numpy().tobytes()))
         return {
             "objective": describe_objective(self.objective),
             "optimizer": type(self.optimizer).__name__,
@@ -507,7 +518,7 @@ class Trainer:
             "batch_size": self.batch_size,
             "processes": self.world,
             "rows": len(self.data),
-            "data": checksum,
+            "data": self.fingerprint,
         }
 
     def environment(self) -> dict[str, Any]:
