@@ -360,6 +360,25 @@ def test_the_best_epoch_is_that_of_the_bound_without_beta(beta):
     assert again == pytest.approx(metrics["validation_bound"].max(), abs=1.0)
 
 
+def test_dropout_is_off_on_the_validation_rows_and_on_again():
+    """With an analytic KL that does not depend on the draw, only dropout could make two measurements differ."""
+    pair = vae(dropout=0.5)
+    modes = []
+    forward = type(pair.guides[0]).forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(pair.guides[0]),
+            "forward",
+            lambda self, x: modes.append((len(x), self.encoder.training)) or forward(self, x),
+        )
+        result = train(pair, epochs=2)
+    assert {training for rows, training in modes if rows == len(HELD_OUT)} == {False}
+    assert {training for rows, training in modes if rows == 5} == {True}
+    pair.eval()
+    once = measure(pair.model, pair.guide, [HELD_OUT], ELBO())["kl"]
+    assert result.history[result.best_epoch - 1]["kl"] == pytest.approx(once, rel=1e-6)
+
+
 def test_without_validation_the_last_epoch_is_the_best():
     result = train(vae(), validation=None)
     assert result.best_epoch == 3
@@ -449,6 +468,12 @@ def test_a_parameter_without_gradient_is_named():
         ({"batch_size": 2.5}, "batch_size: .* got 2.5"),
         ({"batch_size": 24}, "batch_size: 24 is more than the 23 training rows"),
         ({"patience": 0}, "patience"),
+        ({"data": X[:0]}, r"data: .* got a tensor of shape \(0, 3\)"),
+        ({"data": X.tolist()}, "data: expected a tensor .* got list"),
+        ({"validation": HELD_OUT[:0]}, "validation: expected a tensor"),
+        ({"validation": HELD_OUT[:, :2]}, r"validation: expected event shape \(3,\).* got \(2,\)"),
+        ({"optimizer": torch.optim.LBFGS}, "LBFGS"),
+        ({"schedule": torch.optim.lr_scheduler.ReduceLROnPlateau}, "ReduceLROnPlateau"),
         pytest.param(
             {"device": "cuda"},
             "torch sees no CUDA device",
@@ -662,10 +687,10 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path):
 
 def test_terms_kl_and_active_units_against_a_hand_computation():
     pair = vae().double()
-    with torch.no_grad():
-        pair.guides[0].head.weight[1] = 0.0  # the mean of z[1] does not depend on x
-        pair.guides[0].head.weight[0] *= 5.0
     x = torch.randn(23, 3, dtype=torch.float64)
+    with torch.no_grad():  # one variance of E[z|x] on either side of 0.01, by a factor 2
+        wanted, found = torch.tensor([0.02, 0.005], dtype=torch.float64), pair.encode(x).var(0, correction=0)
+        pair.guides[0].head.weight[:2] *= (wanted / found).sqrt()[:, None]
     report = measure(pair.model, pair.guide, x.split(9), ELBO())
     q = pair.posterior(x).base_dist
     kl = (0.5 * (q.loc**2 + q.scale**2 - 1) - q.scale.log()).mean(0)
@@ -674,7 +699,7 @@ def test_terms_kl_and_active_units_against_a_hand_computation():
     assert report["kl"] == pytest.approx(kl.sum().item(), abs=1e-10)
     assert report["bound"] == pytest.approx(report["reconstruction"] - report["kl"], abs=1e-10)
     variance = q.loc.var(0, correction=0)
-    assert variance[0] > 0.01 > variance[1]
+    assert_close(variance, wanted)
     assert report["active_units"] == 1
     assert remarks(report) == ["1 of 2 latent dimensions are inactive (variance of E[z|x] at most 0.01)"]
 

@@ -111,9 +111,7 @@ def test_gaussian_is_scikit_learn(covariance):
             "spherical": 1 / spread[:, 0],
         }[covariance]
         np.testing.assert_allclose(mixture.log_prob(x), reference.score_samples(x.numpy()), **SOLVED)
-        np.testing.assert_allclose(
-            mixture.responsibilities(x), reference.predict_proba(x.numpy()), atol=1e-10
-        )
+        np.testing.assert_allclose(mixture.responsibilities(x), reference.predict_proba(x.numpy()), atol=1e-10)
 
 
 @pytest.mark.parametrize("covariance", COVARIANCES)

@@ -1,0 +1,400 @@
+"""From options to objects: defaults, short names, and every combination that is refused."""
+
+import inspect
+import re
+
+import pytest
+import torch
+from pyro.infer import TraceEnum_ELBO
+
+from pyrovae import inference, models
+from pyrovae.config import (
+    OPTIONS,
+    PARTS,
+    RESUMABLE,
+    build_beta,
+    build_model,
+    build_objective,
+    build_optimizer,
+    build_rows,
+    build_schedule,
+    resolve,
+    title,
+    warnings,
+)
+from pyrovae.errors import DataError, UsageError
+from pyrovae.inference import ELBO, IWAE, Capacity, Cyclical, LinearWarmup, Renyi, fit
+from pyrovae.models import BernoulliMixture, GaussianMixture
+
+IMAGE, VECTOR = (1, 8, 8), (5,)
+
+
+def config(**given):
+    """A resolved configuration that trains fast."""
+    small = {"seed": 0, "latent_dim": 3}
+    if given.get("model", {}) == "hierarchical":
+        small["latent_dim"] = [4, 3]
+    if str(given.get("model", "")).startswith("mixture") or isinstance(given.get("model"), dict):
+        small = {"seed": 0}
+    return resolve(small | given)
+
+
+def refused(words: str, error: type[Exception] = UsageError, **given) -> None:
+    with pytest.raises(error, match=words) as caught:
+        resolve(given)
+    assert "\n" not in str(caught.value)
+
+
+# ----------------------------------------------------------------------------------------------------------- defaults
+
+CLASSES = {"mlp": [models.MLP], "conv": [models.ConvEncoder, models.ConvDecoder], "mixture": [GaussianMixture]}
+
+
+@pytest.mark.parametrize(("part", "name"), [(part, name) for part, choices in PARTS.items() for name in choices])
+def test_defaults_are_those_of_the_classes(part, name):
+    if name in ("vae", "hierarchical"):
+        assert not PARTS[part][name].settings
+        return
+    for cls in CLASSES.get(name) or [getattr(models, name)]:
+        parameters = inspect.signature(cls).parameters
+        for key, setting in PARTS[part][name].settings.items():
+            expected = parameters[key].default
+            expected = list(expected) if isinstance(expected, tuple) else expected
+            assert expected is not inspect.Parameter.empty
+            assert setting.default == expected, f"{cls.__name__}({key}={expected!r})"
+
+
+def test_every_setting_of_a_part_can_be_given():
+    """All parameters with a default, but for those that a user of the command line cannot reach by design."""
+    hidden = {"floor of MixtureOfGaussians", "floor of GaussianMixture", "out_shape of MLP"}
+    for part, choices in PARTS.items():
+        for name, choice in choices.items():
+            if name in ("vae", "hierarchical"):
+                continue
+            for cls in CLASSES.get(name) or [getattr(models, name)]:
+                having = {k for k, p in inspect.signature(cls).parameters.items() if p.default is not p.empty}
+                missing = {f"{key} of {cls.__name__}" for key in having - choice.settings.keys()}
+                assert missing <= hidden, (part, missing)
+
+
+def test_defaults_of_the_bounds_and_the_optimiser():
+    resolved = resolve({})
+    assert (resolved["elbo"], resolved["K"], resolved["M"], resolved["beta"]) == ("elbo", 1, 1, 1.0)
+    assert resolve({"elbo": "iwae"})["K"] == resolve({"elbo": "renyi"})["K"] == 5
+    assert resolve({"elbo": "renyi"})["alpha"] == 0.5
+    signature = inspect.signature(inference.fit).parameters
+    for key in ("epochs", "batch_size", "patience"):
+        assert resolved[key] == signature[key].default
+    assert resolved["lr"] == inspect.signature(inference.adam).parameters["lr"].default
+    assert (resolved["likelihood"], resolved["binarize"]) == (None, None)  # left to the data
+
+
+def test_a_seed_is_drawn_anew_when_none_is_given():
+    assert resolve({})["seed"] != resolve({})["seed"]
+    assert resolve({"seed": "12"})["seed"] == 12
+    assert resolve({"seed": 0})["seed"] == 0
+    assert resolve({"seed": str(2**63 - 1)})["seed"] == resolve({"seed": 2**63 - 1})["seed"] == 2**63 - 1
+
+
+def test_resolving_is_idempotent():
+    """What a run stores, --config takes back unchanged."""
+    for given in (
+        {},
+        {"model": "hierarchical", "elbo": "renyi", "alpha": -1, "prior": "mog"},
+        {"beta": "capacity:25:10", "prior": {"name": "vamp", "components": 7}, "network": "conv"},
+        {"model": {"name": "mixture", "components": 3}, "likelihood": "gaussian"},
+        {"likelihood": {"name": "Gaussian", "scale": "0.5"}, "guide": {"name": "full"}},
+    ):
+        once = resolve(given)
+        assert resolve(once) == once
+
+
+# -------------------------------------------------------------------------------------------------- names and values
+
+
+def test_short_names_and_any_case():
+    for part, choices in PARTS.items():
+        for full, choice in choices.items():
+            for word in (full, full.upper(), *choice.short):
+                given = {part: word, "latent_dim": [5, 3]} if word == "hierarchical" else {part: word}
+                assert resolve(given)[part]["name"] == full
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"elbo": "iwea"}, "did you mean iwae?"),
+        ({"prior": "VampPiror"}, "did you mean VampPrior?"),
+        ({"prior": "stanard"}, "did you mean standard?"),
+        ({"likelihood": "bernouli"}, "did you mean Bernoulli?"),
+        ({"guide": "FulCovarianceNormal"}, "did you mean FullCovarianceNormal?"),
+        ({"model": "hierarchial"}, "did you mean hierarchical?"),
+        ({"network": "cnov"}, "did you mean conv?"),
+        ({"network": {"activation": "rely"}}, "did you mean relu?"),
+        ({"optimizer": "adam"}, "did you mean Adam?"),
+        ({"schedule": "stagd"}, "did you mean staged?"),
+        ({"binarize": "dynamc"}, "did you mean dynamic?"),
+        ({"batchsize": 3}, "did you mean batch_size?"),
+    ],
+)
+def test_a_misspelt_word_names_the_nearest(given, meant):
+    refused(re.escape(meant), **given)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2", 2.0),
+        ("0", 0.0),
+        ("warmup:10", LinearWarmup(steps=70)),
+        ("cyclical:4", Cyclical(period=28)),
+        ("capacity:12.5:3", Capacity(12.5, steps=21)),
+    ],
+)
+def test_beta_is_a_number_or_a_schedule_in_epochs(text, expected):
+    resolved = resolve({"beta": text})
+    assert build_beta(resolved["beta"], 7) == expected
+    objective = build_objective(resolved, 7)
+    assert isinstance(objective, ELBO)
+    assert objective.beta.beta(10) == (expected if isinstance(expected, float) else expected.beta(10))
+
+
+@pytest.mark.parametrize(
+    "beta",
+    [
+        "-1",
+        "nan",
+        "inf",
+        "warmup",
+        "warmup:",
+        "warmup:0",
+        "warmup:2.5",
+        "capacity:5",
+        "capacity:-1:5",
+        "cyclic:5",
+        "a:b:c",
+    ],
+)
+def test_beta_that_makes_no_sense(beta):
+    refused("--beta: expected .*got", beta=beta)
+
+
+def test_objectives():
+    def built(**given):
+        return build_objective(config(**given))
+
+    assert (built(K=3, M=2).num_particles, built(K=3, M=2).num_averages) == (3, 2)
+    assert type(built(elbo="iwae")) is IWAE
+    renyi = built(elbo="renyi", alpha=-0.5, K=7)
+    assert (type(renyi), renyi.alpha, renyi.num_particles) == (Renyi, -0.5, 7)
+    assert type(built(model="mixture")) is TraceEnum_ELBO
+
+
+def test_optimisers_and_schedules():
+    parameters = [torch.nn.Parameter(torch.zeros(2))]
+    optimizer = build_optimizer(resolve({"optimizer": "RMSprop", "lr": 0.5}))(parameters)
+    assert type(optimizer) is torch.optim.RMSprop
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert build_optimizer(resolve({"lr": 0.25}))(parameters).param_groups[0]["lr"] == 0.25
+    assert build_schedule(resolve({})) is None
+    assert build_schedule(resolve({"schedule": "staged"})) is inference.staged
+    cosine = build_schedule(resolve({"schedule": "cosine", "epochs": 4}))(optimizer)
+    rates = []
+    for _ in range(4):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        cosine.step()
+    assert rates == sorted(rates, reverse=True)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_numbers_as_words_or_as_numbers():
+    assert resolve({"latent_dim": "40"})["latent_dim"] == resolve({"latent_dim": 40})["latent_dim"] == [40]
+    assert resolve({"model": "hierarchical", "latent_dim": "8,4,2"})["latent_dim"] == [8, 4, 2]
+    assert resolve({"K": "1e3"})["K"] == resolve({"K": "1000.0"})["K"] == 1000
+    assert resolve({"network": {"hidden": "30"}})["network"]["hidden"] == [30]
+    assert resolve({"likelihood": {"name": "gaussian", "scale": "0.5"}})["likelihood"]["scale"] == 0.5
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "2.5", "nan", "inf", "many", "", True, [3], "1e400"])
+@pytest.mark.parametrize("key", ["K", "M", "epochs", "batch_size", "patience", "eval_K", "eval_rows", "latent_dim"])
+def test_whole_numbers(key, value):
+    if key == "latent_dim" and value == [3]:
+        return
+    refused(f"--{key.replace('_', '-')}: expected a whole number of at least 1", **{key: value})
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "fast"])
+def test_learning_rates(value):
+    refused(f"--lr: expected a number above 0, got {value}", lr=value)
+
+
+@pytest.mark.parametrize("seed", ["-1", "1.5", str(2**63), "x"])
+def test_seeds_out_of_range(seed):
+    refused("--seed: expected a whole number", seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"alpha": 0.5}, "--alpha: not used, since --elbo elbo has no order; use --elbo renyi"),
+        ({"elbo": "iwae", "alpha": 0.5}, "--alpha: not used, since --elbo iwae"),
+        ({"elbo": "iwae", "beta": 2}, "--beta: .*not a bound on log p"),
+        ({"elbo": "renyi", "beta": 2}, "--beta: .*not a bound on log p"),
+        ({"elbo": "renyi", "alpha": 1}, "--alpha 1: that is the ELBO; use --elbo elbo"),
+        ({"elbo": "renyi", "alpha": "1.00001"}, "--alpha 1"),
+        ({"elbo": "renyi", "alpha": "nan"}, "--alpha: expected a number"),
+        ({"elbo": "renyi", "alpha": "inf"}, "--alpha: expected a number"),
+        ({"latent_dim": [3, 2]}, "a vae has one latent layer, got 2; use --model hierarchical"),
+        ({"model": "hierarchical", "latent_dim": 3}, "one for each layer, such as 50,25; got one"),
+        ({"model": "hierarchical", "prior": "vamp"}, "VampPrior: needs a vae"),
+        ({"guide": {"name": "low-rank", "rank": 4}, "latent_dim": 3}, "--guide.rank: 4 is more than --latent-dim 3"),
+        ({"prior": {"components": 3}}, "--prior.components: not used by StandardNormal, which has no settings"),
+        ({"prior": {"name": "mog", "component": 3}}, "--prior.component: .*it has components"),
+        ({"network": {"name": "conv", "dropout": 0.1}}, "--network.dropout: not used by conv"),
+        ({"network": {"channels": "3,4"}}, "--network.channels: not used by mlp"),
+        ({"network": {"dropout": 1}}, "--network.dropout: expected a number of at least 0 and below 1"),
+        ({"network": {"hidden": "20,0"}}, "--network.hidden: expected a whole number of at least 1"),
+        ({"likelihood": {"scale": 1}}, "--likelihood.scale: say which --likelihood it is for"),
+        ({"likelihood": {"name": "bernoulli", "scale": 1}}, "--likelihood.scale: not used by Bernoulli"),
+        ({"likelihood": {"name": "gaussian", "scale": 0}}, "--likelihood.scale: expected a positive number, learned"),
+        ({"likelihood": {"name": "gaussian", "scale": "free"}}, "--likelihood.scale: expected a positive number"),
+        ({"likelihood": {"name": "gaussian", "floor": -1}}, "--likelihood.floor"),
+        ({"model": "mixture", "K": 5}, "--K: not used, since a mixture is fit by its exact log p"),
+        ({"model": "mixture", "elbo": "iwae", "prior": "vamp"}, "--elbo, --prior: not used"),
+        ({"model": {"components": 3}}, "--model.components: not used by vae"),
+        ({"model": "mixture", "likelihood": {"name": "gaussian", "scale": 2}}, "--likelihood.scale: not used"),
+        ({"optimizer": "LBFGS"}, "--optimizer: 'LBFGS' is none of"),
+        ({"optimizer": "Optimizer"}, "--optimizer"),
+        ({"standardize": "yes"}, "--standardize: expected true or false, got yes"),
+    ],
+)
+def test_combinations_that_make_no_sense(given, words):
+    refused(words, **given)
+
+
+def test_what_is_allowed_but_said():
+    assert "upper bound" in warnings(resolve({"elbo": "renyi", "alpha": -1}))[0]
+    assert "no KL term" in warnings(resolve({"beta": 0}))[0]
+    assert warnings(resolve({})) == []
+
+
+def test_the_batch_is_at_most_the_data():
+    with pytest.raises(UsageError, match=r"--batch-size: 2000 is more than the 14\d\d training rows"):
+        build_rows(resolve({"batch_size": 2000}))
+
+
+def test_likelihood_and_binarisation_follow_the_data():
+    for given, likelihood, binarize in (
+        ({}, "Bernoulli", "dynamic"),
+        ({"data": "three-gaussians"}, "Gaussian", None),
+        ({"likelihood": "gaussian"}, "Gaussian", None),
+        ({"binarize": "threshold"}, "Bernoulli", "threshold"),
+        ({"model": "mixture"}, "Bernoulli", "dynamic"),
+    ):
+        resolved = resolve(given)
+        build_rows(resolved)
+        assert (resolved["likelihood"]["name"], resolved["binarize"]) == (likelihood, binarize)
+    with pytest.raises(UsageError, match="binarize='fixed' is not used by a density"):
+        build_rows(resolve({"likelihood": "gaussian", "binarize": "fixed"}))
+    with pytest.raises(DataError, match="have no mass on"):
+        build_rows(resolve({"data": "ring", "likelihood": "bernoulli"}))
+
+
+def test_titles_tell_runs_apart():
+    assert title(resolve({"elbo": "iwae"}) | {"likelihood": {"name": "Bernoulli"}}) == "digits-iwae-K5"
+    assert title(resolve({"model": "mixture"})) == "digits-mixture-C10"
+    assert title(resolve({"data": "a/b.npz", "prior": "vamp"}) | {"likelihood": {"name": "Gaussian"}}) == (
+        "b-elbo-K1-VampPrior-Gaussian"
+    )
+
+
+def test_resumable_options_exist():
+    assert set(RESUMABLE) <= {name for group in OPTIONS.values() for name in group}
+
+
+# ------------------------------------------------------------------------------------------------------- every choice
+
+
+def rows_for(likelihood: str, event: tuple[int, ...]) -> torch.Tensor:
+    x = torch.randn(8, *event)
+    return (x > 0).float() if likelihood == "Bernoulli" else x
+
+
+def assert_trains(given: dict, likelihood: str, event: tuple[int, ...]) -> None:
+    """One step changes every parameter that the bound depends on."""
+    resolved = config(**given, likelihood=likelihood)
+    x = rows_for(likelihood, event)
+    pair = build_model(resolved, event)
+    pair.initialise(x)
+    before = {name: p.detach().clone() for name, p in pair.named_parameters()}
+    result = fit(
+        pair.model,
+        pair.guide,
+        x,
+        build_objective(resolved),
+        epochs=1,
+        batch_size=8,
+        optimizer=build_optimizer(resolved),
+    )
+    assert result.step == 1
+    assert result.notices == []
+    still = [name for name, p in pair.named_parameters() if torch.equal(p, before[name])]
+    assert still == []
+
+
+@pytest.mark.parametrize("prior", PARTS["prior"])
+@pytest.mark.parametrize("guide", PARTS["guide"])
+@pytest.mark.parametrize(("network", "event"), [("mlp", VECTOR), ("mlp", IMAGE), ("conv", IMAGE), ("conv", (3, 9, 11))])
+@pytest.mark.parametrize("likelihood", PARTS["likelihood"])
+def test_every_vae_trains(prior, guide, network, event, likelihood):
+    given = {"prior": prior, "guide": guide, "network": network}
+    if prior == "VampPrior":
+        given["prior"] = {"name": prior, "components": 4}
+    given["network"] = {"name": network, "hidden": 12} | ({"channels": "3,4"} if network == "conv" else {})
+    assert_trains(given, likelihood, event)
+
+
+@pytest.mark.parametrize("prior", ["StandardNormal", "MixtureOfGaussians"])
+@pytest.mark.parametrize("guide", PARTS["guide"])
+@pytest.mark.parametrize("network", PARTS["network"])
+def test_every_hierarchy_trains(prior, guide, network):
+    for likelihood in PARTS["likelihood"]:
+        assert_trains({"model": "hierarchical", "prior": prior, "guide": guide, "network": network}, likelihood, IMAGE)
+
+
+@pytest.mark.parametrize("scale", ["0.5", "learned", "per-dimension", "predicted"])
+@pytest.mark.parametrize(("network", "event"), [("mlp", VECTOR), ("conv", IMAGE)])
+def test_every_scale_trains(scale, network, event):
+    resolved = config(likelihood={"name": "Gaussian", "scale": scale}, network=network)
+    x = rows_for("Gaussian", event)
+    pair = build_model(resolved, event)
+    pair.initialise(x)
+    assert fit(pair.model, pair.guide, x, build_objective(resolved), epochs=1, batch_size=8).notices == []
+
+
+@pytest.mark.parametrize("covariance", ["full", "diagonal", "tied", "spherical"])
+@pytest.mark.parametrize("weights", ["trainable", "uniform"])
+@pytest.mark.parametrize("event", [VECTOR, IMAGE])
+def test_every_mixture_trains(covariance, weights, event):
+    given = {"model": {"name": "mixture", "components": 2, "covariance": covariance, "weights": weights}}
+    for likelihood in PARTS["likelihood"]:
+        resolved = config(**given, likelihood=likelihood)
+        x = rows_for(likelihood, event)
+        pair = build_model(resolved, event)
+        assert isinstance(pair, BernoulliMixture if likelihood == "Bernoulli" else GaussianMixture)
+        pair.initialise(x)
+        with torch.no_grad():
+            for parameter in pair.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+        before = pair.log_prob(x).mean().item()
+        fit(pair.model, pair.guide, x, build_objective(resolved), epochs=10, batch_size=8)
+        assert pair.log_prob(x).mean().item() > before
+
+
+def test_convolutions_of_vectors_are_refused():
+    with pytest.raises(UsageError, match=r"\(5,\)"):
+        build_model(config(network="conv", likelihood="gaussian"), VECTOR)
