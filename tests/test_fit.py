@@ -21,7 +21,7 @@ from torch.distributions import constraints
 from torch.testing import assert_close
 
 from pyrovae.errors import CheckpointError, DataError, NumericalError, UsageError
-from pyrovae.inference import ELBO, IWAE, LinearWarmup, Renyi, adam, fit, staged
+from pyrovae.inference import ELBO, IWAE, LinearWarmup, Renyi, adam, fit, staged, svi
 from pyrovae.inference.checkpoint import load, load_latest, steps
 from pyrovae.inference.diagnostics import marginal_kl, measure, remarks
 from pyrovae.inference.log_weights import draw
@@ -223,6 +223,28 @@ def test_more_epochs_afterwards_equal_more_epochs_at_once(tmp_path):
     train(later, epochs=2, directory=tmp_path)
     second = train(vae(seed=4), epochs=5, directory=tmp_path, resume=True)
     assert timeless(first.history) == timeless(second.history)
+
+
+def test_resuming_without_the_best_epoch_says_so_and_goes_on(tmp_path):
+    """Only the best checkpoint is damaged: the newest one continues, and the best is chosen among what follows."""
+
+    def schedule(optimizer):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: [0.5, 50.0, 50.0, 50.0][min(epoch, 3)])
+
+    first = train(vae(), epochs=4, directory=tmp_path, schedule=schedule)
+    assert first.best_epoch == 1  # the rates of the later ones have made them worse
+    best = min((tmp_path / "checkpoints").iterdir())
+    (best / "weights.safetensors").write_bytes(b"")
+    again = train(vae(seed=3), epochs=5, directory=tmp_path, schedule=schedule, resume=True)
+    assert any("best epoch so far is lost" in notice for notice in again.notices)
+    assert (again.best_epoch, again.stopped, len(again.history)) == (5, "finished", 5)
+
+
+def test_a_validation_bound_that_is_no_number_is_said(monkeypatch):
+    """It is never the best, and not in silence."""
+    monkeypatch.setattr(svi.Trainer, "validate", lambda self: {"validation_bound": float("nan")})
+    result = train(vae())
+    assert sum("cannot be the best" in notice for notice in result.notices) == 3
 
 
 def test_resuming_something_else_is_refused(tmp_path):

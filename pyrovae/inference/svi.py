@@ -442,6 +442,8 @@ class Trainer:
             self.scheduler.step()
         bound = metrics.get("validation_bound", math.inf)
         improved = self.validation is None or bound > state.best_bound
+        if not math.isfinite(bound) and self.validation is not None:
+            self.notices.append(f"epoch {state.epoch}: the validation bound is {bound}, so it cannot be the best")
         if improved:
             state.best_bound, state.best_epoch, state.best_step = bound, state.epoch, state.step
             if self.validation is not None:
@@ -505,8 +507,11 @@ class Trainer:
         self.progress = Progress(**saved.training["progress"])
         best = self.kept_best = self.progress.best_step
         if self.validation is not None and best is not None:
-            same = best == saved.step
-            weights = saved.weights if same else checkpoints.load(self.directory, best).weights
+            try:
+                weights = saved.weights if best == saved.step else checkpoints.load(self.directory, best).weights
+            except CheckpointError as error:
+                self.notices.append(f"{error}; the best epoch so far is lost, and is chosen anew from here on")
+                weights, self.progress.best_bound = saved.weights, -math.inf
             self.best_weights = {name: t.to(self.device) for name, t in weights.items()}
 
     def identity(self) -> dict[str, Any]:
