@@ -20,6 +20,8 @@ def run(path: Path) -> nbformat.NotebookNode:
     notebook = nbformat.read(path, as_version=4)
     # Pyro imports tqdm.auto, which warns in a notebook where ipywidgets are not installed; nothing here needs them.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress")
+    # The networks are small: threads would wait for each other, and on a busy machine for a long time.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     # One output for all that a cell prints, whenever it prints it: the committed files do not depend on timing.
     client = NotebookClient(notebook, timeout=900, kernel_name="python3", coalesce_streams=True)
     client.resources = {"metadata": {"path": str(HERE)}}

@@ -257,7 +257,7 @@ OPTIONS: dict[str, dict[str, Setting]] = {
     "Training": {
         "epochs": Setting(whole(1), 100, "passes over the data (default 100)", "INT"),
         "batch_size": Setting(whole(1), 100, "rows per step (default 100)", "INT"),
-        "lr": Setting(number(0, open_below=True, below=1e6), 1e-3, "learning rate (default 0.001)", "NUMBER"),
+        "lr": Setting(number(0, open_below=True, below=1e37), 1e-3, "learning rate (default 0.001)", "NUMBER"),
         "optimizer": Setting(text, "Adam", "a class of torch.optim (default Adam)", "NAME"),
         "schedule": Setting(
             one_of("constant", "staged", "cosine"),

@@ -1,6 +1,7 @@
 """What every test file shares: isolation, and the two ways a number is compared with its truth."""
 
 import math
+import os
 from collections.abc import Callable, Iterator
 
 import pyro
@@ -10,6 +11,10 @@ from torch import Tensor
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 SOLVED = {"rtol": 0.0, "atol": 1e-8}  # one linear solve away
+
+
+# Commands and kernels that tests start: what they compute is as small as here.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
