@@ -49,7 +49,8 @@ def parser(command: str, description: str, usage: str = "[options]") -> Any:
         def format_help(self, *formatter: Any) -> str:
             text = re.sub(r"\s*\((type:\s+Any,\s+)?default:\s+null\)", "", super().format_help(*formatter))
             text = re.sub(r"^  --\S+ \S+\s+==SUPPRESS==\n", "", text, flags=re.M)
-            return re.sub(r"(--\w+)\.name\b", r"\1", text)
+            # As wide as before, so that the columns stay where they are.
+            return re.sub(r"(--\w+)\.name( \S+)", r"\1\2     ", text).replace(" \n", "\n")
 
         def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:  # type: ignore[override]
             parts = {o.removesuffix(".name") for a in self._actions for o in a.option_strings if o.endswith(".name")}
@@ -64,6 +65,7 @@ def parser(command: str, description: str, usage: str = "[options]") -> Any:
         description=description,
         default_env=False,
         print_config=None,
+        allow_abbrev=False,
     )
 
 

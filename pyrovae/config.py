@@ -243,7 +243,7 @@ OPTIONS: dict[str, dict[str, Setting]] = {
         ),
     },
     "Data": {
-        "data": Setting(text, "digits", "a name (see below) or a .npz, .npy, .csv or folder of images", "NAME|PATH"),
+        "data": Setting(text, "digits", "a name (see above) or a .npz, .npy, .csv or folder of images", "NAME|PATH"),
         "data_root": Setting(text, None, "where torchvision's data sets are, or are downloaded to", "DIR"),
         "binarize": Setting(
             one_of("dynamic", "fixed", "threshold"),
@@ -309,7 +309,8 @@ def resolve(given: Config) -> Config:
             ("elbo", "K", "M", "alpha", "beta", "latent_dim", "prior", "guide", "network"),
             "a mixture is fit by its exact log p(x)",
         )
-        for name in ("elbo", "K", "M", "latent_dim"):
+        refuse(given, ("eval_K",), "the log p(x) of a mixture is exact")
+        for name in ("elbo", "K", "M", "latent_dim", "eval_K"):
             config[name] = None
         config["likelihood"] = choose_measure(given.get("likelihood"))
     else:
@@ -378,7 +379,12 @@ def choose(part: str, value: Any, default: str | None) -> Any:
 
 def choose_likelihood(value: Any) -> Any:
     """The likelihood of a VAE with its settings, or None if it is left to the data."""
-    return choose("likelihood", value, None)
+    likelihood = choose("likelihood", value, None)
+    if likelihood and isinstance(likelihood.get("scale"), float):
+        if not isinstance(value, str) and dict(value).get("floor") is not None:
+            raise UsageError("--likelihood.floor: not used, since --likelihood.scale is fixed to a number")
+        likelihood.pop("floor")
+    return likelihood
 
 
 def choose_measure(value: Any) -> Any:
@@ -424,8 +430,10 @@ def build_rows(config: Config) -> "Rows":
     Raises:
         DataError: the data is missing, damaged, or does not suit the likelihood.
     """
-    from pyrovae.data import default_measure, load_data
+    from pyrovae.data import DOWNLOADED, default_measure, load_data
 
+    if config["data_root"] is not None and str(config["data"]).lower().replace("_", "-") not in DOWNLOADED:
+        raise UsageError(f"--data-root: not used by --data {config['data']}; it is for {', '.join(DOWNLOADED)}")
     data = load_data(config["data"], config["data_root"])
     if config["likelihood"] is None:
         binarised = config["binarize"] is not None
@@ -434,6 +442,11 @@ def build_rows(config: Config) -> "Rows":
         config["likelihood"] = pick("Bernoulli" if measure == "mass" else "Gaussian")
     measure = "mass" if config["likelihood"]["name"] == "Bernoulli" else "density"
     rows = data.rows(measure, binarize=config["binarize"], standardize=config["standardize"])
+    if measure == "mass" and "covariance" in config["model"]:
+        if config["model"]["covariance"] != "full":
+            raise UsageError("--model.covariance: not used by a mixture of Bernoullis; use --likelihood gaussian")
+        # Left out, so that a saved configuration never claims what such a mixture does not have.
+        config["model"] = {key: value for key, value in config["model"].items() if key != "covariance"}
     config["binarize"] = rows.binarize
     config["data_hash"] = rows.hash
     if config["batch_size"] > len(rows.train):
@@ -449,7 +462,7 @@ def build_model(config: Config, event_shape: tuple[int, ...]) -> "Model":
     if config["model"]["name"] == "mixture":
         settings = {k: v for k, v in config["model"].items() if k != "name"}
         if config["likelihood"]["name"] == "Bernoulli":
-            settings.pop("covariance")
+            settings.pop("covariance", None)
             return BernoulliMixture(event_shape, **settings)
         return GaussianMixture(event_shape, **settings)
 

@@ -57,6 +57,7 @@ _TORCHVISION = {
     "celeba": ("CelebA", {split: {"split": split[:5], "target_type": []} for split in SPLITS}),  # its "valid"
 }
 _PLANE = ("three-gaussians", "ring", "pinwheel")
+DOWNLOADED: tuple[str, ...] = tuple(_TORCHVISION)  # by torchvision, to a root
 NAMES: tuple[str, ...] = ("digits", *_TORCHVISION, *_PLANE)
 _FORMATS = ".npz, .npy, .csv, or a folder of images"
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}

@@ -4,7 +4,6 @@ Prints a report and writes it to RUN/evaluation.json.
 """
 
 import copy
-import json
 import math
 import platform
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyrovae.command import add_option, given, main, parser
-from pyrovae.config import option, whole
+from pyrovae.config import option, refuse, whole
 from pyrovae.errors import NumericalError, UsageError
 from pyrovae.run import Run, open_run
 
@@ -119,13 +118,16 @@ def report(
     from pyrovae import __version__
     from pyrovae.inference.diagnostics import measure
     from pyrovae.inference.log_marginal import standard_error
+    from pyrovae.inference.log_weights import draw
+    from pyrovae.inference.objectives import kl_terms
     from pyrovae.inference.pair import evaluating
     from pyrovae.inference.seeding import seeded
 
     result = score(model, x, num_particles, seed, chunk_size, progress)
+    exact = result.num_particles == 0
     with seeded(seed, "terms", device=x.device), evaluating(model.model, model.guide):
         terms = measure(model.model, model.guide, x.split(200), objective)
-    exact = result.num_particles == 0
+        forms = {} if exact else kl_terms(draw(model.model, model.guide, x[:1]))[1]
     values: Report = {
         "estimator": "exact" if exact else "importance sampling from the guide",
         "K": None if exact else result.num_particles,
@@ -151,8 +153,9 @@ def report(
             "gap_error_over_rows": standard_error(result.estimate - result.elbo),
             "reconstruction": terms["reconstruction"],
             "kl": terms["kl"],
+            "kl_forms": forms,
             "active_units": int(terms["active_units"]),
-            "latent_dimensions": sum(name.startswith("kl_") for name in terms),
+            "latent_dimensions": int(terms["latent_dimensions"]),
             "ess": summary(result.ess),
             "pareto_k": {
                 **summary(known),
@@ -217,6 +220,12 @@ def number(value: float | None, error: float | None = None) -> str:
     return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
+def in_words(forms: dict[str, str]) -> str:
+    """How the KL of each site was taken: "analytic", "sampled", or site by site."""
+    kinds = set(forms.values())
+    return kinds.pop() if len(kinds) == 1 else ", ".join(f"{site} {form}" for site, form in forms.items())
+
+
 def describe(name: str, values: Report) -> str:
     """The report as a table to read."""
     split = values["split"]
@@ -239,7 +248,7 @@ def describe(name: str, values: Report) -> str:
         line("ELBO", number(values["elbo"], values["elbo_error_over_rows"]), "same draws")
         line("gap, log p(x) - ELBO", number(values["gap"], values["gap_error_over_rows"]))
         line("reconstruction", number(values["reconstruction"]), "E log p(x|z)")
-        line("KL(q(z|x) || p(z))", number(values["kl"]))
+        line("KL(q(z|x) || p(z))", number(values["kl"]), in_words(values["kl_forms"]))
         line("active units", f"{values['active_units']} of {values['latent_dimensions']}")
         ess, k_hat = values["ess"], values["pareto_k"]
         line("effective sample size", f"{ess['median']:.1f}", f"median; least {ess['min']:.1f}, of K = {values['K']}")
@@ -257,7 +266,7 @@ def evaluate(
 ) -> Report:
     """Score a run and write its evaluation.json and K-curve."""
     from pyrovae.config import build_objective
-    from pyrovae.inference.checkpoint import write_atomically
+    from pyrovae.inference.checkpoint import write_json
 
     place = pick_device(device)
     rows = run.rows()
@@ -277,7 +286,7 @@ def evaluate(
         progress=True,
     )
     name = "evaluation.json" if split == "test" else f"evaluation-{split}.json"
-    write_atomically(run.directory / name, json.dumps(values, indent=1) + "\n")
+    write_json(run.directory / name, values)
     return values
 
 
@@ -302,6 +311,8 @@ def command(words: Sequence[str]) -> int:
     if split not in SPLITS:
         raise UsageError(f"--split: expected one of {', '.join(SPLITS)}, got {split}")
     run = open_run(options["run"])
+    if run.config["model"]["name"] == "mixture":
+        refuse(options, ("K", "chunk_size"), "the log p(x) of a mixture is exact")
     values = evaluate(
         run,
         k,

@@ -1,6 +1,5 @@
 """python -m pyrovae.fit: train a pair on data, score it, and keep all of it in a run directory."""
 
-import json
 import os
 import sys
 import time
@@ -111,7 +110,7 @@ def say(text: str) -> None:
 
 def command(words: Sequence[str]) -> int:
     """Parse the options, train, evaluate, plot."""
-    options = given(options_parser().parse_args(words))
+    options = read_options(words)
     output = {key: options.pop(key, None) for key in ("out", "resume", "overwrite", "no_plots", "debug")}
     for derived in ("data_hash", "event_shape", "version"):
         options.pop(derived, None)
@@ -141,6 +140,8 @@ def command(words: Sequence[str]) -> int:
     config["event_shape"] = list(rows.event_shape)
     model = initialised_model(config, rows)
 
+    check_optimizer(config, model)
+
     from pyrovae.inference.checkpoint import lock
     from pyrovae.run import claim, clear, fresh_directory, write_config
 
@@ -156,7 +157,10 @@ def command(words: Sequence[str]) -> int:
                 clear(directory)
             write_config(directory, config)
         announce(config, rows, model, directory, device.type)
-        fitted, signal = train(config, rows, model, directory, bool(output["resume"]), device)
+        resume = bool(output["resume"]) and has_checkpoints(directory)
+        if output["resume"] and not resume:
+            say("note: the run was stopped before its first checkpoint, so it starts from the beginning")
+        fitted, signal = train(config, rows, model, directory, resume, device)
         for note in fitted.notices:
             say(f"note: {note}")
         if fitted.stopped == "interrupted":
@@ -164,8 +168,49 @@ def command(words: Sequence[str]) -> int:
             say(f"  python -m pyrovae.fit --resume {directory}")
             return 128 + signal
         if leading():
-            conclude(config, rows, model, directory, fitted, time.perf_counter() - started, not output["no_plots"])
+            try:
+                conclude(config, rows, model, directory, fitted, time.perf_counter() - started, not output["no_plots"])
+            except KeyboardInterrupt:
+                say("stopped while evaluating; the training is saved. Evaluate and plot with")
+                say(f"  python -m pyrovae.fit --resume {directory}")
+                return 130
     return 0
+
+
+def read_options(words: Sequence[str]) -> Config:
+    """The options of --config and of the command line, which wins.
+
+    What a choice on the command line makes meaningless in the file is dropped: the settings of another prior, or the
+    beta of another bound.
+    """
+    p = options_parser()
+    options = given(p.parse_args(words))
+    typed = given(p.parse_args(without_config(words)))
+    if "elbo" in typed:
+        for key in ("K", "alpha", "beta"):
+            if key not in typed:
+                options.pop(key, None)
+    for part in PARTS:
+        if "name" in dict(typed.get(part, {})):
+            options[part] = typed[part]
+    return options
+
+
+def without_config(words: Sequence[str]) -> list[str]:
+    """The command line without --config FILE."""
+    kept, skip = [], False
+    for word in words:
+        if not skip and word != "--config" and not word.startswith("--config="):
+            kept.append(word)
+        skip = not skip and word == "--config"
+    return kept
+
+
+def has_checkpoints(directory: Path) -> bool:
+    """Whether a run has come as far as a checkpoint, whole or not."""
+    from pyrovae.inference.checkpoint import steps
+
+    return bool(steps(directory))
 
 
 def resumed(options: Config, output: dict[str, Any]) -> tuple[Path, Config]:
@@ -184,7 +229,7 @@ def resumed(options: Config, output: dict[str, Any]) -> tuple[Path, Config]:
     if output["resume"] is not True and output["out"] not in (None, output["resume"]):
         raise UsageError(f"--resume {directory}: continues in its own directory; leave out --out {output['out']}")
     stored = open_run(str(directory)).config
-    changes = resolve(options)
+    changes = resolve(overlaid(stored, options))
     asked = [key for key in options if changes[key] != stored[key]]
     forbidden = [f"{option(key)}: {stored[key]} then, {changes[key]} now" for key in asked if key not in RESUMABLE]
     if forbidden:
@@ -197,10 +242,22 @@ def resumed(options: Config, output: dict[str, Any]) -> tuple[Path, Config]:
     return Path(str(directory)), stored | {key: changes[key] for key in asked}
 
 
+def overlaid(stored: Config, options: Config) -> Config:
+    """A stored configuration with options over it, as if all of it had been given."""
+    kept = {key: value for key, value in stored.items() if key not in ("data_hash", "event_shape")}
+    for key, value in options.items():
+        renamed = isinstance(value, dict) and "name" in value
+        both = isinstance(value, dict) and isinstance(kept.get(key), dict) and not renamed
+        kept[key] = {**kept[key], **value} if both else value
+    return kept
+
+
 def check_epochs(directory: Path, stored: Config, epochs: int) -> None:
     """Refuse a number of epochs that a run cannot be continued to."""
     from pyrovae.inference.checkpoint import load_latest
 
+    if not has_checkpoints(directory):
+        return
     done = load_latest(directory).training["progress"]["epoch"]
     if epochs < done:
         raise UsageError(
@@ -221,6 +278,14 @@ def initialised_model(config: Config, rows: "Rows") -> "Model":
         spread = max(1, len(rows.train) // INITIAL_ROWS)
         model.initialise(rows.transform(rows.train[::spread]))
     return model
+
+
+def check_optimizer(config: Config, model: "Model") -> None:
+    """Refuse an optimiser that cannot be made for these parameters, before anything is written."""
+    try:
+        build_optimizer(config)(list(model.parameters()))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--optimizer {config['optimizer']}: {error}; choose another") from error
 
 
 def announce(config: Config, rows: "Rows", model: "Model", directory: Path, device: str) -> None:
@@ -306,7 +371,7 @@ def conclude(
 ) -> None:
     """Evaluate, plot, and print the short table."""
     from pyrovae.evaluate import report
-    from pyrovae.inference.checkpoint import write_atomically
+    from pyrovae.inference.checkpoint import write_json
 
     device = next(model.parameters()).device
     model.eval()
@@ -314,7 +379,7 @@ def conclude(
     values = report(
         model, x, rows, num_particles=config["eval_K"], objective=build_objective(config), seed=0, progress=True
     )
-    write_atomically(directory / "evaluation.json", json.dumps(values, indent=1) + "\n")
+    write_json(directory / "evaluation.json", values)
     for note in observations(model, fitted, rows, device):
         say(f"note: {note}")
     say("")
@@ -343,7 +408,7 @@ def observations(model: "Model", fitted: "Fit", rows: "Rows", device: Any) -> li
 
 def short_table(config: Config, values: dict[str, Any], fitted: "Fit", seconds: float) -> str:
     """What a run ends with."""
-    from pyrovae.evaluate import number
+    from pyrovae.evaluate import in_words, number
 
     exact = values["K"] is None
     rate = fitted.metrics["rows_per_second"].median()
@@ -365,7 +430,7 @@ def short_table(config: Config, values: dict[str, Any], fitted: "Fit", seconds: 
     if not exact:
         bound = describe_bound(config).split(", beta")[0]
         lines.insert(1, (f"bound, {bound}", number(values["test_bound"]), "nats per datum"))
-        lines.append(("KL(q(z|x) || p(z))", number(values["kl"]), "nats per datum"))
+        lines.append(("KL(q(z|x) || p(z))", number(values["kl"]), f"nats per datum, {in_words(values['kl_forms'])}"))
         lines.append(("active units", f"{values['active_units']} of {values['latent_dimensions']}", ""))
     if values["bits_per_dimension"] is not None:
         lines.append(("bits per dimension", f"{values['bits_per_dimension']:.4f}", ""))

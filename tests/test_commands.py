@@ -2,9 +2,11 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,10 +23,12 @@ import pyrovae
 from pyrovae import evaluate, fit
 from pyrovae.command import explain, main
 from pyrovae.errors import CheckpointError, DataError, NumericalError, OutputError, UsageError
+from pyrovae.inference import checkpoint
 from pyrovae.inference.checkpoint import load, load_latest, steps
 from pyrovae.inference.log_marginal import log_marginal
 from pyrovae.inference.seeding import seeded
 from pyrovae.models import BernoulliMixture
+from pyrovae.run import open_run
 
 SMALL = "--data three-gaussians --latent-dim 2 --network.hidden 8 --batch-size 1000 --epochs 2 --eval-K 50 --seed 3"
 RUN = [sys.executable, "-m", "pyrovae.fit"]
@@ -328,9 +332,56 @@ def test_errors_are_one_line_with_their_code(capsys, words, code, message):
 
 def test_a_diverged_run_can_be_looked_at(capsys):
     fails(capsys, f"{SMALL} --out run --lr 1e30 --optimizer SGD --epochs 3")
-    code, message = fails(capsys, "--resume run")
-    assert (code, "no usable checkpoint" in message) == (5, True)
+    with pytest.raises(SystemExit) as caught:
+        main("fit", fit.command, ["--resume", "run"])
+    said = capsys.readouterr()
+    assert caught.value.code == NumericalError.code
+    assert "stopped before its first checkpoint, so it starts from the beginning" in said.out
     assert not (Path("run") / "lock").exists()
+
+
+def test_stopped_before_the_first_checkpoint_starts_from_the_beginning():
+    """What a kill within the first epoch leaves can be resumed, and gives the run that was never killed."""
+    assert fit.command([*SMALL.split(), "--out", "whole"]) == 0
+    assert fit.command([*SMALL.split(), "--out", "killed"]) == 0
+    shutil.rmtree("killed/checkpoints")
+    assert fit.command(["--resume", "killed"]) == 0
+    whole, killed = (pyrovae.load(name).state_dict() for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def test_the_command_line_wins_over_the_file():
+    """What another choice makes meaningless in the file is dropped, not held against the user."""
+    prior = "--prior mixture --prior.components 3"
+    assert fit.command([*SMALL.split(), *prior.split(), "--out", "first"]) == 0
+    words = "--config first/config.yaml --elbo iwae --K 3 --prior standard --out second"
+    assert fit.command(words.split()) == 0
+    config = open_run("second").config
+    assert (config["elbo"], config["K"], config["beta"]) == ("iwae", 3, None)
+    assert config["prior"] == {"name": "StandardNormal"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--model mixture --model.covariance diagonal", "--model.covariance: not used by a mixture of Bernoullis"),
+        ("--model mixture --eval-K 7", "--eval-K: not used, since the log p(x) of a mixture is exact"),
+        ("--likelihood gaussian --likelihood.scale 0.1 --likelihood.floor 0.5", "--likelihood.floor: not used"),
+        ("--data-root here", "--data-root: not used by --data digits"),
+        ("--elb iwae", "--elb: no such option; did you mean --elbo?"),
+        ("--optimizer Muon", "--optimizer Muon: "),
+    ],
+)
+def test_options_without_a_use_are_refused(capsys, words, message):
+    """Before the output directory is touched."""
+    code, text = fails(capsys, f"{words} --out never")
+    assert (code, message in text) == (2, True), text
+    assert not Path("never").exists()
+
+
+def test_numbers_that_json_does_not_have_become_null(tmp_path):
+    checkpoint.write_json(tmp_path / "a.json", {"a": float("nan"), "b": [1.5, -math.inf], "c": {"d": None}})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": None, "b": [1.5, None], "c": {"d": None}}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")

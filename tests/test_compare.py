@@ -31,7 +31,7 @@ def runs(tmp_path_factory) -> Path:
     for out, words in (
         ("a", f"{plane} {network}"),
         ("other/a", f"{plane} {network} --epochs 4 --lr 0.02"),
-        ("mixture", f"{plane} --model mixture --model.components 2"),
+        ("mixture", f"{plane.replace('--eval-K 5', '')} --model mixture --model.components 2"),
         ("bits", f"{TINY} --latent-dim 3 --network.hidden 9 --eval-rows 5"),
         ("threshold", f"{TINY} --latent-dim 3 --network.hidden 9 --binarize threshold"),
         ("ring", f"{plane.replace('three-gaussians', 'ring')} {network}"),

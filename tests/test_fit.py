@@ -15,7 +15,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.testing import assert_close
@@ -751,7 +751,7 @@ def test_remarks_call_a_collapse_by_its_name():
         pair.guides[0].head.bias.zero_()
     (words,) = remarks(measure(pair.model, pair.guide, [X], ELBO()))
     assert "posterior collapse: no latent dimension is active" in words
-    assert remarks({"kl": 3.0, "kl_z[0]": 3.0, "active_units": 1.0}) == []
+    assert remarks({"kl": 3.0, "kl_z[0]": 3.0, "active_units": 1.0, "latent_dimensions": 1.0}) == []
 
 
 # ---------------------------------------------------------------------------------------------------------- the record
@@ -764,7 +764,7 @@ def test_metrics_csv_has_the_history(tmp_path):
     table = pd.read_csv(tmp_path / "metrics.csv")
     assert list(table.columns) == [
         "epoch", "step", "train_bound", "validation_bound", "validation_elbo", "reconstruction", "kl", "kl_z[0]",
-        "kl_z[1]", "active_units", "beta", "learning_rate", "rows_per_second", "seconds",
+        "kl_z[1]", "active_units", "latent_dimensions", "beta", "learning_rate", "rows_per_second", "seconds",
     ]  # fmt: skip
     assert_close(table["validation_bound"].tolist(), [epoch["validation_bound"] for epoch in result.history])
     assert table["step"].tolist() == [5, 10, 15]
@@ -782,3 +782,9 @@ def test_on_epoch_sees_every_epoch_as_it_ends():
     result = train(vae(), on_epoch=lambda metrics: seen.append((int(metrics["epoch"]), time.monotonic())))
     assert [epoch for epoch, _ in seen] == [1, 2, 3] == [int(epoch["epoch"]) for epoch in result.history]
     assert seen[0][1] < seen[1][1] < seen[2][1]
+
+
+def test_an_objective_without_a_differentiable_loss_is_refused():
+    """Pyro's own RenyiELBO cannot be differentiated from outside; the message names what can."""
+    with pytest.raises(UsageError, match=r"RenyiELBO has no differentiable_loss; use .*IWAE"):
+        train(vae(), RenyiELBO(num_particles=2))

@@ -533,3 +533,14 @@ def test_same_seed_same_bits_other_seed_other_bits() -> None:
         found.append(log_weights(a_model, latent(), x, 3))
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
+
+
+def test_modules_with_names_that_containers_use() -> None:
+    """A network called `values` or `train` is found like any other."""
+    values = nn.Linear(2, 4).double()
+
+    def model(x: Tensor) -> None:
+        program_of_model(values, x)
+
+    found = Pair(model, latent()).trainable()
+    assert {id(p) for p in values.parameters()} == {id(p) for p in found.values()}

@@ -665,3 +665,17 @@ import pyrovae.models
 print(*[name for name in heavy if name in sys.modules])
 """
     assert in_a_fresh_process(code) == ""
+
+
+def test_integers_are_refused_before_arithmetic() -> None:
+    """Grey levels as they are loaded are not x: the message says what is."""
+    guide = MeanFieldNormal(MLP(3, hidden=[4]), 2)
+    levels = torch.zeros(5, 3, dtype=torch.uint8)
+    for use in (guide, guide.initialise):
+        with pytest.raises(UsageError, match=r"expected floating-point numbers, got torch.uint8"):
+            use(levels)
+
+
+def test_an_event_without_dimensions_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"event shape \(\)"):
+        MLP(())

@@ -14,6 +14,7 @@ safetensors, the rest JSON.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -265,6 +266,23 @@ def write_atomically(path: Path, text: str) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise OutputError(f"{path}: could not be written ({error.strerror or error})") from error
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Replace a JSON file as a whole; numbers that are not finite, which JSON does not have, become null.
+
+    Raises:
+        OutputError: the disk refused; the earlier file is intact.
+    """
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [clean(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    write_atomically(path, json.dumps(clean(values), indent=1, allow_nan=False) + "\n")
 
 
 @contextmanager

@@ -37,7 +37,8 @@ def measure(model: Callable, guide: Callable, batches: Iterable[Tensor], objecti
         objective: Its own bound is measured unscaled, whatever its beta. For an objective of Pyro's own, only -loss/n.
 
     Returns:
-        "bound", and for a pair with latent sites "elbo", "reconstruction", "kl", "active_units" and "kl_SITE[d]".
+        "bound", and for a pair with latent sites "elbo", "reconstruction", "kl", "kl_SITE[d]", "active_units" and
+        "latent_dimensions", the number that could be active.
 
     Raises:
         UsageError: there are no batches.
@@ -74,6 +75,7 @@ def measure(model: Callable, guide: Callable, batches: Iterable[Tensor], objecti
     active = {s: int((b / rows - (a / rows).square() > ACTIVE_VARIANCE).sum()) for s, (a, b) in moments.items()}
     if active:
         report["active_units"] = float(sum(active.values()))
+        report["latent_dimensions"] = float(sum(first.numel() for first, _ in moments.values()))
     if len(active) > 1:
         report |= {f"active_units_{site}": float(count) for site, count in active.items()}
     return report
@@ -125,14 +127,13 @@ def marginals(distribution: Any) -> Distribution | None:
 
 def remarks(metrics: dict[str, float]) -> list[str]:
     """What one epoch's measurements say about posterior collapse, in words."""
-    kl = {name: value for name, value in metrics.items() if name.startswith("kl_")}
-    active, total = metrics.get("active_units"), len(kl)
+    active, total = metrics.get("active_units"), int(metrics.get("latent_dimensions", 0))
     if active is None or not total:
         return []
     if active == 0:
         return [
             f"posterior collapse: no latent dimension is active (KL {metrics['kl']:.3g} nats); the decoder ignores z. "
-            "Warm beta up from 0, weaken the decoder, or lower beta"
+            "A weaker decoder or more epochs help, and with the ELBO a beta that is lower or warmed up from 0"
         ]
     if active < total:
         return [f"{total - int(active)} of {total} latent dimensions are inactive (variance of E[z|x] at most 0.01)"]

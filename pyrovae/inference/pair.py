@@ -38,7 +38,7 @@ class Pair(nn.Module):
         for program in (model, guide):
             for name, module in modules_of(program, seen):
                 if all(module is not other for other in found.values()):
-                    while name in found:
+                    while name in found or hasattr(nn.ModuleDict, name):
                         name += "_"
                     found[name] = module
         nested = {id(inner) for outer in found.values() for inner in list(outer.modules())[1:]}

@@ -164,6 +164,11 @@ def fit(
             raise UsageError(f"{name}: expected a tensor of shape (N, *event) with N >= 1, got {describe(rows)}")
     if batch_size > len(data):
         raise UsageError(f"batch_size: {batch_size} is more than the {len(data)} training rows")
+    if not hasattr(objective, "differentiable_loss"):
+        raise UsageError(
+            f"objective: {type(objective).__name__} has no differentiable_loss; use an objective of pyrovae.inference "
+            "(Renyi and IWAE for RenyiELBO), or Pyro's Trace_ELBO, TraceMeanField_ELBO or TraceEnum_ELBO"
+        )
     if resume and directory is None:
         raise UsageError("resume: needs the directory of the run to continue")
     trainer = Trainer(

@@ -63,6 +63,7 @@ class Guide(nn.Module, ABC):
 
     def initialise(self, x: Tensor) -> None:
         """Centre the encoder's input at the mean of x (N, *event), with one scale for all elements."""
+        check_event(x, self.event_shape)
         self.shift.copy_(x.mean(0))
         self.rescale.copy_(1 / (x - self.shift).square().mean().sqrt().clamp(min=1e-6))
 

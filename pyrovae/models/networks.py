@@ -62,6 +62,8 @@ class Network(nn.Module):
     def __init__(self, body: nn.Module, in_shape: Shape, out_shape: Shape) -> None:
         super().__init__()
         self.in_shape, self.out_shape = as_shape(in_shape), as_shape(out_shape)
+        if not self.in_shape or not self.out_shape:
+            raise UsageError("network: the event shape () has no elements to flatten; use (1,) and x.unsqueeze(-1)")
         self.body: nn.Module = body
 
     @property
@@ -210,12 +212,14 @@ class ConvDecoder(Network):
 
 
 def check_event(x: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse x (*batch, *event) of another event shape than `shape`, before anything broadcasts it."""
+    """Refuse x (*batch, *event) of another event shape than `shape`, before anything broadcasts it, and integers."""
     if x.ndim < len(shape) or x.shape[x.ndim - len(shape) :] != shape:
         raise UsageError(
             f"x: expected event shape {shape}, got a tensor of shape {tuple(x.shape)}; "
             "reshape x or build the network for its shape"
         )
+    if not x.is_floating_point():
+        raise UsageError(f"x: expected floating-point numbers, got {x.dtype}; pass x.float(), or fit(transform=...)")
 
 
 def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
