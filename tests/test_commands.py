@@ -30,7 +30,10 @@ from pyrovae.inference.seeding import seeded
 from pyrovae.models import BernoulliMixture
 from pyrovae.run import open_run
 
-SMALL = "--data three-gaussians --latent-dim 2 --network.hidden 8 --batch-size 1000 --epochs 2 --eval-K 50 --seed 3"
+SMALL = (
+    "--data three-gaussians --latent-dim 2 --network.hidden 8 --batch-size 1000 --epochs 2 --eval-K 50 --seed 3 "
+    "--device cpu"
+)
 RUN = [sys.executable, "-m", "pyrovae.fit"]
 
 

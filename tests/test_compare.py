@@ -19,7 +19,7 @@ from pyrovae.inference.log_marginal import exact, summarise
 from pyrovae.models import BernoulliMixture, GaussianMixture
 from pyrovae.run import open_run
 
-TINY = "--epochs 1 --eval-K 5 --eval-rows 10 --no-plots --seed 0"
+TINY = "--epochs 1 --eval-K 5 --eval-rows 10 --no-plots --seed 0 --device cpu"
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_one_table_per_measure(runs, capsys):
 
 
 def test_numbers_of_the_table_are_those_of_the_runs(runs):
-    run(f"{runs}/a {runs}/mixture --K 30 --no-baseline --out tables")
+    run(f"{runs}/a {runs}/mixture --K 30 --no-baseline --out tables --device cpu")
     frame = pd.read_csv("tables/density.csv").set_index("name")
     assert set(frame.index) == {"a", "mixture"}
     a, b = open_run(runs / "a"), open_run(runs / "mixture")
