@@ -511,7 +511,7 @@ def test_a_full_disk_stops_with_the_state_before_intact(capsys, monkeypatch):
 
 
 def scored(run: Path, words: str = "", name: str = "evaluation.json") -> dict:
-    assert evaluate.command([str(run), *words.split()]) == 0
+    assert evaluate.command([str(run), *words.split(), "--device", "cpu"]) == 0
     return json.loads((run / name).read_text())
 
 
