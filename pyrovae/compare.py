@@ -249,7 +249,7 @@ def unique_names(runs: Sequence[Run]) -> dict[Path, str]:
 def present(frame: "pd.DataFrame", rows: "Rows", kind: str, count: int, data: str, out: Path) -> None:
     """Print a table and write it as CSV, LaTeX and a figure."""
     from pyrovae import plots
-    from pyrovae.errors import OutputError
+    from pyrovae.fit import save_figure
     from pyrovae.inference.checkpoint import write_atomically
 
     how = f", binarisation {rows.binarize}" if rows.binarize else ""
@@ -264,10 +264,7 @@ def present(frame: "pd.DataFrame", rows: "Rows", kind: str, count: int, data: st
     )
     write_atomically(out / f"{kind}.tex", latex(strings, caption))
     figure = plots.comparison(frame, title=f"{data}, {count} test rows, {rows.measure.description}")
-    try:
-        figure.savefig(out / f"{kind}.png", dpi=150)
-    except OSError as error:
-        raise OutputError(f"{out / kind}.png: could not be written ({error.strerror or error})") from error
+    save_figure(figure, out, kind)
 
 
 def latex(strings: "pd.DataFrame", caption: str) -> str:

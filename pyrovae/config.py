@@ -275,6 +275,8 @@ OPTIONS: dict[str, dict[str, Setting]] = {
     },
 }
 SETTINGS = {name: setting for group in OPTIONS.values() for name, setting in group.items()}
+# What a run adds to the options in its config.yaml.
+DERIVED = ("data_hash", "event_shape", "version")
 # What may differ between a run and its resumption.
 RESUMABLE = ("epochs", "patience", "eval_K", "eval_rows", "device")
 
@@ -287,7 +289,7 @@ def option(key: str) -> str:
 def resolve(given: Config) -> Config:
     """Check what was given and fill in the rest, without looking at the data.
 
-    `likelihood` and `binarize` may depend on the data: they stay None until `fit_to_data`.
+    `likelihood` and `binarize` may depend on the data: they stay None until `build_rows`.
 
     Raises:
         UsageError: a value makes no sense, or an option is not used by the choices made.
@@ -407,11 +409,11 @@ def check_optimizer(name: str) -> None:
     """Refuse what torch.optim does not have."""
     import torch
 
-    names = [n for n, v in vars(torch.optim).items() if isinstance(v, type) and issubclass(v, torch.optim.Optimizer)]
-    if name not in names or name in ("Optimizer", "LBFGS", "SparseAdam"):
-        raise UsageError(
-            f"--optimizer: {nearest(name, [n for n in names if n not in ('Optimizer', 'LBFGS', 'SparseAdam')])}"
-        )
+    classes = {n: v for n, v in vars(torch.optim).items() if isinstance(v, type)}
+    names = [n for n, v in classes.items() if issubclass(v, torch.optim.Optimizer)]
+    names = [n for n in names if n not in ("Optimizer", "LBFGS", "SparseAdam")]
+    if name not in names:
+        raise UsageError(f"--optimizer: {nearest(name, names)}")
 
 
 def warnings(config: Config) -> list[str]:

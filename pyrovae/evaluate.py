@@ -346,7 +346,7 @@ def save_curve(run: Run, values: Report) -> Path:
         elbo=values["elbo"],
         title=f"{run.name}, {values['rows']} {values['split']} rows",
     )
-    return save_figure(figure, run.directory, "k_curve")
+    return save_figure(figure, run.directory / "plots", "k_curve")
 
 
 if __name__ == "__main__":

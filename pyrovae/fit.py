@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyrovae.command import add_option, given, main, parser, stoppable
 from pyrovae.config import (
+    DERIVED,
     OPTIONS,
     PARTS,
     RESUMABLE,
@@ -69,8 +70,8 @@ def options_parser() -> Any:
     add_option(group, "--overwrite", "replace the run that --out holds", action="store_true")
     add_option(group, "--no-plots", "write no plots", action="store_true")
     group.add_argument("--debug", action="store_true", default=None, help="show tracebacks")
-    for hidden in ("--data_hash", "--event_shape", "--version"):  # in a run's config.yaml
-        p.add_argument(hidden, type=Any, default=None, help="==SUPPRESS==")
+    for hidden in DERIVED:
+        p.add_argument(f"--{hidden}", type=Any, default=None, help="==SUPPRESS==")
     return p
 
 
@@ -112,7 +113,7 @@ def command(words: Sequence[str]) -> int:
     """Parse the options, train, evaluate, plot."""
     options = read_options(words)
     output = {key: options.pop(key, None) for key in ("out", "resume", "overwrite", "no_plots", "debug")}
-    for derived in ("data_hash", "event_shape", "version"):
+    for derived in DERIVED:
         options.pop(derived, None)
     started = time.perf_counter()
     directory: Path | None
@@ -244,7 +245,7 @@ def resumed(options: Config, output: dict[str, Any]) -> tuple[Path, Config]:
 
 def overlaid(stored: Config, options: Config) -> Config:
     """A stored configuration with options over it, as if all of it had been given."""
-    kept = {key: value for key, value in stored.items() if key not in ("data_hash", "event_shape")}
+    kept = {key: value for key, value in stored.items() if key not in DERIVED}
     for key, value in options.items():
         renamed = isinstance(value, dict) and "name" in value
         both = isinstance(value, dict) and isinstance(kept.get(key), dict) and not renamed
@@ -442,8 +443,12 @@ def short_table(config: Config, values: dict[str, Any], fitted: "Fit", seconds: 
 
 
 def save_figure(figure: "Figure", directory: Path, name: str) -> Path:
-    """Write a figure into the run's plots."""
-    path = directory / "plots" / f"{name}.png"
+    """Write a figure to directory/name.png.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    path = directory / f"{name}.png"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
@@ -463,22 +468,22 @@ def write_plots(
     from pyrovae.models import HierarchicalVAE
     from pyrovae.run import Run
 
-    name = directory.name
-    save_figure(plots.training_curves(fitted.metrics, title=name), directory, "training_curves")
+    name, folder = directory.name, directory / "plots"
+    save_figure(plots.training_curves(fitted.metrics, title=name), folder, "training_curves")
     device = next(model.parameters()).device
     with torch.no_grad(), seeded(config["seed"], "plots", device=device):
         drawn = "means of p(x|z) with z from the prior" if isinstance(model, HierarchicalVAE) else "drawn from p(x)"
-        save_figure(plots.samples(model.sample(64), title=f"{name}, {drawn}"), directory, "samples")
+        save_figure(plots.samples(model.sample(64), title=f"{name}, {drawn}"), folder, "samples")
         if not isinstance(model, HierarchicalVAE):
             return
         x = rows.test[:1000].to(device)
         codes = model.encode(x)
-        save_figure(plots.reconstructions(x[:32], model.decode(codes[:32]), title=name), directory, "reconstructions")
+        save_figure(plots.reconstructions(x[:32], model.decode(codes[:32]), title=name), folder, "reconstructions")
         spread = model.posterior(x[:8]).sample((12,)).transpose(0, 1)
-        save_figure(plots.neighbourhood(x[:8], model.decode(spread), title=name), directory, "neighbourhood")
+        save_figure(plots.neighbourhood(x[:8], model.decode(spread), title=name), folder, "neighbourhood")
         labels = rows.labels["test"]
         save_figure(
-            plots.latent_map(codes, None if labels is None else labels[:1000], title=name), directory, "latent_map"
+            plots.latent_map(codes, None if labels is None else labels[:1000], title=name), folder, "latent_map"
         )
         dims = codes.var(0).argsort(descending=True)[:10].tolist()
         steps = torch.linspace(-2.5, 2.5, 11, device=device)
@@ -488,7 +493,7 @@ def write_plots(
         figure = plots.traversals(
             model.decode(paths), steps.tolist(), dims, title=f"{name}; offsets in standard deviations of the codes"
         )
-        save_figure(figure, directory, "traversals")
+        save_figure(figure, folder, "traversals")
 
     from pyrovae.evaluate import save_curve
 

@@ -110,7 +110,7 @@ def open_run(directory: str | Path) -> Run:
     if not isinstance(shape, list) or any(not isinstance(size, int) or size < 1 for size in shape):
         raise CheckpointError(f"{file}: event_shape: expected a list of whole numbers, got {shape!r}")
     try:
-        config = configuration.resolve({k: v for k, v in content.items() if k not in (*derived, "version")})
+        config = configuration.resolve({k: v for k, v in content.items() if k not in configuration.DERIVED})
     except UsageError as error:
         raise CheckpointError(f"{file}: {error}") from error
     return Run(path, config | {key: content[key] for key in derived})

@@ -318,8 +318,8 @@ class Trainer:
                     stopped = "interrupted"
                     self.save()
                     break
-                improved = self.finish_epoch(record)
-                self.save(improved)
+                self.finish_epoch(record)
+                self.save()
                 if on_epoch is not None:
                     on_epoch(state.history[-1])
         record.close()
@@ -425,8 +425,8 @@ class Trainer:
             "Lower the learning rate, or look at these rows"
         )
 
-    def finish_epoch(self, record: "Record") -> bool:
-        """Measure, record and count an epoch; True if it is the best so far."""
+    def finish_epoch(self, record: "Record") -> None:
+        """Measure, record and count an epoch, and keep it if it is the best so far."""
         state = self.progress
         metrics: Metrics = {
             "epoch": state.epoch + 1,
@@ -454,7 +454,6 @@ class Trainer:
             if self.validation is not None:
                 self.best_weights = {name: t.detach().clone() for name, t in self.pair.tensors().items()}
         record.write(state.history)
-        return improved
 
     def validate(self) -> Metrics:
         """Bounds and their terms on the validation rows, with the same noise at every epoch."""
@@ -473,7 +472,7 @@ class Trainer:
         renamed = {"bound": "validation_bound", "elbo": "validation_elbo"}
         return {renamed.get(name, name): value for name, value in report.items()}
 
-    def save(self, improved: bool = False) -> None:
+    def save(self) -> None:
         """Write a checkpoint of the state as it is."""
         if self.directory is None or self.rank != 0:
             return
