@@ -8,6 +8,9 @@ From log-weights log w_k = log p(x, z_k) - log q(z_k|x), k = 1 .. K, per datum:
     pareto k-hat     shape of the weights' tail; above min(1 - 1/log10 K, 0.7) read L_K as a lower bound only
     curve            L_k for k < K, averaged over the K // k disjoint groups of the same draws
     elbo             L_1 of that curve, the mean log-weight
+    jackknife        K L_K - (K - 1) mean_i L_{K-1} without draw i: free of the bias of order 1/K, but no bound
+    excess           P(mean L_K >= mean log p(x) + b/N) <= exp(-b): Markov's inequality on prod_n exp(L_K - log p(x_n)),
+                     whose expectation is 1
 
 Reductions are in double precision whatever the pair computes in, and K is exactly the number of draws, however they
 are cut into chunks.
@@ -15,25 +18,33 @@ are cut into chunks.
 References:
     Burda, Grosse and Salakhutdinov 2016, Importance Weighted Autoencoders, https://arxiv.org/abs/1509.00519
     Vehtari et al. 2024, Pareto Smoothed Importance Sampling, https://arxiv.org/abs/1507.02646
+    Nowozin 2018, Debiasing Evidence Approximations, https://openreview.net/forum?id=HyZoi-WRb
 """
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyrovae.errors import UsageError
-from pyrovae.inference.log_weights import describe, log_mean_exp, log_weights
+from pyrovae.inference.log_weights import describe, log_mean_exp
 from pyrovae.inference.pair import evaluating
+from pyrovae.inference.proposals import FromGuide, Proposal
+from pyrovae.inference.seeding import seeded
 
 # Elements of x decoded at once when `chunk_size` is not given: 64 MiB in single precision for each activation.
 ELEMENTS_AT_ONCE = 2**24
 # ArviZ fits no tail to fewer draws.
 LEAST_DRAWS_FOR_TAIL = 30
+# The tensors of a LogMarginal with one value per row.
+PER_ROW = ("estimate", "standard_error", "ess", "pareto_k", "elbo", "jackknife", "zero_weights")
+FROM_GUIDE = FromGuide()
 
 
 @dataclass(frozen=True)
@@ -46,8 +57,11 @@ class LogMarginal:
         ess: Effective sample size of the weights, from 1 to K, shape (N,).
         pareto_k: k-hat, shape (N,); NaN where K is too small to tell, 0 where all weights are equal.
         elbo: Mean log-weight, shape (N,).
+        jackknife: `estimate` less its bias of order 1/K, shape (N,); no bound, and NaN for K = 1.
+        zero_weights: How many of the K weights are 0, shape (N,).
         curve: {k: L_k of shape (N,)}, from the same draws.
         num_particles: K; 0 says that `estimate` is exact.
+        estimator: In words.
     """
 
     estimate: Tensor
@@ -55,8 +69,11 @@ class LogMarginal:
     ess: Tensor
     pareto_k: Tensor
     elbo: Tensor
+    jackknife: Tensor
+    zero_weights: Tensor
     curve: dict[int, Tensor]
     num_particles: int
+    estimator: str
 
     @property
     def invalid(self) -> list[int]:
@@ -78,10 +95,27 @@ class LogMarginal:
         """Standard error of `mean` for these rows: sqrt(sum of squared errors) / N."""
         return self.standard_error.square().sum().sqrt().item() / len(self.estimate)
 
+    def excess(self, probability: float = 1e-6) -> float:
+        """How far `mean` may be above the mean of log p(x), in nats, except with that probability.
+
+        -log(probability) / N. It holds whatever the guide, for draws that are independent between rows; 0 where exact.
+        """
+        return 0.0 if self.num_particles == 0 else -math.log(probability) / len(self.estimate)
+
     @property
     def k_threshold(self) -> float:
         """The k-hat above which an estimate is a lower bound only: min(1 - 1/log10 K, 0.7)."""
         return min(1 - 1 / math.log10(max(self.num_particles, 11)), 0.7)
+
+
+class Store(Protocol):
+    """Where results of blocks of rows are kept, by the number of the first row."""
+
+    def get(self, start: int) -> LogMarginal | None:
+        """The result that was put there, if any."""
+
+    def put(self, start: int, result: LogMarginal) -> None:
+        """Keep a result."""
 
 
 def standard_error(values: Tensor) -> float:
@@ -96,6 +130,9 @@ def log_marginal(
     num_particles: int = 5000,
     chunk_size: int | None = None,
     progress: Callable[[int], object] | None = None,
+    proposal: Proposal = FROM_GUIDE,
+    seed: int | None = None,
+    store: Store | None = None,
 ) -> LogMarginal:
     r"""Estimate log p(x) by importance sampling from the guide.
 
@@ -108,6 +145,9 @@ def log_marginal(
         num_particles: K, drawn exactly; `chunk_size` only bounds memory.
         chunk_size: Particles evaluated at once, for a block of rows. None: as many as fit in a fixed memory.
         progress: Called with the number of rows done after each block of rows.
+        proposal: Where the draws come from, see `pyrovae.inference.proposals`.
+        seed: If given, each block of rows has a random state of its own, and the caller's is left as it was.
+        store: Keeps the results of blocks, so that an interrupted evaluation with the same seed goes on where it was.
 
     Returns:
         `estimate` and `standard_error` in nats, `ess`, `pareto_k`, each of shape (N,), and more.
@@ -131,24 +171,34 @@ def log_marginal(
     with evaluating(model, guide), torch.no_grad():
         for start in range(0, len(x), rows):
             block = x[start : start + rows]
-            chunks = [
-                log_weights(model, guide, block, min(chunk, num_particles - done)).double().cpu()
-                for done in range(0, num_particles, chunk)
-            ]
-            blocks.append(summarise(torch.cat(chunks)))
+            result = store.get(start) if store is not None else None
+            if result is None:
+                with nullcontext() if seed is None else seeded(seed, "log_marginal", start, device=x.device):
+                    sample = proposal(model, guide, block)
+                    chunks = [
+                        sample(min(chunk, num_particles - done)).double().cpu()
+                        for done in range(0, num_particles, chunk)
+                    ]
+                result = summarise(torch.cat(chunks), proposal.name)
+                if store is not None:
+                    store.put(start, result)
+            blocks.append(result)
             if progress is not None:
                 progress(start + len(block))
+    return join(blocks)
+
+
+def join(blocks: Sequence[LogMarginal]) -> LogMarginal:
+    """Results of several blocks of rows as one."""
     return LogMarginal(
-        **{
-            name: torch.cat([getattr(block, name) for block in blocks])
-            for name in ("estimate", "standard_error", "ess", "pareto_k", "elbo")
-        },
+        **{name: torch.cat([getattr(block, name) for block in blocks]) for name in PER_ROW},
         curve={k: torch.cat([block.curve[k] for block in blocks]) for k in blocks[0].curve},
-        num_particles=num_particles,
+        num_particles=blocks[0].num_particles,
+        estimator=blocks[0].estimator,
     )
 
 
-def summarise(log_w: Tensor) -> LogMarginal:
+def summarise(log_w: Tensor, estimator: str = FROM_GUIDE.name) -> LogMarginal:
     """The report of log-weights of shape (K, N) in double precision."""
     k = len(log_w)
     estimate = log_mean_exp(log_w)
@@ -159,9 +209,26 @@ def summarise(log_w: Tensor) -> LogMarginal:
         ess=ess,
         pareto_k=pareto_k(log_w),
         elbo=log_w.mean(0),
+        jackknife=jackknife(log_w),
+        zero_weights=(log_w == -math.inf).sum(0),
         curve={size: grouped_bound(log_w, size) for size in curve_sizes(k)},
         num_particles=k,
+        estimator=estimator,
     )
+
+
+def jackknife(log_w: Tensor) -> Tensor:
+    """K L_K - (K - 1) mean_i L_{K-1} without draw i, for log-weights (K, N), shape (N,)."""
+    k = len(log_w)
+    if k == 1:
+        return torch.full_like(log_w[0], math.nan)
+    total = torch.logsumexp(log_w, 0)
+    rest = total + torch.log1p(-torch.exp(log_w - total))
+    # The largest weight may be all of the sum in double precision: sum the others.
+    top = log_w.argmax(0, keepdim=True)
+    rest.scatter_(0, top, torch.logsumexp(log_w.scatter(0, top, -math.inf), 0, keepdim=True))
+    result = k * (total - math.log(k)) - (k - 1) * (rest.mean(0) - math.log(k - 1))
+    return torch.where(result.isfinite(), result, math.nan)
 
 
 def curve_sizes(num_particles: int) -> list[int]:
@@ -209,5 +276,14 @@ def exact(log_prob: Tensor) -> LogMarginal:
     values = log_prob.detach().double().cpu()
     zero = torch.zeros_like(values)
     return LogMarginal(
-        estimate=values, standard_error=zero, ess=zero, pareto_k=zero, elbo=values, curve={}, num_particles=0
+        estimate=values,
+        standard_error=zero,
+        ess=zero,
+        pareto_k=zero,
+        elbo=values,
+        jackknife=values,
+        zero_weights=torch.zeros(len(values), dtype=torch.int64),
+        curve={},
+        num_particles=0,
+        estimator="exact",
     )

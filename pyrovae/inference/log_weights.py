@@ -19,6 +19,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -96,14 +97,22 @@ def log_weights(model: Callable, guide: Callable, x: Tensor, num_particles: int 
     return draw(model, guide, x, num_particles).log_weights
 
 
-def draw(model: Callable, guide: Callable, x: Tensor, num_particles: int = 1) -> Particles:
-    """Run the pair under a plate of particles; arguments and errors as for `log_weights`."""
+def draw(
+    model: Callable, guide: Callable, x: Tensor, num_particles: int = 1, at: dict[str, Tensor] | None = None
+) -> Particles:
+    """Run the pair under a plate of particles; arguments and errors as for `log_weights`.
+
+    Args:
+        at: Values of latent sites by name, each of shape (K, N, *event), where the pair is evaluated in place of draws
+            from the guide.
+    """
     if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
         raise UsageError(f"num_particles (K): expected a whole number of at least 1, got {num_particles!r}")
     if not isinstance(x, Tensor) or x.ndim < 1 or len(x) < 1:
         raise UsageError(f"x: expected a tensor of shape (N, *event) with N >= 1, got {describe(x)}")
     shape = (num_particles, len(x))
-    guide_trace = run(guide, "guide", x, num_particles)
+    with At(at or {}):
+        guide_trace = run(guide, "guide", x, num_particles)
     model_trace = run(poutine.replay(model, trace=guide_trace), "model", x, num_particles)
     p, q = sample_sites(model_trace), sample_sites(guide_trace)
     check_agreement(p, q)
@@ -134,6 +143,18 @@ def draw(model: Callable, guide: Callable, x: Tensor, num_particles: int = 1) ->
         model_trace=model_trace,
         guide_trace=guide_trace,
     )
+
+
+class At(Messenger):
+    """Give sites these values; unlike those of `poutine.condition`, they stay latent."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: dict) -> None:
+        if msg["name"] in self.values:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
 
 
 def run(program: Callable, role: str, x: Tensor, num_particles: int) -> Trace:

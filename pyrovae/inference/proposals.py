@@ -1,0 +1,173 @@
+r"""Proposals: where the draws of an estimate of log p(x) come from.
+
+A proposal r(z|x) gives, for a block of data, a function that draws k log-weights log p(x, z) - log r(z|x) per datum.
+Whatever r is, the mean weight has expectation p(x), so the estimate is never too high on average; the closer r is to
+p(z|x), the tighter.
+
+    FromGuide     q(z|x) itself
+    Widened       a mixture of q(z|x) at several widths and of p(z): weights are at most p(x|z) / share
+    Individual    a Gaussian fitted to each datum (`pyrovae.inference.individual`)
+    Annealed      annealed importance sampling (`pyrovae.inference.annealed`)
+    FromPrior     p(z): naive, and shown for that
+
+A mixture is sampled by strata, a fixed number of draws from each of its components, and weighted as a mixture (the
+balance heuristic).
+
+To write a new one, give a class a `name` that completes "importance sampling from", and that `__call__`.
+
+References:
+    Hesterberg 1995, Weighted Average Importance Sampling and Defensive Mixture Distributions, Technometrics 37
+    Veach and Guibas 1995, Optimally Combining Sampling Techniques, SIGGRAPH
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyrovae.errors import PairError, UsageError
+from pyrovae.inference.log_weights import At, draw, log_prob, log_weights, run, sample_sites
+
+Sampler = Callable[[int], Tensor]
+
+
+class Proposal(Protocol):
+    """What `log_marginal` draws from."""
+
+    @property
+    def name(self) -> str:
+        """What estimates call it."""
+
+    def __call__(self, model: Callable, guide: Callable, x: Tensor) -> Sampler:
+        """For data x (N, *event), a function of k that draws log-weights of shape (k, N), in nats."""
+
+
+@dataclass(frozen=True)
+class FromGuide:
+    """The guide, as it is."""
+
+    name = "importance sampling from the guide"
+
+    def __call__(self, model: Callable, guide: Callable, x: Tensor) -> Sampler:
+        return partial(log_weights, model, guide, x)
+
+
+@dataclass(frozen=True)
+class FromPrior:
+    """The prior: log p(x) as the log of the mean likelihood.
+
+    Its K must grow like exp KL(p(z|x) || p(z)), so that it fails on all but the smallest models.
+    """
+
+    name = "naive sampling from the prior"
+
+    def __call__(self, model: Callable, guide: Callable, x: Tensor) -> Sampler:
+        return lambda k: draw(model, guide, x, k, draw_prior(model, x, k)).log_likelihood
+
+
+@dataclass(frozen=True)
+class Widened:
+    """A defensive mixture: the guide at several widths, and the prior.
+
+    Args:
+        scales: Factors of the guide's standard deviations, with equal shares. Factors other than 1 take a guide of
+            Gaussian sites (or transformed Gaussians).
+        share: Of the draws that come from the prior, from 0 to less than 1. At least one, where there are two draws.
+    """
+
+    scales: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0)
+    share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.scales or any(not (math.isfinite(c) and c > 0) for c in self.scales):
+            raise UsageError(f"scales: expected positive numbers, got {self.scales}")
+        if not 0 <= self.share < 1:
+            raise UsageError(f"share: expected a number from 0 to less than 1, got {self.share}")
+
+    @property
+    def name(self) -> str:
+        """What estimates call it."""
+        widths = ", ".join(f"{c:g}" for c in self.scales)
+        return f"importance sampling from the widened guide (scales {widths}; {self.share:g} from the prior)"
+
+    def __call__(self, model: Callable, guide: Callable, x: Tensor) -> Sampler:
+        def sample(k: int) -> Tensor:
+            naive = min(k - 1, max(1, round(self.share * k))) if self.share else 0
+            # The first widths get the draws that cannot be shared evenly.
+            each = {c: len(range(i, k - naive, len(self.scales))) for i, c in enumerate(self.scales)}
+            parts = [draw_guide(guide, x, n, c) for c, n in each.items() if n]
+            parts += [draw_prior(model, x, naive)] if naive else []
+            if auxiliary := set(parts[0]) - set(parts[-1]):
+                raise PairError(
+                    f"guide site '{min(auxiliary)}' is auxiliary, so that the density of the guide alone is not known; "
+                    "use Widened(share=0)"
+                )
+            values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            particles = draw(model, guide, x, k, values)
+            log_r = [density(guide, x, values, c) + math.log(n / k) for c, n in each.items() if n]
+            log_r += [particles.log_prior + math.log(naive / k)] if naive else []
+            log_w = particles.log_likelihood + particles.log_prior - torch.logsumexp(torch.stack(log_r), 0)
+            # So that every subset of the draws is one of the mixture's.
+            return log_w[torch.randperm(k, device=log_w.device)]
+
+        return sample
+
+
+class Inflate(Messenger):
+    """Multiply the standard deviations of Gaussian latent sites by a factor."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def _pyro_sample(self, msg: dict) -> None:
+        if self.factor != 1 and not msg["is_observed"] and type(msg["fn"]).__name__ != "_Subsample":
+            msg["fn"] = inflated(msg["fn"], self.factor, msg["name"])
+
+
+def inflated(q: Any, factor: float, site: str) -> Any:
+    """A Gaussian, or a transformed one, with its standard deviations multiplied by a factor."""
+    if isinstance(q, dist.ExpandedDistribution):
+        return inflated(q.base_dist, factor, site).expand(q.batch_shape)
+    if isinstance(q, torch.distributions.Independent):
+        return dist.Independent(inflated(q.base_dist, factor, site), q.reinterpreted_batch_ndims)
+    if isinstance(q, torch.distributions.TransformedDistribution):
+        return dist.TransformedDistribution(inflated(q.base_dist, factor, site), q.transforms)
+    if isinstance(q, torch.distributions.Normal):
+        return dist.Normal(q.loc, q.scale * factor)
+    if isinstance(q, torch.distributions.MultivariateNormal):
+        return dist.MultivariateNormal(q.loc, scale_tril=q.scale_tril * factor)
+    if isinstance(q, torch.distributions.LowRankMultivariateNormal):
+        return dist.LowRankMultivariateNormal(q.loc, q.cov_factor * factor, q.cov_diag * factor**2)
+    raise PairError(
+        f"guide site '{site}': {type(q).__name__} cannot be widened, since it is no Gaussian; use "
+        "Widened(scales=(1,)), which mixes the guide as it is with the prior"
+    )
+
+
+def draw_guide(guide: Callable, x: Tensor, num_particles: int, factor: float = 1.0) -> dict[str, Tensor]:
+    """Latents of shape (K, N, *event) by name, from the guide widened by a factor."""
+    with Inflate(factor):
+        sites = sample_sites(run(guide, "guide", x, num_particles))
+    return {name: site["value"] for name, site in sites.items() if not site["is_observed"]}
+
+
+def draw_prior(model: Callable, x: Tensor, num_particles: int) -> dict[str, Tensor]:
+    """Latents of shape (K, N, *event) by name, from the prior."""
+    prior = poutine.block(model, hide_fn=lambda site: site["is_observed"])
+    return {name: site["value"] for name, site in sample_sites(run(prior, "model", x, num_particles)).items()}
+
+
+def density(guide: Callable, x: Tensor, values: dict[str, Tensor], factor: float = 1.0) -> Tensor:
+    """log q of the guide widened by a factor, at given latents: shape (K, N)."""
+    shape = (len(next(iter(values.values()))), len(x))
+    with At(values), Inflate(factor):
+        sites = sample_sites(run(guide, "guide", x, shape[0]))
+    return torch.stack([log_prob(site, f"guide site '{name}'", shape) for name, site in sites.items()]).sum(0)

@@ -1,0 +1,88 @@
+"""A pair's latents as one unconstrained vector per datum.
+
+Gradient-based transitions and Gaussians fitted to a single datum move in R^U: every latent site z of the pair is
+z = t(u) with torch's bijection onto its support (the identity where that is all of R^d), and the sites' vectors are
+concatenated to u of shape (K, N, U). Densities of u include log |dz/du|, which cancels in weights.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyrovae.errors import PairError
+from pyrovae.inference.log_weights import Particles, draw
+
+
+@dataclass(frozen=True)
+class Densities:
+    """Log-densities of u in nats, each of shape (K, N)."""
+
+    log_likelihood: Tensor
+    log_prior: Tensor
+    log_guide: Tensor
+
+    @property
+    def log_joint(self) -> Tensor:
+        """log p(x, u)."""
+        return self.log_likelihood + self.log_prior
+
+
+class Unconstrained:
+    """A pair at fixed data, as functions of u.
+
+    Args:
+        model: Pyro model.
+        guide: Pyro guide.
+        x: Data, shape (N, *event).
+
+    Raises:
+        PairError: a latent site is discrete, or the guide has auxiliary sites, so that q(z|x) is not known.
+    """
+
+    def __init__(self, model: Callable, guide: Callable, x: Tensor) -> None:
+        self.model, self.guide, self.x = model, guide, x
+        probe = draw(model, guide, x)
+        if auxiliary := set(probe.log_guides) - set(probe.latents):
+            raise PairError(
+                f"guide site '{min(auxiliary)}' is auxiliary, so that q(z|x) alone is not known; draw from the guide "
+                "itself"
+            )
+        self.transforms: dict[str, Any] = {}
+        for name, latent in probe.latents.items():
+            if not latent.guide.has_rsample and latent.guide.support.is_discrete:
+                raise PairError(
+                    f"guide site '{name}': {type(latent.guide).__name__} is discrete; this takes continuous latents. "
+                    "Draw from the guide itself, or sum the site out of the model"
+                )
+            self.transforms[name] = biject_to(latent.prior.support)
+        first = {name: self.transforms[name].inv(latent.value) for name, latent in probe.latents.items()}
+        self.shapes = {name: u.shape[2:] for name, u in first.items()}
+
+    def draw(self, num_particles: int) -> Tensor:
+        """u from the guide, shape (K, N, U)."""
+        return self.join(draw(self.model, self.guide, self.x, num_particles))
+
+    def join(self, particles: Particles) -> Tensor:
+        """u of latents that were drawn, shape (K, N, U)."""
+        parts = [self.transforms[name].inv(latent.value) for name, latent in particles.latents.items()]
+        return torch.cat([part.reshape(*part.shape[:2], -1) for part in parts], -1)
+
+    def split(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The latents at u (K, N, U) by name, and log |dz/du| of shape (K, N)."""
+        values, log_det = {}, u.new_zeros(u.shape[:2])
+        parts = u.split([shape.numel() for shape in self.shapes.values()], -1)
+        for (name, shape), part in zip(self.shapes.items(), parts, strict=True):
+            own, transform = part.reshape(*u.shape[:2], *shape), self.transforms[name]
+            values[name] = transform(own)
+            log_det = log_det + transform.log_abs_det_jacobian(own, values[name]).reshape(*u.shape[:2], -1).sum(-1)
+        return values, log_det
+
+    def __call__(self, u: Tensor) -> Densities:
+        """The log-densities at u, shape (K, N, U)."""
+        values, log_det = self.split(u)
+        particles = draw(self.model, self.guide, self.x, len(u), values)
+        return Densities(particles.log_likelihood, particles.log_prior + log_det, particles.log_guide + log_det)
