@@ -16,11 +16,14 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pyrovae.errors import OutputError, PyrovaeError, UsageError
+
+if TYPE_CHECKING:
+    from pyrovae.config import Choice
 
 
 def parser(command: str, description: str, usage: str = "[options]") -> Any:
@@ -75,6 +78,24 @@ def add_option(group: Any, flag: str, text: str, metavar: str | None = None, **s
         group.add_argument(flag, help=text, default=None, **settings)
     else:
         group.add_argument(flag, help=text, default=None, type=Any, metavar=metavar, **settings)
+
+
+def add_choices(group: Any, part: str, choices: "Mapping[str, Choice]") -> None:
+    """Add the options of a part: which choice it is, and the choices' own settings."""
+    names = "; ".join(
+        f"{name}{' (' + ', '.join(c.short) + ')' if c.short else ''}: {c.help}" for name, c in choices.items()
+    )
+    add_option(group, f"--{part}.name", names, "NAME")
+    for key in dict.fromkeys(key for choice in choices.values() for key in choice.settings):
+        having = {name: choice.settings[key] for name, choice in choices.items() if key in choice.settings}
+        first = next(iter(having.values()))
+        defaults = "; ".join(f"{name} {shown(setting.default)}" for name, setting in having.items())
+        add_option(group, f"--{part}.{key}", f"{first.help} (default: {defaults})", first.metavar)
+
+
+def shown(value: Any) -> str:
+    """A default as it would be typed."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def given(namespace: Any) -> dict[str, Any]:

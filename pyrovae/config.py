@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pyrovae.data import Rows
+    from pyrovae.inference.proposals import Proposal
     from pyrovae.models.mixture import Mixture
     from pyrovae.models.vae import HierarchicalVAE
 
@@ -103,6 +104,12 @@ def widths(name: str, value: Any) -> list[int]:
     """Whole numbers, as 200,200 or a YAML list."""
     items = value if isinstance(value, list | tuple) else str(value).split(",")
     return [whole(1)(name, item) for item in items]
+
+
+def factors(name: str, value: Any) -> list[float]:
+    """Positive numbers, as 1,1.5 or a YAML list."""
+    items = value if isinstance(value, list | tuple) else str(value).split(",")
+    return [number(0, open_below=True)(name, item) for item in items]
 
 
 def scale(name: str, value: Any) -> float | str:
@@ -198,6 +205,20 @@ PARTS: dict[str, dict[str, Choice]] = {
         "mlp": Choice("dense layers", (), MLP_SETTINGS),
         "conv": Choice("convolutions, for images", (), CONV_SETTINGS),
     },
+}
+
+# Where the draws of an estimate of log p(x) come from.
+PROPOSALS: dict[str, Choice] = {
+    "guide": Choice("the guide itself"),
+    "widened": Choice(
+        "the guide at several widths, mixed with the prior",
+        (),
+        {
+            "scales": Setting(factors, [1.0, 1.25, 1.5, 2.0], "factors of the guide's widths", "1,1.5"),
+            "share": Setting(number(0, below=1), 0.1, "share of draws from the prior", "P"),
+        },
+    ),
+    "prior": Choice("the prior, naively"),
 }
 
 ELBOS = ("elbo", "iwae", "renyi")
@@ -354,10 +375,10 @@ def resolve_bound(config: Config, given: Config) -> None:
         config["beta"] = 1.0
 
 
-def choose(part: str, value: Any, default: str | None) -> Any:
+def choose(part: str, value: Any, default: str | None, among: Mapping[str, Choice] | None = None) -> Any:
     """A part's name and settings: what was given, short names resolved, with the defaults filled in, or None."""
     value = {"name": value} if isinstance(value, str) else dict(value or {})
-    choices = PARTS[part]
+    choices = PARTS[part] if among is None else among
     name = value.pop("name", default)
     if name is None:
         if value:
@@ -531,6 +552,18 @@ def build_beta(value: float | str, steps_per_epoch: int) -> Any:
     if kind == "warmup":
         return LinearWarmup(steps=steps)
     return Cyclical(period=steps) if kind == "cyclical" else Capacity(float(numbers[0]), steps=steps)
+
+
+def build_proposal(value: Any) -> "Proposal | None":
+    """The proposal that was asked for, as its name and settings; None for the guide itself."""
+    from pyrovae.inference import proposals
+
+    chosen = choose("proposal", value, "guide", PROPOSALS)
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items() if k != "name"}
+    if chosen["name"] == "guide":
+        return None
+    made: Proposal = {"widened": proposals.Widened, "prior": proposals.FromPrior}[chosen["name"]](**settings)
+    return made
 
 
 def build_optimizer(config: Config) -> "Callable[[list[Tensor]], torch.optim.Optimizer]":

@@ -1,20 +1,23 @@
-"""python -m pyrovae.evaluate RUN: the log p(x) of a trained run, with its error.
+"""python -m pyrovae.evaluate RUN: the log p(x) of a trained run, with its error and a verdict.
 
-Prints a report and writes it to RUN/evaluation.json.
+Prints a report and writes it to RUN/evaluation.json; the rows' own results go to RUN/scores/ as they are made.
 """
 
 import copy
+import hashlib
 import math
 import platform
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyrovae.command import add_option, given, main, parser
-from pyrovae.config import option, refuse, whole
+from pyrovae.command import add_choices, add_option, given, main, parser
+from pyrovae.config import PROPOSALS, build_proposal, option, refuse, whole
 from pyrovae.errors import NumericalError, UsageError
 from pyrovae.run import Run, open_run
+from pyrovae.scores import Scores
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +26,8 @@ if TYPE_CHECKING:
 
     from pyrovae.config import Model
     from pyrovae.data import Rows
-    from pyrovae.inference.log_marginal import LogMarginal
+    from pyrovae.inference.log_marginal import LogMarginal, Store
+    from pyrovae.inference.proposals import Proposal
 
 Report = dict[str, Any]
 SPLITS = ("test", "validation", "train")
@@ -64,39 +68,84 @@ def score(
     seed: int = 0,
     chunk_size: int | None = None,
     progress: bool = False,
+    proposal: "Proposal | None" = None,
+    store: "Store | None" = None,
 ) -> "LogMarginal":
-    """log p(x) of rows under a model: exact for a mixture, else importance-sampled from its guide.
+    """log p(x) of rows under a model: exact for a mixture, else importance-sampled, by default from its guide.
 
-    Raises:
-        NumericalError: some row's estimate is not a number; the rows are named and nothing is averaged without them.
+    Rows without a finite estimate stay in it: see `LogMarginal.invalid`.
     """
     import torch
     from tqdm import tqdm
 
-    from pyrovae.inference.log_marginal import exact, log_marginal
-    from pyrovae.inference.seeding import seeded
+    from pyrovae.inference.log_marginal import FROM_GUIDE, exact, log_marginal
     from pyrovae.models.mixture import Mixture
 
     if isinstance(model, Mixture):
         # In double precision, which costs little here: rows far from every component lose digits in single.
         model = copy.deepcopy(model).double()
         with torch.no_grad():
-            result = exact(torch.cat([model.log_prob(block) for block in x.split(1000)]))
-    else:
-        with (
-            seeded(seed, "evaluation", device=x.device),
-            tqdm(total=len(x), unit="row", disable=None if progress else True, leave=False) as bar,
-        ):
-            result = log_marginal(
-                model.model, model.guide, x, num_particles, chunk_size, lambda done: bar.update(done - bar.n)
-            )
-    if result.invalid:
-        shown = ", ".join(f"{i} ({result.estimate[i].item()})" for i in result.invalid[:5])
-        raise NumericalError(
-            f"invalid: log p(x) is not a finite number for {len(result.invalid)} of {len(x)} rows, the first being "
-            f"{shown}; their weights are all zero, NaN or infinite under this model"
+            return exact(torch.cat([model.log_prob(block) for block in x.split(1000)]))
+    with tqdm(total=len(x), unit="row", disable=None if progress else True, leave=False) as bar:
+        return log_marginal(
+            model.model,
+            model.guide,
+            x,
+            num_particles,
+            chunk_size,
+            progress=lambda done: bar.update(done - bar.n),
+            proposal=proposal or FROM_GUIDE,
+            seed=seed,
+            store=store,
         )
-    return result
+
+
+def open_scores(
+    run: Run,
+    model: "Model",
+    rows: "Rows",
+    x: "Tensor",
+    num_particles: int,
+    seed: int = 0,
+    chunk_size: int | None = None,
+    proposal: "Proposal | None" = None,
+    split: str = "test",
+) -> "Scores | None":
+    """Where the scores of these rows are kept as they are made, and found again; None for a mixture, which is quick."""
+    import pyro
+    import torch
+
+    from pyrovae import __version__
+    from pyrovae.inference.log_marginal import FROM_GUIDE
+    from pyrovae.models.mixture import Mixture
+
+    if isinstance(model, Mixture):
+        return None
+    proposal = proposal or FROM_GUIDE
+    settings = {
+        "estimator": proposal.name,
+        "proposal": repr(proposal),
+        "K": num_particles,
+        "seed": seed,
+        "chunk_size": chunk_size,
+        "split": split,
+        "device": x.device.type,
+        "data": rows.hash,
+        "model": hash_of(model),
+        "versions": [__version__, torch.__version__, pyro.__version__],
+    }
+    return Scores(run.directory, settings)
+
+
+def hash_of(model: "Model") -> str:
+    """SHA-256 of a pair's parameters and buffers."""
+    from pyrovae.inference.pair import Pair
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(Pair(model.model, model.guide).tensors().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def report(
@@ -110,26 +159,33 @@ def report(
     seed: int = 0,
     chunk_size: int | None = None,
     progress: bool = False,
+    proposal: "Proposal | None" = None,
+    store: "Store | None" = None,
 ) -> Report:
     """Everything that is said of a model on some rows, as plain values. Nats per datum unless the name says bits."""
     import pyro
     import torch
 
     from pyrovae import __version__
+    from pyrovae.inference.bootstrap import interval
     from pyrovae.inference.diagnostics import measure
     from pyrovae.inference.log_marginal import standard_error
     from pyrovae.inference.log_weights import draw
     from pyrovae.inference.objectives import kl_terms
     from pyrovae.inference.pair import evaluating
     from pyrovae.inference.seeding import seeded
+    from pyrovae.inference.verdict import verdict, worst_rows
 
-    result = score(model, x, num_particles, seed, chunk_size, progress)
+    result = score(model, x, num_particles, seed, chunk_size, progress, proposal, store)
     exact = result.num_particles == 0
+    judgement = verdict(result)
     with seeded(seed, "terms", device=x.device), evaluating(model.model, model.guide):
         terms = measure(model.model, model.guide, x.split(200), objective)
         forms = {} if exact else kl_terms(draw(model.model, model.guide, x[:1]))[1]
     values: Report = {
-        "estimator": "exact" if exact else "importance sampling from the guide",
+        "verdict": judgement.kind,
+        "reason": judgement.reason,
+        "estimator": result.estimator,
         "K": None if exact else result.num_particles,
         "unit": "nats per datum",
         "measure": rows.measure.description,
@@ -139,6 +195,7 @@ def report(
         "rows_in_split": len(getattr(rows, split)),
         "log_marginal": result.mean,
         "error_over_rows": result.error_over_rows,
+        "bootstrap_interval": interval(result.estimate, seed=seed),
         "monte_carlo_error": result.monte_carlo_error,
         "bits_per_dimension": rows.measure.bits_per_dimension(result.mean),
         "test_bound" if split == "test" else f"{split}_bound": terms["bound"],
@@ -146,11 +203,16 @@ def report(
     if not exact:
         k_hat = result.pareto_k
         known = k_hat[~k_hat.isnan()]
+        # Proposals differ from the guide; the ELBO is the guide's.
+        of_guide = result.elbo if proposal is None else None
+        elbo = terms["elbo"] if of_guide is None else of_guide.mean().item()
         values |= {
-            "elbo": result.elbo.mean().item(),
-            "elbo_error_over_rows": standard_error(result.elbo),
-            "gap": (result.estimate - result.elbo).mean().item(),
-            "gap_error_over_rows": standard_error(result.estimate - result.elbo),
+            "jackknife": result.jackknife.mean().item(),
+            "excess": {"nats": result.excess(), "probability": 1e-6},
+            "elbo": elbo,
+            "elbo_error_over_rows": None if of_guide is None else standard_error(of_guide),
+            "gap": result.mean - elbo,
+            "gap_error_over_rows": None if of_guide is None else standard_error(result.estimate - of_guide),
             "reconstruction": terms["reconstruction"],
             "kl": terms["kl"],
             "kl_forms": forms,
@@ -163,7 +225,19 @@ def report(
                 "share_over_threshold": None if not len(known) else (known > result.k_threshold).double().mean().item(),
                 "rows_without_tail_diagnostic": len(k_hat) - len(known),
             },
-            "remark": remark(result),
+            "rows_without_finite_estimate": len(result.invalid),
+            "zero_weights": int(result.zero_weights.sum()),
+            "rows_with_zero_weights": int((result.zero_weights > 0).sum()),
+            "worst_rows": [
+                {
+                    "row": row,
+                    "log_marginal": result.estimate[row].item(),
+                    "standard_error": result.standard_error[row].item(),
+                    "ess": result.ess[row].item(),
+                    "pareto_k": result.pareto_k[row].item(),
+                }
+                for row in worst_rows(result)
+            ],
             "curve": [
                 {"K": k, "log_marginal": v.mean().item(), "error_over_rows": standard_error(v)}
                 for k, v in result.curve.items()
@@ -174,6 +248,8 @@ def report(
         "dtype": str(x.dtype).removeprefix("torch."),
         "device": x.device.type,
         "data_hash": rows.hash,
+        "rows_hash": hashlib.sha256(x.cpu().contiguous().numpy().tobytes()).hexdigest(),
+        "model_hash": hash_of(model),
         "versions": {
             "pyrovae": __version__,
             "torch": torch.__version__,
@@ -182,6 +258,16 @@ def report(
         },
     }
     return values
+
+
+def refuse_invalid(values: Report) -> None:
+    """End a command whose report is not of numbers.
+
+    Raises:
+        NumericalError: the verdict is "invalid"; the rows are named, and nothing is averaged without them.
+    """
+    if values["verdict"] == "invalid":
+        raise NumericalError(f"invalid: {values['reason']}")
 
 
 def summary(values: "Tensor") -> dict[str, float | None]:
@@ -193,21 +279,6 @@ def summary(values: "Tensor") -> dict[str, float | None]:
         return dict.fromkeys(names)
     quantiles = torch.quantile(values, torch.tensor([0, 0.25, 0.5, 0.75, 1], dtype=values.dtype))
     return dict(zip(names, quantiles.tolist(), strict=True))
-
-
-def remark(result: "LogMarginal") -> str:
-    """What the tail of the weights says about the estimate."""
-    known = result.pareto_k[~result.pareto_k.isnan()]
-    if not len(known):
-        return f"no tail diagnostic: K = {result.num_particles} is too small for k-hat; read it as a lower bound"
-    over = int((known > result.k_threshold).sum())
-    if not over:
-        return f"k-hat is below {result.k_threshold:.2f} for every row"
-    worst = known.argsort(descending=True)[:3].tolist()
-    return (
-        f"lower bound only for {over} of {len(known)} rows, whose k-hat is over {result.k_threshold:.2f} "
-        f"(the largest in rows {', '.join(map(str, worst))}); a larger K raises it"
-    )
 
 
 def number(value: float | None, error: float | None = None) -> str:
@@ -239,13 +310,21 @@ def describe(name: str, values: Report) -> str:
     def line(label: str, value: str, note: str = "") -> None:
         lines.append(f"  {label:<26}{value:>18}{'   ' + note if note else ''}".rstrip())
 
-    how = "exact" if values["K"] is None else f"K = {values['K']}, importance sampling"
+    how = "exact" if values["K"] is None else f"K = {values['K']}"
     line("log p(x)", number(values["log_marginal"], values["error_over_rows"]), f"{how}; ± error over rows")
+    line("  95 % interval", between(values["bootstrap_interval"]), "bootstrap over rows")
     if values["bits_per_dimension"] is not None:
         line("  in bits per dimension", f"{values['bits_per_dimension']:.4f}")
     if values["K"] is not None:
         line("  Monte Carlo error", f"{values['monte_carlo_error']:.2g}", "of the mean, for these rows")
-        line("ELBO", number(values["elbo"], values["elbo_error_over_rows"]), "same draws")
+        excess = values["excess"]
+        line("  too high by at most", f"{excess['nats']:.2g}", f"except with probability {excess['probability']:.0e}")
+        line("  jackknife", number(values["jackknife"]), "without the bias of order 1/K; no bound")
+    lines += ["", *textwrap.wrap(f"verdict: {values['verdict']}, {values['reason']}", 100, **INDENT), ""]
+    if values["K"] is not None:
+        lines += [*textwrap.wrap(values["estimator"], 100, **INDENT)]
+        error = values["elbo_error_over_rows"]
+        line("ELBO", number(values["elbo"], error), "of the guide" + (", same draws" if error is not None else ""))
         line("gap, log p(x) - ELBO", number(values["gap"], values["gap_error_over_rows"]))
         line("reconstruction", number(values["reconstruction"]), "E log p(x|z)")
         line("KL(q(z|x) || p(z))", number(values["kl"]), in_words(values["kl_forms"]))
@@ -255,16 +334,43 @@ def describe(name: str, values: Report) -> str:
         if k_hat["median"] is not None:
             share = f"{100 * k_hat['share_over_threshold']:.1f} % of rows over {k_hat['threshold']:.2f}"
             line("Pareto k-hat", f"{k_hat['median']:.2f}", f"median; largest {k_hat['max']:.2f}; {share}")
-        lines += ["", f"  {values['remark']}", "", "  K-curve, from the same draws"]
+        if values["zero_weights"]:
+            line("weights of zero", f"{values['zero_weights']}", f"in {values['rows_with_zero_weights']} rows")
+        lines += ["", "  K-curve, from the same draws"]
         for point in values["curve"]:
             line(f"  L_{point['K']}", number(point["log_marginal"], point["error_over_rows"]))
+        lines += ["", "  worst rows      log p(x)   Monte Carlo error      ess    k-hat"]
+        for row in values["worst_rows"]:
+            k_hat = "-" if math.isnan(row["pareto_k"]) else f"{row['pareto_k']:.2f}"
+            error, ess = f"{row['standard_error']:.2g}", f"{row['ess']:.1f}"
+            lines.append(f"  {row['row']:>10}{row['log_marginal']:>14.2f}{error:>20}{ess:>9}{k_hat:>9}")
     return "\n".join(lines)
 
 
+INDENT: dict[str, Any] = {"initial_indent": "  ", "subsequent_indent": "    "}
+
+
+def between(interval: list[float]) -> str:
+    """An interval, to the digits its width allows."""
+    low, high = interval
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "-"
+    digits = max(0, min(6, 2 - math.floor(math.log10(high - low)))) if high > low else 2
+    return f"{low:.{digits}f} to {high:.{digits}f}"
+
+
 def evaluate(
-    run: Run, num_particles: int, limit: int | None, split: str, seed: int, chunk_size: int | None, device: str
+    run: Run,
+    num_particles: int,
+    limit: int | None,
+    split: str,
+    seed: int,
+    chunk_size: int | None,
+    device: str,
+    proposal: "Proposal | None" = None,
+    anew: bool = False,
 ) -> Report:
-    """Score a run and write its evaluation.json and K-curve."""
+    """Score a run and write its evaluation.json, going on where an interrupted evaluation was."""
     from pyrovae.config import build_objective
     from pyrovae.inference.checkpoint import write_json
 
@@ -272,8 +378,13 @@ def evaluate(
     rows = run.rows()
     x = rows_of(rows, split, limit).to(place)
     model = run.model(place)
+    scores = open_scores(run, model, rows, x, num_particles, seed, chunk_size, proposal, split)
+    if scores is not None and anew:
+        scores.clear()
     for notice in run.notices:
         print(f"note: {notice}")
+    if scores is not None and scores.found:
+        print(f"note: {scores.found} rows were scored before with these settings, see {scores.path}; --anew repeats it")
     values = report(
         model,
         x,
@@ -284,9 +395,12 @@ def evaluate(
         seed=seed,
         chunk_size=chunk_size,
         progress=True,
-    )
+        proposal=proposal,
+        store=scores,
+    ) | {"notices": run.notices}
     name = "evaluation.json" if split == "test" else f"evaluation-{split}.json"
     write_json(run.directory / name, values)
+    refuse_invalid(values)
     return values
 
 
@@ -294,7 +408,8 @@ def command(words: Sequence[str]) -> int:
     """Parse the options, evaluate, print."""
     p = parser(
         "evaluate",
-        "The log p(x) of a trained run by importance sampling from its guide, with its error.",
+        "The log p(x) of a trained run by importance sampling, with its error and a verdict. An evaluation that was "
+        "interrupted goes on where it was.",
         "RUN [options]",
     )
     p.add_argument("run", metavar="RUN", help="a directory written by python -m pyrovae.fit")
@@ -302,7 +417,9 @@ def command(words: Sequence[str]) -> int:
     add_option(p, "--rows", "score only the first rows (default: all)", "INT")
     add_option(p, "--split", "test, validation or train (default test)", "NAME")
     add_option(p, "--seed", "of the draws (default 0)", "INT")
+    add_choices(p, "proposal", PROPOSALS)
     add_option(p, "--chunk-size", "particles evaluated at once; bounds memory, changes nothing else", "INT")
+    add_option(p, "--anew", "forget what was scored before with these settings", action="store_true")
     add_option(p, "--device", "auto, cpu, cuda or cuda:N (default auto)", "NAME")
     options = given(p.parse_args(words))
     k, seed = whole_option(options, "K", 5000), whole_option(options, "seed", 0)
@@ -310,18 +427,12 @@ def command(words: Sequence[str]) -> int:
     split = str(options.get("split", "test"))
     if split not in SPLITS:
         raise UsageError(f"--split: expected one of {', '.join(SPLITS)}, got {split}")
+    proposal = build_proposal(options.get("proposal"))
     run = open_run(options["run"])
     if run.config["model"]["name"] == "mixture":
-        refuse(options, ("K", "chunk_size"), "the log p(x) of a mixture is exact")
-    values = evaluate(
-        run,
-        k,
-        limit,
-        split,
-        seed,
-        chunk_size,
-        str(options.get("device", "auto")),
-    )
+        refuse(options, ("K", "chunk_size", "proposal", "anew"), "the log p(x) of a mixture is exact")
+    device = str(options.get("device", "auto"))
+    values = evaluate(run, k, limit, split, seed, chunk_size, device, proposal, bool(options.get("anew")))
     print(describe(run.name, values))
     if values["K"] is not None:
         save_curve(run, values)

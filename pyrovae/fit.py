@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyrovae.command import add_option, given, main, parser, stoppable
+from pyrovae.command import add_choices, add_option, given, main, parser, stoppable
 from pyrovae.config import (
     DERIVED,
     OPTIONS,
@@ -58,12 +58,7 @@ def options_parser() -> Any:
         if heading != "Model":
             continue
         for part, choices in PARTS.items():
-            names = "; ".join(
-                f"{name}{' (' + ', '.join(c.short) + ')' if c.short else ''}: {c.help}" for name, c in choices.items()
-            )
-            add_option(group, f"--{part}.name", names, "NAME")
-            for key in dict.fromkeys(key for choice in choices.values() for key in choice.settings):
-                add_option(group, f"--{part}.{key}", setting_help(part, key), setting_metavar(part, key))
+            add_choices(group, part, choices)
     group = p.add_argument_group("Output")
     add_option(group, "--out", "run directory (default: a new one, runs/NAME)", "DIR")
     add_option(group, "--resume", "continue a run: its directory, here or as --out", "DIR", nargs="?", const=True)
@@ -79,23 +74,6 @@ DATA_HELP = (
     "names: digits (8x8, embedded), mnist, fashion-mnist, kmnist, emnist, omniglot, cifar10, svhn, celeba (by "
     "torchvision); three-gaussians, ring, pinwheel (toys in the plane)"
 )
-
-
-def setting_help(part: str, key: str) -> str:
-    """What a part's setting says in --help, with the choices that have it."""
-    having = {name: choice.settings[key] for name, choice in PARTS[part].items() if key in choice.settings}
-    defaults = "; ".join(f"{name} {shown(setting.default)}" for name, setting in having.items())
-    return f"{next(iter(having.values())).help} (default: {defaults})"
-
-
-def setting_metavar(part: str, key: str) -> str | None:
-    """The placeholder of a part's setting."""
-    return next(choice.settings[key].metavar for choice in PARTS[part].values() if key in choice.settings)
-
-
-def shown(value: Any) -> str:
-    """A default as it would be typed."""
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def leading() -> bool:
@@ -371,7 +349,7 @@ def conclude(
     config: Config, rows: "Rows", model: "Model", directory: Path, fitted: "Fit", seconds: float, plots: bool
 ) -> None:
     """Evaluate, plot, and print the short table."""
-    from pyrovae.evaluate import report
+    from pyrovae.evaluate import refuse_invalid, report
     from pyrovae.inference.checkpoint import write_json
 
     device = next(model.parameters()).device
@@ -380,7 +358,8 @@ def conclude(
     values = report(
         model, x, rows, num_particles=config["eval_K"], objective=build_objective(config), seed=0, progress=True
     )
-    write_json(directory / "evaluation.json", values)
+    write_json(directory / "evaluation.json", values | {"notices": []})
+    refuse_invalid(values)
     for note in observations(model, fitted, rows, device):
         say(f"note: {note}")
     say("")
@@ -429,6 +408,7 @@ def short_table(config: Config, values: dict[str, Any], fitted: "Fit", seconds: 
         ),
     ]
     if not exact:
+        lines.append(("verdict", values["verdict"], values["reason"] if values["verdict"] != "ok" else ""))
         bound = describe_bound(config).split(", beta")[0]
         lines.insert(1, (f"bound, {bound}", number(values["test_bound"]), "nats per datum"))
         lines.append(("KL(q(z|x) || p(z))", number(values["kl"]), f"nats per datum, {in_words(values['kl_forms'])}"))

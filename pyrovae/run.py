@@ -4,7 +4,9 @@ config.yaml          every option, as --config takes it, with the hash of the ro
 metrics.csv          one row per epoch
 tensorboard/         the same
 checkpoints/         see `pyrovae.inference.checkpoint`
-evaluation.json      log p(x) and its diagnostics
+evaluation.json      log p(x), its diagnostics and verdict
+scores/              log p(x) row by row, see `pyrovae.scores`
+gaps.json            where the bound is lost
 plots/
 """
 
@@ -36,6 +38,8 @@ CONTENTS = (
     "evaluation.json",
     "evaluation-validation.json",
     "evaluation-train.json",
+    "scores",
+    "gaps.json",
     "plots",
 )
 

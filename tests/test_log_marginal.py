@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from pyrovae.errors import UsageError
 from pyrovae.inference import log_marginal, log_weights
 from pyrovae.inference.log_marginal import LogMarginal, curve_sizes, exact, pareto_k, standard_error, summarise
+from pyrovae.inference.log_weights import log_mean_exp
 from pyrovae.models import MLP, VAE, Bernoulli, MeanFieldNormal, StandardNormal
 
 SAME = {"rtol": 0.0, "atol": 1e-12}
@@ -263,7 +264,10 @@ def test_zero_weights_are_counted(first: bool) -> None:
     assert_close(result.estimate, w.mean(0).log(), **SAME)
     assert_close(result.ess, w.sum(0) ** 2 / (w**2).sum(0), rtol=1e-10, atol=0)
     assert result.elbo[1] == -math.inf
-    assert math.isnan(result.pareto_k[1])
+    assert result.zero_weights.tolist() == [0, 10]
+    tiny = w.clone()
+    tiny[zeros, 1] = 1e-30
+    assert_close(result.pareto_k, log_marginal(*pair_of(tiny.log()), data(2), 40).pareto_k, **SAME)
     assert result.pareto_k[0].isfinite()
     assert result.invalid == []
 
@@ -283,6 +287,39 @@ def test_rows_without_a_number_are_named_and_poison_the_mean(bad: float) -> None
     assert result.pareto_k[[0, 2]].isfinite().all()
     good = torch.logsumexp(log_w, 0) - math.log(30)
     assert_close(result.estimate[[0, 2]], good[[0, 2]], **SAME)
+
+
+def test_jackknife_against_its_definition() -> None:
+    """K L_K less (K - 1) times the mean of L_{K-1} without each draw, even where one weight is all of the sum."""
+    log_w = 5 * torch.randn(7, 4, dtype=torch.float64)
+    log_w[3, 2] = 60.0
+    result = log_marginal(*pair_of(log_w), data(4), 7)
+    without = [log_mean_exp(torch.cat([log_w[:i], log_w[i + 1 :]])) for i in range(7)]
+    assert_close(result.jackknife, 7 * log_mean_exp(log_w) - 6 * torch.stack(without).mean(0), rtol=0, atol=1e-9)
+    assert log_marginal(*pair_of(log_w[:1]), data(4), 1).jackknife.isnan().all()
+
+
+def test_jackknife_removes_the_bias_of_order_1_over_k() -> None:
+    """Weights of variance 1 are too low by about 1/(2K) on the log scale; the jackknife is nearer by an order."""
+    log_w = torch.randn(20, 40_000, dtype=torch.float64) * math.sqrt(math.log(2)) - math.log(2) / 2
+    result = summarise(log_w)
+    error = standard_error(result.estimate)
+    assert abs(result.mean + 1 / 40) < 0.005 + 5 * error
+    assert result.mean < -0.018
+    assert abs(result.jackknife.mean().item()) < 0.003 + 5 * standard_error(result.jackknife)
+
+
+def test_the_estimate_is_seldom_above_by_more_than_the_excess() -> None:
+    """P(mean L_K >= mean log p + b/N) <= exp(-b), over repetitions, for heavy tails too; the bound says -log(P)/N."""
+    result = summarise(torch.zeros(3, 4, dtype=torch.float64))
+    assert result.excess() == pytest.approx(13.8155 / 4, rel=1e-4)
+    assert exact(torch.zeros(4)).excess() == 0
+    for scale in (0.3, 1.0, 3.0):
+        log_w = scale * torch.randn(5, 4, 20_000, dtype=torch.float64) - scale**2 / 2
+        means = log_mean_exp(log_w).mean(0)
+        for probability in (0.3, 0.1, 0.01):
+            share = (means >= -math.log(probability) / 4).double().mean().item()
+            assert share <= probability
 
 
 def test_a_float32_pair_is_accumulated_in_float64() -> None:

@@ -111,8 +111,8 @@ class LogMarginal:
 class Store(Protocol):
     """Where results of blocks of rows are kept, by the number of the first row."""
 
-    def get(self, start: int) -> LogMarginal | None:
-        """The result that was put there, if any."""
+    def get(self, start: int, rows: int) -> LogMarginal | None:
+        """The result of so many rows that was put there, if any."""
 
     def put(self, start: int, result: LogMarginal) -> None:
         """Keep a result."""
@@ -171,15 +171,13 @@ def log_marginal(
     with evaluating(model, guide), torch.no_grad():
         for start in range(0, len(x), rows):
             block = x[start : start + rows]
-            result = store.get(start) if store is not None else None
+            result = store.get(start, len(block)) if store is not None else None
             if result is None:
                 with nullcontext() if seed is None else seeded(seed, "log_marginal", start, device=x.device):
                     sample = proposal(model, guide, block)
-                    chunks = [
-                        sample(min(chunk, num_particles - done)).double().cpu()
-                        for done in range(0, num_particles, chunk)
-                    ]
-                result = summarise(torch.cat(chunks), proposal.name)
+                    chunks = [sample(min(chunk, num_particles - done)) for done in range(0, num_particles, chunk)]
+                log_w = torch.cat(chunks)
+                result = summarise(log_w.double().cpu(), proposal.name, 20 * torch.finfo(log_w.dtype).eps)
                 if store is not None:
                     store.put(start, result)
             blocks.append(result)
@@ -198,8 +196,8 @@ def join(blocks: Sequence[LogMarginal]) -> LogMarginal:
     )
 
 
-def summarise(log_w: Tensor, estimator: str = FROM_GUIDE.name) -> LogMarginal:
-    """The report of log-weights of shape (K, N) in double precision."""
+def summarise(log_w: Tensor, estimator: str = FROM_GUIDE.name, rounding: float = 0.0) -> LogMarginal:
+    """The report of log-weights of shape (K, N) in double precision; `rounding` is their relative error."""
     k = len(log_w)
     estimate = log_mean_exp(log_w)
     ess = torch.exp(2 * torch.logsumexp(log_w, 0) - torch.logsumexp(2 * log_w, 0)).clamp(1, k)
@@ -207,7 +205,7 @@ def summarise(log_w: Tensor, estimator: str = FROM_GUIDE.name) -> LogMarginal:
         estimate=estimate,
         standard_error=(1 / ess - 1 / k).clamp(min=0).sqrt(),
         ess=ess,
-        pareto_k=pareto_k(log_w),
+        pareto_k=pareto_k(log_w, rounding),
         elbo=log_w.mean(0),
         jackknife=jackknife(log_w),
         zero_weights=(log_w == -math.inf).sum(0),
@@ -243,16 +241,19 @@ def grouped_bound(log_w: Tensor, size: int) -> Tensor:
     return log_mean_exp(log_w[: groups * size].unflatten(0, (groups, size)), 1).mean(0)
 
 
-def pareto_k(log_w: Tensor) -> Tensor:
+def pareto_k(log_w: Tensor, rounding: float = 0.0) -> Tensor:
     """Pareto k-hat of the weights' upper tail, for log-weights (K, N), shape (N,); see `LogMarginal.pareto_k`."""
     result = torch.full((log_w.shape[1],), math.nan, dtype=torch.float64)
     spread = log_w.max(0).values - log_w.min(0).values
     # Weights that differ by no more than rounding have no tail.
-    constant = (spread <= 1e-8 * (1 + log_w[0].abs())) & spread.isfinite()
+    constant = (spread <= max(1e-8, rounding) * (1 + log_w[0].abs())) & spread.isfinite()
     result[constant] = 0.0
-    varying = ~constant & log_w.isfinite().all(0)
+    top = log_w.max(0).values
+    varying = ~constant & top.isfinite()
     if len(log_w) >= LEAST_DRAWS_FOR_TAIL and varying.any():
-        khat = psis_khat(log_w[:, varying].T.contiguous().numpy())
+        # Weights of zero are not in the tail, and ArviZ takes no infinity.
+        relative = (log_w - top)[:, varying].clamp(min=-1e4)
+        khat = psis_khat(relative.T.contiguous().numpy())
         result[varying] = torch.where(torch.from_numpy(khat).isfinite(), torch.from_numpy(khat), math.nan)
     return result
 

@@ -1,0 +1,91 @@
+r"""What an estimate of log p(x) may be quoted as: a word, and the reason for it.
+
+    exact               log p(x) in closed form, or all K weights of every row equal: the guide is the posterior
+    ok                  the error that is reported is the error that is made
+    lower bound only    not above log p(x) beyond the stated excess, but it may be far below: quote it as a bound
+    invalid             some row has no estimate: a weight is NaN or infinite, or all are zero
+
+`ok` asks that at most `MOST_ROWS_OVER` of the rows have a k-hat over min(1 - 1/log10 K, 0.7), and that the jackknife
+finds a bias of the mean of no more than `MOST_BIAS`. Both were set on linear-Gaussian pairs, whose log p(x) is known,
+with 2 to 50 latent dimensions and guides of 0.5 to 3 times the posterior's width (benchmarks/calibration.py): what they
+pass is at most 0.03 nat too low, and its intervals cover. k-hat is the sharper of the two: weights of a guide that is
+too narrow have a tail that most sets of K draws do not show, the jackknife sees only what was drawn.
+
+No diagnostic of draws can see a mode of the posterior that the guide never visits; annealed importance sampling from
+the prior can.
+"""
+
+from dataclasses import dataclass
+
+from pyrovae.inference.log_marginal import LEAST_DRAWS_FOR_TAIL, LogMarginal
+
+MOST_ROWS_OVER = 0.1
+MOST_BIAS = 0.05
+# Rows that are named in a message.
+MOST_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A judgement of an estimate.
+
+    Attributes:
+        kind: "exact", "ok", "lower bound only" or "invalid".
+        reason: Why, in words.
+    """
+
+    kind: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.reason}"
+
+
+def verdict(result: LogMarginal) -> Verdict:
+    """Judge an estimate by its diagnostics."""
+    rows = len(result.estimate)
+    if result.invalid:
+        named = ", ".join(f"{i} ({result.estimate[i].item():g})" for i in result.invalid[:MOST_NAMED])
+        return Verdict(
+            "invalid",
+            f"log p(x) is not a finite number for {len(result.invalid)} of {rows} rows, the first being {named}; their "
+            "weights are all zero, NaN or infinite under this model",
+        )
+    if result.num_particles == 0:
+        return Verdict("exact", "log p(x) in closed form")
+    if bool((result.pareto_k == 0).all()):
+        return Verdict(
+            "exact", f"the {result.num_particles} weights of every row are equal: the guide is the posterior"
+        )
+    known = result.pareto_k[~result.pareto_k.isnan()]
+    if len(known) < rows:
+        why = (
+            f"K = {result.num_particles} is too small for k-hat"
+            if result.num_particles < LEAST_DRAWS_FOR_TAIL
+            else f"almost all weight of {rows - len(known)} of {rows} rows is on too few draws for k-hat"
+        )
+        return Verdict("lower bound only", f"no tail diagnostic: {why}")
+    over = int((known > result.k_threshold).sum())
+    bias = (result.jackknife - result.estimate).mean().item()
+    tail = f"{over} of {rows} rows have a k-hat over {result.k_threshold:.2f}"
+    if over > MOST_ROWS_OVER * rows:
+        worst = ", ".join(map(str, worst_rows(result)))
+        return Verdict(
+            "lower bound only",
+            f"{tail}, more than {100 * MOST_ROWS_OVER:g} % (the largest in rows {worst}); a larger K or a better "
+            "proposal raises it",
+        )
+    # NaN where one weight is all of a row's: nothing to judge by.
+    if not bias <= MOST_BIAS:
+        return Verdict(
+            "lower bound only",
+            f"the jackknife finds it {bias:.2g} nats too low, more than {MOST_BIAS:g}; a larger K raises it",
+        )
+    return Verdict("ok", f"{tail}, and the jackknife finds a bias of {max(bias, 0.0):.1g} nats")
+
+
+def worst_rows(result: LogMarginal) -> list[int]:
+    """The rows with the largest k-hat, or where there is none, with the largest standard error; the worst first."""
+    known = bool((~result.pareto_k.isnan()).any())
+    by = result.pareto_k.nan_to_num(nan=-1.0) if known else result.standard_error
+    return by.argsort(descending=True)[:MOST_NAMED].tolist()

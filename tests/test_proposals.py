@@ -1,0 +1,179 @@
+"""Other proposals than the guide: whatever is drawn from, the weights have the expectation p(x)."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from conftest import assert_mean
+from torch import Tensor
+from torch.distributions import Normal
+from torch.testing import assert_close
+
+from pyrovae.errors import PairError, UsageError
+from pyrovae.inference import log_marginal
+from pyrovae.inference.log_weights import draw, log_mean_exp
+from pyrovae.inference.proposals import FromGuide, FromPrior, Widened, density, draw_guide, inflated
+from pyrovae.models import MLP, FullCovarianceNormal, HierarchicalVAE, LowRankNormal, MeanFieldNormal, StandardNormal
+from pyrovae.models import Gaussian as GaussianLikelihood
+
+
+class GaussianPair:
+    """z ~ N(0, 1), x|z ~ N(z, 1): p(z|x) = N(x/2, 1/2), log p(x) = N(0, 2); the guide's width and place are free."""
+
+    def __init__(self, width: float = 1.0, shift: float = 0.0) -> None:
+        self.width, self.shift = width, shift
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + self.shift, self.width * math.sqrt(0.5)))
+
+    @staticmethod
+    def log_prob(x: Tensor) -> Tensor:
+        return Normal(0.0, math.sqrt(2)).log_prob(x)
+
+
+X = torch.tensor([-2.0, 0.3, 1.5], dtype=torch.float64)
+PROPOSALS = [
+    FromGuide(), FromPrior(), Widened(), Widened((1.0,), 0.3), Widened((2.0, 0.7), 0.0), Widened((1.5,), 0.01),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS, ids=repr)
+@pytest.mark.parametrize("k", [1, 2, 7, 40])
+def test_weights_have_the_expectation_p_of_x(proposal, k) -> None:
+    """E mean w = p(x), for any number of draws at once; the guide is wider than the posterior, so errors are finite."""
+    pair = GaussianPair(1.3)
+    x = X.repeat(4000, 1).flatten()
+    means = log_mean_exp(proposal(pair.model, pair.guide, x)(k)) - pair.log_prob(x)
+    assert_mean(means.exp().view(4000, 3), torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_every_draw_alone_is_one_of_the_mixture(share) -> None:
+    """The draws are in random order: the expectation of the first weight is p(x), as is that of the last."""
+    pair = GaussianPair(1.3)
+    sample = Widened((1.0,), share)(pair.model, pair.guide, X)
+    drawn = torch.stack([sample(5) for _ in range(2000)]) - pair.log_prob(X)
+    for position in (0, 4):
+        assert_mean(drawn[:, position].exp(), torch.ones(3, dtype=torch.float64))
+
+
+def test_naive_sampling_is_the_mean_likelihood() -> None:
+    """From the prior the weight is p(x|z), and worse than the guide's: the standard error says so."""
+    pair = GaussianPair()
+    torch.manual_seed(5)
+    naive = FromPrior()(pair.model, pair.guide, X)(4)
+    torch.manual_seed(5)
+    z = torch.randn(4, 3, dtype=torch.float64)
+    assert_close(naive, Normal(z, 1.0).log_prob(X), rtol=0, atol=1e-12)
+    from_prior = log_marginal(pair.model, pair.guide, X, 1000, proposal=FromPrior(), seed=0)
+    from_guide = log_marginal(pair.model, GaussianPair(1.2).guide, X, 1000, seed=0)
+    assert (from_prior.standard_error > 1.5 * from_guide.standard_error).all()
+    assert from_prior.estimator == "naive sampling from the prior"
+
+
+def test_a_defensive_mixture_bounds_the_weights() -> None:
+    """w <= p(x|z) / share <= max_z p(x|z) / share, however narrow the guide; without it the weights have no bound."""
+    narrow = GaussianPair(0.3)
+    most = math.log(1 / 0.25) + Normal(0.0, 1.0).log_prob(torch.zeros(())).item()
+    torch.manual_seed(0)
+    assert Widened((1.0,), 0.25)(narrow.model, narrow.guide, X)(4000).max() <= most + 1e-9
+    assert FromGuide()(narrow.model, narrow.guide, X)(4000).max() > most
+
+
+def test_widening_repairs_a_narrow_guide() -> None:
+    """Half as wide as the posterior: k-hat is over the threshold with the guide, and under it with the mixture."""
+    narrow = GaussianPair(0.5)
+    before = log_marginal(narrow.model, narrow.guide, X, 2000, seed=1)
+    after = log_marginal(narrow.model, narrow.guide, X, 2000, seed=1, proposal=Widened())
+    assert (before.pareto_k > before.k_threshold).any()
+    assert (after.pareto_k < 0.3).all()
+    assert ((after.estimate - narrow.log_prob(X)).abs() < 5 * after.standard_error).all()
+
+
+def test_the_estimator_says_what_it_drew_from() -> None:
+    pair = GaussianPair()
+    assert log_marginal(pair.model, pair.guide, X, 40).estimator == "importance sampling from the guide"
+    widened = log_marginal(pair.model, pair.guide, X, 40, proposal=Widened((1.0, 2.0), 0.2))
+    assert widened.estimator == "importance sampling from the widened guide (scales 1, 2; 0.2 from the prior)"
+
+
+@pytest.mark.parametrize(
+    "q",
+    [
+        dist.Normal(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 2.0])).to_event(1),
+        dist.MultivariateNormal(torch.ones(2), torch.tensor([[2.0, 0.7], [0.7, 1.0]])),
+        dist.LowRankMultivariateNormal(torch.ones(2), torch.tensor([[0.5], [1.0]]), torch.tensor([0.3, 0.4])),
+        dist.Normal(torch.zeros(()), 1.0).expand([2]).to_event(1),
+    ],
+    ids=lambda q: type(q).__name__,
+)
+def test_inflated_gaussians_have_the_mean_and_c_squared_times_the_covariance(q) -> None:
+    wide = inflated(q, 1.5, "z")
+    assert_close(wide.mean, q.mean)
+    assert_close(wide.variance, 2.25 * q.variance)
+    if hasattr(q, "covariance_matrix"):
+        assert_close(wide.covariance_matrix, 2.25 * q.covariance_matrix)
+
+
+def test_a_transformed_gaussian_is_widened_before_its_transform() -> None:
+    wide = inflated(dist.LogNormal(torch.tensor(1.0), torch.tensor(0.5)), 2.0, "z")
+    assert_close(wide.log_prob(torch.tensor(3.0)), dist.LogNormal(1.0, 1.0).log_prob(torch.tensor(3.0)))
+
+
+@pytest.mark.parametrize("guide", [MeanFieldNormal, FullCovarianceNormal, LowRankNormal])
+def test_shipped_guides_of_two_layers(guide) -> None:
+    """Every latent site is widened, given the widened one above; the weights stay unbiased against the guide's own."""
+    torch.manual_seed(0)
+    guides = [guide(MLP((3,), hidden=[4]), 2), guide(MLP(2, hidden=[4]), 2)]
+    likelihood = GaussianLikelihood(MLP(2, (3,), hidden=[4]), scale=1.0)
+    vae = HierarchicalVAE(StandardNormal(2), [MeanFieldNormal(MLP(2, hidden=[4]), 2)], likelihood, guides).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    values = draw_guide(vae.guide, x, 6)
+    assert_close(density(vae.guide, x, values), draw(vae.model, vae.guide, x, 6, values).log_guide)
+    estimates = [log_marginal(vae.model, vae.guide, x, 20_000, proposal=p, seed=3) for p in (FromGuide(), Widened())]
+    error = torch.hypot(*(e.standard_error for e in estimates))
+    assert ((estimates[0].estimate - estimates[1].estimate).abs() < 5 * error).all()
+
+
+def test_a_latent_that_is_no_gaussian_is_named() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.3))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(torch.sigmoid(x)))
+
+    with pytest.raises(PairError, match=r"'z': Bernoulli cannot be widened.*Widened\(scales=\(1,\)\)"):
+        log_marginal(model, guide, X, 40, proposal=Widened())
+    truth = torch.logaddexp(Normal(0.0, 1.0).log_prob(X) + math.log(0.7), Normal(1.0, 1.0).log_prob(X) + math.log(0.3))
+    for proposal in (Widened((1.0,)), FromPrior()):
+        result = log_marginal(model, guide, X, 4000, proposal=proposal, seed=0)
+        assert ((result.estimate - truth).abs() < 5 * result.standard_error).all()
+
+
+def test_an_auxiliary_site_is_named() -> None:
+    pair = GaussianPair()
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(x, 1.0), infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Normal(a, 1.0))
+
+    with pytest.raises(PairError, match=r"site 'a' is auxiliary.*Widened\(share=0\)"):
+        log_marginal(pair.model, guide, X, 40, proposal=Widened((1.0,)))
+
+
+@pytest.mark.parametrize("bad", [{"scales": ()}, {"scales": (0.0,)}, {"scales": (math.nan,)}, {"share": 1.0}])
+def test_bad_settings_are_refused_by_name(bad) -> None:
+    with pytest.raises(UsageError, match=rf"^{next(iter(bad))}: expected"):
+        Widened(**bad)
