@@ -1,45 +1,112 @@
-"""python -m pyrovae.compare RUN RUN ...: trained runs on the same rows, beside an exact mixture baseline.
+r"""python -m pyrovae.compare RUN RUN ...: trained runs on the same rows, beside an exact mixture baseline.
 
-One table per measure: a mass and a density never meet. Differences are paired, row by row, against the best. Unless
-told not to, each table has a mixture of the same measure, fit by EM on the same training rows with its number of
-components chosen on the validation rows, its log p(x) exact.
+One table per measure: a mass and a density never meet. Unless told not to, each table has a mixture of the same
+measure, fit by EM on the same training rows with its number of components chosen on the validation rows, its log p(x)
+exact.
+
+Three uncertainties, and where each is told:
+
+    over rows           95 % bootstrap intervals of the mean, of the difference to the best, and of the rank; the same
+                        resampled rows for every model, so that what all models find hard cancels in differences
+    over seeds          runs that differ in nothing but their seed are one line, the mean over seeds of log p(x) per
+                        row; the standard deviation of the runs' own means stands in a column of its own
+    of the estimate     log p(x) of a run is a lower bound in expectation, and its verdict says how tight; a mixture's
+                        is exact. Monte Carlo noise is part of what differs from row to row, so the intervals hold it
+
+A rank is that of the number in the table: a lower bound may be of a model that deserves a better one.
+
+References:
+    Efron and Tibshirani 1993, An Introduction to the Bootstrap
+    Goldstein and Spiegelhalter 1996, League Tables and Their Limitations, JRSS A 159
 """
 
+import itertools
+import math
+import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pyrovae.command import add_option, given, main, parser
-from pyrovae.errors import UsageError
-from pyrovae.evaluate import whole_option
+from pyrovae.command import add_choices, add_option, given, main, parser
+from pyrovae.config import DERIVED, PROPOSALS, build_proposal
+from pyrovae.errors import NumericalError, UsageError
+from pyrovae.evaluate import default_draws, whole_option
 from pyrovae.run import Run, open_run
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
+    from torch import Tensor
 
     from pyrovae.data import Rows
     from pyrovae.inference.log_marginal import LogMarginal
+    from pyrovae.inference.proposals import Proposal
+    from pyrovae.inference.verdict import Verdict
     from pyrovae.models.mixture import Mixture
 
 # Numbers of components tried for the baseline, until the validation rows say that more are no better.
 COMPONENTS = (1, 2, 5, 10, 20, 50, 100, 200)
-COLUMNS = ("name", "log_marginal", "error", "difference", "difference_error", "K", "monte_carlo_error", "exact", "elbo")
+COLUMNS = (
+    *("name", "log_marginal", "error", "low", "high"),
+    *("difference", "difference_error", "difference_low", "difference_high"),
+    *("rank_low", "rank_high"),
+    *("seeds", "spread", "seed_means"),
+    *("verdict", "reason", "exact", "K", "monte_carlo_error", "elbo"),
+)
+# What two runs of different seeds may differ in and still be the same model: nothing that changes their training.
+NOT_THE_MODEL = ("seed", "device", "eval_K", "eval_rows", *DERIVED)
+# What decides which rows a run is scored on.
+DATA_KEYS = ("data", "data_root", "binarize", "standardize")
+# From the most to the least that can be said of an estimate.
+VERDICTS = ("exact", "ok", "lower bound only", "invalid")
+WIDTH = 26  # of a name in a printed table
 
 
 @dataclass
 class Scored:
-    """A model's log p(x) on the rows of a table."""
+    """A model's log p(x) on the rows of a table: a result for each of its seeds."""
 
     name: str
-    result: "LogMarginal"
+    results: "Sequence[LogMarginal]"
 
     @property
-    def exact(self) -> bool:
-        """Whether log p(x) is exact, not estimated."""
-        return self.result.num_particles == 0
+    def estimate(self) -> "Tensor":
+        """Mean over the seeds of log p(x), shape (N,)."""
+        import torch
+
+        return torch.stack([result.estimate for result in self.results]).mean(0)
+
+    @property
+    def means(self) -> list[float]:
+        """The mean over the rows for each seed."""
+        return [result.mean for result in self.results]
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation of `means`; None for a single seed."""
+        import torch
+
+        return torch.tensor(self.means, dtype=torch.float64).std().item() if len(self.results) > 1 else None
+
+    @property
+    def verdict(self) -> "Verdict":
+        """The least that is said of any seed's estimate."""
+        from pyrovae.inference.verdict import verdict
+
+        return max((verdict(result) for result in self.results), key=lambda v: VERDICTS.index(v.kind))
+
+    @property
+    def monte_carlo_error(self) -> float:
+        """Of the mean over rows and seeds. Seeds are scored with the same noise, so that averaging reduces nothing."""
+        return sum(result.monte_carlo_error for result in self.results) / len(self.results)
+
+    @property
+    def num_particles(self) -> int:
+        """K; 0 where log p(x) is in closed form."""
+        return self.results[0].num_particles
 
 
 def fit_baseline(
@@ -94,112 +161,254 @@ def fit_baseline(
     return f"mixture of {best_count} {'Bernoullis' if binary else 'Gaussians, full covariance'}", best.eval()
 
 
-def table(scored: Sequence[Scored]) -> "pd.DataFrame":
+def table(scored: Sequence[Scored], seed: int = 0) -> "pd.DataFrame":
     """One row per model, the best first: means over rows in nats per datum.
 
-    `difference` is to the best model, paired row by row; its error is that of the mean of the differences.
+    Intervals are of 95 %, by a bootstrap over rows with this seed. `difference` is to the best model, paired row by
+    row; its error is that of the mean of the differences. `rank_low` to `rank_high` holds the model's rank in 95 % of
+    the resamples. `spread` is over seeds, and in no other number. A model without a finite mean is last, unranked.
     """
     import pandas as pd
+    import torch
 
-    from pyrovae.inference.log_marginal import standard_error
+    from pyrovae.inference.bootstrap import means
+    from pyrovae.inference.log_marginal import FROM_GUIDE, standard_error
 
-    ranked = sorted(scored, key=lambda s: s.result.mean, reverse=True)
-    best = ranked[0].result.estimate
+    ranked = sorted(scored, key=lambda s: s.estimate.mean().nan_to_num(nan=-float("inf")).item(), reverse=True)
+    estimates = torch.stack([entry.estimate for entry in ranked])
+    estimates[~estimates.isfinite().all(1)] = math.nan  # else resamples without the bad rows would count
+    resampled = means(estimates, seed=seed)
+    lows, highs = between(resampled)
+    difference_lows, difference_highs = between(resampled - resampled[:, :1])
+    ranks = 1 + (resampled[:, None] > resampled[:, :, None]).sum(-1)
+    # Ranks are whole numbers: no interpolation between two.
+    rank_lows, rank_highs = between(ranks.double(), "nearest")
     records = []
-    for entry in ranked:
-        result = entry.result
-        difference = result.estimate - best
+    for i, entry in enumerate(ranked):
+        judgement, finite = entry.verdict, bool(estimates[i].isfinite().all())
+        difference = estimates[i] - estimates[0]
         records.append(
             {
                 "name": entry.name,
-                "log_marginal": result.mean,
-                "error": result.error_over_rows,
+                "log_marginal": estimates[i].mean().item(),
+                "error": standard_error(estimates[i]),
+                "low": lows[i],
+                "high": highs[i],
                 "difference": difference.mean().item(),
                 "difference_error": standard_error(difference),
-                "K": None if entry.exact else result.num_particles,
-                "monte_carlo_error": result.monte_carlo_error,
-                "exact": entry.exact,
-                "elbo": None if entry.exact else result.elbo.mean().item(),
+                "difference_low": difference_lows[i],
+                "difference_high": difference_highs[i],
+                "rank_low": int(rank_lows[i]) if finite else None,
+                "rank_high": int(rank_highs[i]) if finite else None,
+                "seeds": len(entry.results),
+                "spread": entry.spread,
+                "seed_means": entry.means,
+                "verdict": judgement.kind,
+                "reason": judgement.reason,
+                "exact": judgement.kind == "exact",
+                "K": entry.num_particles or None,
+                "monte_carlo_error": entry.monte_carlo_error,
+                # Of draws from another proposal the mean log-weight is not the pair's ELBO.
+                "elbo": sum(r.elbo.mean().item() for r in entry.results) / len(entry.results)
+                if all(r.estimator == FROM_GUIDE.name for r in entry.results)
+                else None,
             }
         )
-    return pd.DataFrame(records, columns=list(COLUMNS)).astype({"K": "Int64"})
+    whole = {"rank_low": "Int64", "rank_high": "Int64", "K": "Int64"}
+    return pd.DataFrame(records, columns=list(COLUMNS)).astype(whole | {"spread": float, "elbo": float})
 
 
-def readable(frame: "pd.DataFrame", rows: "Rows") -> "pd.DataFrame":
-    """The table as strings, with its errors."""
+def between(resampled: "Tensor", interpolation: str = "linear") -> tuple[list[float], list[float]]:
+    """The ends of 95 % of resamples (B, M), for each of M models."""
+    import torch
+
+    tails = torch.tensor([0.025, 0.975], dtype=resampled.dtype)
+    low, high = torch.quantile(resampled, tails, dim=0, interpolation=interpolation)
+    return low.tolist(), high.tolist()
+
+
+def readable(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """The table as strings: what is compared, with its intervals; the rest is in the CSV."""
     import pandas as pd
 
-    from pyrovae.evaluate import number
-
+    pooled = (frame["seeds"] > 1).any()
     records = []
-    for entry in frame.to_dict("records"):
-        best = entry["difference"] == 0 and entry["difference_error"] == 0
-        bits = rows.measure.bits_per_dimension(entry["log_marginal"])
+    for i, entry in enumerate(frame.to_dict("records")):
+        bound = "" if entry["exact"] else "≥ "
+        invalid = pd.isna(entry["rank_low"])
+        ranks = [] if invalid else sorted({int(entry["rank_low"]), int(entry["rank_high"])})
+        difference = interval(entry["difference"], entry["difference_low"], entry["difference_high"])
         records.append(
             {
                 "model": entry["name"],
-                "log p(x)": number(entry["log_marginal"], entry["error"]),
-                "to the best": "best" if best else number(entry["difference"], entry["difference_error"]),
-                "how": "exact" if entry["exact"] else f"K = {int(entry['K'])} (± {entry['monte_carlo_error']:.1g})",
-                "ELBO": "-" if entry["exact"] else number(entry["elbo"]),
-                **({} if bits is None else {"bits/dim": f"{bits:.4f}"}),
+                "rank": "-".join(map(str, ranks)) or "-",
+                "log p(x) [95 %]": "-"
+                if invalid
+                else bound + interval(entry["log_marginal"], entry["low"], entry["high"]),
+                "to the best [95 %]": "-" if invalid else "best" if i == 0 else difference,
+                **({"seeds' sd": spread(entry)} if pooled else {}),
+                "verdict": entry["verdict"],
             }
         )
     return pd.DataFrame(records)
 
 
+def interval(value: float, low: float, high: float) -> str:
+    """A value and its interval, to the digits that its width allows; at most 3, since nobody needs more of a nat."""
+    half = (high - low) / 2
+    digits = 2 if not half > 0 else max(0, min(3, 1 - math.floor(math.log10(half)), 5 - len(f"{abs(value):.0f}")))
+    inside = "" if math.isnan(half) else f" [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{value:.{digits}f}{inside}"
+
+
+def spread(entry: dict[Any, Any]) -> str:
+    """The standard deviation over seeds, to two digits."""
+    return "-" if entry["seeds"] == 1 else f"{entry['spread']:.2g}"
+
+
 def aligned(frame: "pd.DataFrame") -> str:
-    """A table of strings: the first column to the left, the others to the right."""
-    columns = {name: [name, *frame[name]] for name in frame.columns}
-    widths = {name: max(map(len, cells)) for name, cells in columns.items()}
-    lines = []
-    for i in range(len(frame) + 1):
-        cells = [
-            cells[i].ljust(widths[name]) if j == 0 else cells[i].rjust(widths[name])
-            for j, (name, cells) in enumerate(columns.items())
-        ]
-        lines.append("  " + "   ".join(cells).rstrip())
-    return "\n".join([lines[0], "  " + "-" * (max(map(len, lines)) - 2), *lines[1:]])
+    """A table of strings: the first column to the left and wrapped, the others to the right."""
+    names = {name: textwrap.wrap(name, WIDTH) for name in frame.iloc[:, 0]}
+    left = max(len(part) for parts in [[frame.columns[0]], *names.values()] for part in parts)
+    widths = [max(map(len, [name, *frame[name]])) for name in frame.columns[1:]]
+
+    def line(first: str, cells: Sequence[str]) -> str:
+        return "  ".join(["", first.ljust(left), *(c.rjust(w) for c, w in zip(cells, widths, strict=True))]).rstrip()
+
+    lines = [line(frame.columns[0], list(frame.columns[1:]))]
+    lines.append("  " + "-" * (len(lines[0]) - 2))
+    for name, *cells in frame.itertuples(index=False):
+        first, *rest = names[name]
+        lines += [line(first, cells), *(f"  {part}" for part in rest)]
+    return "\n".join(lines)
 
 
-def check_same_rows(runs: Sequence[tuple[Run, "Rows"]]) -> None:
+def load_rows(runs: Sequence[Run]) -> "dict[Path, Rows]":
+    """The rows of each run, by its directory; the same rows are loaded once."""
+    loaded: dict[tuple, Rows] = {}
+    result = {}
+    for run in runs:
+        key = (*(run.config[name] for name in DATA_KEYS), measure_of(run))
+        if key not in loaded or loaded[key].hash != run.config["data_hash"]:
+            loaded[key] = run.rows()
+        result[run.directory] = loaded[key]
+    return result
+
+
+def measure_of(run: Run) -> str:
+    """Whether a run's log p(x) is of a mass or a density."""
+    return "mass" if run.config["likelihood"]["name"] == "Bernoulli" else "density"
+
+
+def check_same_rows(runs: Sequence[Run]) -> None:
     """Refuse to put different rows in one table.
 
     Raises:
-        UsageError: two runs of one measure have different data or binarisation.
+        UsageError: two runs of one measure have different data, binarisation or split.
     """
-    (first, rows), *others = runs
-    for run, theirs in others:
-        if theirs.hash != rows.hash:
+    first, *others = runs
+    for run in others:
+        if run.config["data_hash"] == first.config["data_hash"]:
+            continue
+        same = all(run.config[key] == first.config[key] for key in DATA_KEYS)
+        raise UsageError(
+            f"cannot compare runs on different rows: {described(first, same)}; {described(run, same)}. Compare runs of "
+            "the same data, binarisation and split"
+        )
 
-            def what(r: Run) -> str:
-                return f"{r.directory}: {r.config['data']}" + (
-                    f", binarised {b}" if (b := r.config["binarize"]) else ""
-                )
 
-            raise UsageError(
-                f"cannot compare runs on different rows: {what(first)}; {what(run)}. Compare runs of the same data and "
-                "binarisation"
-            )
+def described(run: Run, with_hash: bool) -> str:
+    """Which rows a run is of, in words."""
+    config = run.config
+    words = [f"{run.directory}: {config['data']}"]
+    words += [f"binarised {config['binarize']}"] if config["binarize"] else []
+    words += ["standardised"] if config["standardize"] else []
+    words += [f"hash {config['data_hash'][:12]}"] if with_hash else []
+    return ", ".join(words)
+
+
+def pools(runs: Sequence[Run], pool: bool = True) -> list[list[Run]]:
+    """Runs that differ in nothing but their seed, together; in the order in which they were named.
+
+    Runs of one configuration and one seed are repetitions, not seeds: such a group stays apart.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        config = {key: value for key, value in run.config.items() if key not in NOT_THE_MODEL}
+        groups.setdefault(repr(sorted(config.items())) if pool else str(run.directory), []).append(run)
+    together = []
+    for members in groups.values():
+        distinct = len({run.config["seed"] for run in members}) == len(members)
+        together += [members] if distinct else [[run] for run in members]
+    return together
+
+
+def name_pools(together: Sequence[Sequence[Run]]) -> list[str]:
+    """A name for each pool: what its directories' names begin with, or that of the first, and how many seeds."""
+    unique = unique_names([run for members in together for run in members])
+    names = [common_name([run.name for run in members]) if len(members) > 1 else "" for members in together]
+    return [
+        unique[members[0].directory]
+        if len(members) == 1
+        else f"{name if name and names.count(name) == 1 else unique[members[0].directory]} ({len(members)} seeds)"
+        for name, members in zip(names, together, strict=True)
+    ]
+
+
+def common_name(names: Sequence[str]) -> str:
+    """What names begin with: "iwae" of iwae-s1, iwae-s2, or of iwae, iwae-2; empty where that is nothing."""
+    letters = zip(*names, strict=False)  # up to the end of the shortest
+    prefix = "".join(column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, letters))
+    if any(name[len(prefix) :][:1].isdigit() for name in names):
+        prefix = re.sub(r"\d+$", "", prefix)  # cut within a number
+    return re.sub(r"[-_. ]+(seed|s)?[-_. =]*$", "", prefix)
+
+
+def unique_names(runs: Sequence[Run]) -> dict[Path, str]:
+    """A name for each run: its directory's, or the whole path where two agree."""
+    names = [run.name for run in runs]
+    return {run.directory: run.name if names.count(run.name) == 1 else str(run.directory) for run in runs}
+
+
+def score_run(
+    run: Run, rows: "Rows", x: "Tensor", num_particles: int, seed: int, proposal: "Proposal | None"
+) -> "LogMarginal":
+    """The log p(x) of a trained run, after saying what was found in its directory; kept there as it is made."""
+    from pyrovae.evaluate import open_scores, score
+
+    model = run.model(x.device)
+    for notice in run.notices:
+        print(f"note: {notice}")
+    store = open_scores(run, model, rows, x, num_particles, seed, proposal=proposal)
+    return score(model, x, num_particles, seed, progress=True, proposal=proposal, store=store)
 
 
 def command(words: Sequence[str]) -> int:
     """Parse the options, score every run, print and write the tables."""
     p = parser(
         "compare",
-        "Score trained runs on the same rows, one table per measure, beside an exact mixture baseline.",
+        "Score trained runs on the same rows, one table per measure, beside an exact mixture baseline: 95 % bootstrap "
+        "intervals of log p(x), of paired differences and of ranks, and a verdict on each estimate.",
         "RUN [RUN ...] [options]",
     )
-    p.add_argument("runs", nargs="+", metavar="RUN", help="directories written by python -m pyrovae.fit")
-    add_option(p, "--K", "particles per datum, drawn exactly (default 1000)", "INT")
+    p.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="directories written by python -m pyrovae.fit; those that differ only in --seed become one line",
+    )
+    add_option(p, "--K", "particles per datum, drawn exactly (default 1000; 32 chains if annealed)", "INT")
+    add_choices(p, "proposal", PROPOSALS)
     add_option(p, "--rows", "score only the first test rows (default: all)", "INT")
-    add_option(p, "--seed", "of the draws and of the baseline (default 0)", "INT")
+    add_option(p, "--seed", "of the draws, the bootstrap and the baseline (default 0)", "INT")
+    add_option(p, "--no-pool", "a line for every run, also for those that differ only in --seed", action="store_true")
     add_option(p, "--no-baseline", "add no mixture baseline", action="store_true")
     add_option(p, "--components", "components of the baseline (default: chosen on the validation rows)", "INT")
     add_option(p, "--out", "where to write the tables and figures (default: comparison)", "DIR")
     add_option(p, "--device", "auto, cpu, cuda or cuda:N (default auto)", "NAME")
     options = given(p.parse_args(words))
-    k, seed = whole_option(options, "K", 1000), whole_option(options, "seed", 0)
+    proposal = build_proposal(options.get("proposal"))
+    k, seed = whole_option(options, "K", default_draws(proposal, 1000)), whole_option(options, "seed", 0)
     limit, components = whole_option(options, "rows", None), whole_option(options, "components", None)
     if options.get("no_baseline") and components:
         raise UsageError("--components: not used, since --no-baseline adds none")
@@ -215,39 +424,39 @@ def command(words: Sequence[str]) -> int:
 
     device = pick_device(str(options.get("device", "auto")))
     runs = [open_run(directory) for directory in directories]
-    by_measure: dict[str, list[tuple[Run, Rows]]] = {}
+    by_measure: dict[str, list[Run]] = {}
     for run in runs:
-        rows = run.rows()
-        by_measure.setdefault(rows.measure.kind, []).append((run, rows))
+        by_measure.setdefault(measure_of(run), []).append(run)
     for members in by_measure.values():
         check_same_rows(members)
-    names = unique_names(runs)
+    together = pools(runs, not options.get("no_pool"))
+    names = name_pools(together)
+    rows_of = load_rows(runs)
+    invalid = []
     for kind, members in by_measure.items():
-        rows = members[0][1]
+        rows = rows_of[members[0].directory]
         x = rows.test[:limit].to(device)
-        scored = []
-        for run, _ in members:
-            model = run.model(device)
-            for notice in run.notices:
-                print(f"note: {notice}")
-            scored.append(Scored(names[run.directory], score(model, x, k, seed, progress=True)))
+        scored = [
+            Scored(name, [score_run(run, rows, x, k, seed, proposal) for run in pool])
+            for name, pool in zip(names, together, strict=True)
+            if measure_of(pool[0]) == kind
+        ]
         if not options.get("no_baseline"):
             counts = (components,) if components else COMPONENTS
             name, mixture = fit_baseline(rows, counts, seed, device)
-            scored.append(Scored(name, score(mixture, x, k)))
-        present(table(scored), rows, kind, len(x), members[0][0].config["data"], out)
+            scored.append(Scored(name, [score(mixture, x, k)]))
+        present(table(scored, seed), rows, kind, len(x), members[0].config["data"], out)
+        invalid += [entry for entry in scored if entry.verdict.kind == "invalid"]
     print(f"tables and figures in {out}")
+    if invalid:
+        raise NumericalError("invalid: " + "; ".join(f"{entry.name}: {entry.verdict.reason}" for entry in invalid))
     return 0
-
-
-def unique_names(runs: Sequence[Run]) -> dict[Path, str]:
-    """A name for each run: its directory's, or the whole path where two agree."""
-    names = [run.name for run in runs]
-    return {run.directory: run.name if names.count(run.name) == 1 else str(run.directory) for run in runs}
 
 
 def present(frame: "pd.DataFrame", rows: "Rows", kind: str, count: int, data: str, out: Path) -> None:
     """Print a table and write it as CSV, LaTeX and a figure."""
+    import pandas as pd
+
     from pyrovae import plots
     from pyrovae.fit import save_figure
     from pyrovae.inference.checkpoint import write_atomically
@@ -255,16 +464,38 @@ def present(frame: "pd.DataFrame", rows: "Rows", kind: str, count: int, data: st
     how = f", binarisation {rows.binarize}" if rows.binarize else ""
     which = "all" if count == len(rows.test) else "the first"
     caption = f"{data}, {which} {count} test rows; {rows.measure.description}{how}"
-    strings = readable(frame, rows)
+    strings, notes = readable(frame), legend(frame)
     print(f"\n{caption}")
-    print("nats per datum, larger is better; ± standard error over rows; 'to the best' are paired differences\n")
+    print("nats per datum, larger is better; 95 % intervals and ranks by bootstrap over rows, differences paired\n")
     print(aligned(strings) + "\n")
-    write_atomically(
-        out / f"{kind}.csv", frame.assign(measure=rows.measure.description, rows=count).to_csv(index=False)
+    for note in notes:
+        print(textwrap.fill(note, 118, initial_indent="  ", subsequent_indent="    "))
+    print()
+    values = frame.assign(
+        seed_means=[" ".join(map(repr, means)) for means in frame["seed_means"]],
+        bits_per_dimension=pd.Series([rows.measure.bits_per_dimension(value) for value in frame["log_marginal"]]),
+        measure=rows.measure.description,
+        rows=count,
     )
+    write_atomically(out / f"{kind}.csv", values.to_csv(index=False))
     write_atomically(out / f"{kind}.tex", latex(strings, caption))
     figure = plots.comparison(frame, title=f"{data}, {count} test rows, {rows.measure.description}")
     save_figure(figure, out, kind)
+
+
+def legend(frame: "pd.DataFrame") -> list[str]:
+    """What a reader of the table has to know, a line each."""
+    notes = []
+    if (~frame["exact"]).any():
+        sampled = frame[~frame["exact"]]
+        notes.append(
+            f"≥: a lower bound in expectation, from K = {sampled['K'].iloc[0]} draws, its Monte Carlo error at most "
+            f"{sampled['monte_carlo_error'].max():.1g}"
+        )
+    if (frame["seeds"] > 1).any():
+        notes.append("seeds' sd: standard deviation of the seeds' own means; no interval holds it")
+    doubtful = frame[~frame["verdict"].isin(["exact", "ok"])]
+    return notes + [f"{entry['name']}: {entry['verdict']}, {entry['reason']}" for _, entry in doubtful.iterrows()]
 
 
 def latex(strings: "pd.DataFrame", caption: str) -> str:
@@ -273,7 +504,7 @@ def latex(strings: "pd.DataFrame", caption: str) -> str:
     def escaped(cell: str) -> str:
         for character in "&%#_{}":
             cell = cell.replace(character, "\\" + character)
-        return cell.replace("±", "$\\pm$").replace("^", "\\^{}")
+        return cell.replace("≥", "$\\ge$").replace("±", "$\\pm$").replace("^", "\\^{}")
 
     lines = [
         "% needs \\usepackage{booktabs}",

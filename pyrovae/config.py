@@ -218,6 +218,23 @@ PROPOSALS: dict[str, Choice] = {
             "share": Setting(number(0, below=1), 0.1, "share of draws from the prior", "P"),
         },
     ),
+    "individual": Choice(
+        "a Gaussian fitted to each row",
+        (),
+        {
+            "family": Setting(one_of("full", "diagonal"), "full", "covariance, full or diagonal", "NAME"),
+            "steps": Setting(whole(1), 200, "steps of the fit", "INT"),
+        },
+    ),
+    "annealed": Choice(
+        "chains of Hamiltonian Monte Carlo to p(z|x), their setting checked on simulated data",
+        (),
+        {
+            "temperatures": Setting(whole(1), 200, "steps of the path to p(x, z)", "INT"),
+            "leapfrog": Setting(whole(1), 5, "leapfrog steps at each", "INT"),
+            "start": Setting(one_of("guide", "prior"), "guide", "where chains start, guide or prior", "NAME"),
+        },
+    ),
     "prior": Choice("the prior, naively"),
 }
 
@@ -556,13 +573,16 @@ def build_beta(value: float | str, steps_per_epoch: int) -> Any:
 
 def build_proposal(value: Any) -> "Proposal | None":
     """The proposal that was asked for, as its name and settings; None for the guide itself."""
-    from pyrovae.inference import proposals
+    from pyrovae.inference.annealed import Annealed
+    from pyrovae.inference.individual import Individual
+    from pyrovae.inference.proposals import FromPrior, Widened
 
     chosen = choose("proposal", value, "guide", PROPOSALS)
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items() if k != "name"}
     if chosen["name"] == "guide":
         return None
-    made: Proposal = {"widened": proposals.Widened, "prior": proposals.FromPrior}[chosen["name"]](**settings)
+    classes = {"widened": Widened, "individual": Individual, "annealed": Annealed, "prior": FromPrior}
+    made: Proposal = classes[chosen["name"]](**settings)
     return made
 
 

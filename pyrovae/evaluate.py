@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from pyrovae.inference.proposals import Proposal
 
 Report = dict[str, Any]
+# Data simulated to check a setting of annealed importance sampling.
+CHECKED_ROWS = 50
 SPLITS = ("test", "validation", "train")
 
 
@@ -167,6 +169,7 @@ def report(
     import torch
 
     from pyrovae import __version__
+    from pyrovae.inference.annealed import Annealed, sandwich
     from pyrovae.inference.bootstrap import interval
     from pyrovae.inference.diagnostics import measure
     from pyrovae.inference.log_marginal import standard_error
@@ -178,7 +181,11 @@ def report(
 
     result = score(model, x, num_particles, seed, chunk_size, progress, proposal, store)
     exact = result.num_particles == 0
-    judgement = verdict(result)
+    check = None
+    if isinstance(proposal, Annealed):
+        like = x[:1].expand(CHECKED_ROWS, *x.shape[1:])
+        check = sandwich(model.model, model.guide, like, num_particles, proposal, seed)
+    judgement = verdict(result, check)
     with seeded(seed, "terms", device=x.device), evaluating(model.model, model.guide):
         terms = measure(model.model, model.guide, x.split(200), objective)
         forms = {} if exact else kl_terms(draw(model.model, model.guide, x[:1]))[1]
@@ -228,6 +235,17 @@ def report(
             "rows_without_finite_estimate": len(result.invalid),
             "zero_weights": int(result.zero_weights.sum()),
             "rows_with_zero_weights": int((result.zero_weights > 0).sum()),
+            "sandwich": None
+            if check is None
+            else {
+                "forward": check.forward.mean().item(),
+                "reverse": check.reverse.mean().item(),
+                "width": check.width,
+                "width_error": check.error,
+                "validated": check.validated,
+                "simulated_data": len(check.forward),
+                "acceptance": check.acceptance.mean().item(),
+            },
             "worst_rows": [
                 {
                     "row": row,
@@ -334,6 +352,11 @@ def describe(name: str, values: Report) -> str:
         if k_hat["median"] is not None:
             share = f"{100 * k_hat['share_over_threshold']:.1f} % of rows over {k_hat['threshold']:.2f}"
             line("Pareto k-hat", f"{k_hat['median']:.2f}", f"median; largest {k_hat['max']:.2f}; {share}")
+        if (check := values["sandwich"]) is not None:
+            simulated = f"on {check['simulated_data']} simulated data; acceptance {check['acceptance']:.2f}"
+            line("sandwich, below", number(check["forward"]), simulated)
+            line("sandwich, above", number(check["reverse"]))
+            line("  its width", number(check["width"], check["width_error"]), "validated" if check["validated"] else "")
         if values["zero_weights"]:
             line("weights of zero", f"{values['zero_weights']}", f"in {values['rows_with_zero_weights']} rows")
         lines += ["", "  K-curve, from the same draws"]
@@ -413,7 +436,7 @@ def command(words: Sequence[str]) -> int:
         "RUN [options]",
     )
     p.add_argument("run", metavar="RUN", help="a directory written by python -m pyrovae.fit")
-    add_option(p, "--K", "particles per datum, drawn exactly (default 5000)", "INT")
+    add_option(p, "--K", "particles per datum, drawn exactly (default 5000; 32 chains if annealed)", "INT")
     add_option(p, "--rows", "score only the first rows (default: all)", "INT")
     add_option(p, "--split", "test, validation or train (default test)", "NAME")
     add_option(p, "--seed", "of the draws (default 0)", "INT")
@@ -422,12 +445,12 @@ def command(words: Sequence[str]) -> int:
     add_option(p, "--anew", "forget what was scored before with these settings", action="store_true")
     add_option(p, "--device", "auto, cpu, cuda or cuda:N (default auto)", "NAME")
     options = given(p.parse_args(words))
-    k, seed = whole_option(options, "K", 5000), whole_option(options, "seed", 0)
+    proposal = build_proposal(options.get("proposal"))
+    k, seed = whole_option(options, "K", default_draws(proposal, 5000)), whole_option(options, "seed", 0)
     limit, chunk_size = whole_option(options, "rows", None), whole_option(options, "chunk_size", None)
     split = str(options.get("split", "test"))
     if split not in SPLITS:
         raise UsageError(f"--split: expected one of {', '.join(SPLITS)}, got {split}")
-    proposal = build_proposal(options.get("proposal"))
     run = open_run(options["run"])
     if run.config["model"]["name"] == "mixture":
         refuse(options, ("K", "chunk_size", "proposal", "anew"), "the log p(x) of a mixture is exact")
@@ -437,6 +460,13 @@ def command(words: Sequence[str]) -> int:
     if values["K"] is not None:
         save_curve(run, values)
     return 0
+
+
+def default_draws(proposal: "Proposal | None", otherwise: int) -> int:
+    """K when it is not given: few chains, since each takes thousands of gradients."""
+    from pyrovae.inference.annealed import Annealed
+
+    return 32 if isinstance(proposal, Annealed) else otherwise
 
 
 def whole_option(options: dict[str, Any], key: str, default: int | None) -> Any:

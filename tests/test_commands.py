@@ -567,9 +567,97 @@ def test_too_few_draws_have_no_tail_diagnostic(capsys):
     assert "no tail diagnostic" not in scored(run, "--K 100 --rows 30")["reason"]
 
 
+def test_an_evaluation_is_kept_row_by_row_and_not_repeated(capsys, monkeypatch):
+    run = train()
+    first = scored(run, "--K 40 --rows 250")
+    (path,) = (run / "scores").glob("*.csv")
+    table = pd.read_csv(path, comment="#")
+    assert len(table) == 250
+    assert table["log_marginal"].mean() == pytest.approx(first["log_marginal"], abs=1e-12)
+    capsys.readouterr()
+    module = sys.modules["pyrovae.inference.proposals"]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "log_weights", None)  # a draw would be an error
+        assert scored(run, "--K 40 --rows 250") == first
+    assert "note: 250 rows were scored before with these settings" in capsys.readouterr().out
+    assert scored(run, "--K 40 --rows 250 --anew") == first
+    assert "scored before" not in capsys.readouterr().out
+    assert scored(run, "--K 40 --rows 250 --seed 1") != first
+    assert len(list((run / "scores").glob("*.csv"))) == 2
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_was_killed_goes_on(trained):
+    run = Path("copy")
+    shutil.copytree(trained, run)
+    words = [sys.executable, "-m", "pyrovae.evaluate", "copy", "--K", "20000", "--chunk-size", "2000", "--device", "cpu"]
+    process = start(words)
+    deadline = time.monotonic() + 60
+    while not (files := list((run / "scores").glob("*.csv"))) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert files, process.communicate()
+    process.kill()
+    process.communicate()
+    kept = len(pd.read_csv(files[0], comment="#"))
+    assert 100 <= kept < 500
+    out, err = start(words).communicate(timeout=120)
+    assert f"note: {kept} rows were scored before" in out, err
+    killed = json.loads((run / "evaluation.json").read_text())
+    assert killed == scored(trained, "--K 20000 --chunk-size 2000 --anew")
+
+
+def test_a_row_without_a_number_is_named_and_nothing_is_averaged(capsys, monkeypatch):
+    run = train()
+    rows_of = evaluate.rows_of
+
+    def far(*arguments):
+        x = rows_of(*arguments).clone()
+        x[7] = 1e30
+        return x
+
+    monkeypatch.setattr(evaluate, "rows_of", far)
+    code, message = fails(capsys, "run --K 40 --rows 20", evaluate.command, "evaluate")
+    assert code == 4
+    assert "invalid: log p(x) is not a finite number for 1 of 20 rows, the first being 7 (-inf)" in message
+    report = json.loads((run / "evaluation.json").read_text())
+    assert (report["verdict"], report["log_marginal"], report["rows_without_finite_estimate"]) == ("invalid", None, 1)
+    assert report["zero_weights"] == 40
+
+
+@pytest.mark.parametrize(
+    ("words", "estimator"),
+    [
+        ("widened --proposal.scales 1,2 --proposal.share 0.2", "the widened guide (scales 1, 2; 0.2 from the prior)"),
+        ("individual --proposal.steps 20", "a full Gaussian fitted to each datum"),
+        ("prior", "naive sampling from the prior"),
+        ("annealed --proposal.temperatures 30 --proposal.leapfrog 2", "annealed importance sampling from the guide (30"),
+    ],
+)
+def test_other_proposals_from_the_command_line(capsys, trained, words, estimator):
+    """They agree with the guide within their errors, and the report says which it was."""
+    run = Path("copy")
+    shutil.copytree(trained, run)
+    k = 40 if "annealed" in words else 2000
+    report = scored(run, f"--rows 20 --K {k} --proposal {words}")
+    assert estimator in report["estimator"]
+    assert estimator.split("(")[0].split()[-1] in capsys.readouterr().out
+    guide = scored(run, "--rows 20 --K 4000")
+    error = np.hypot(report["monte_carlo_error"], guide["monte_carlo_error"])
+    assert abs(report["log_marginal"] - guide["log_marginal"]) < 5 * error
+    if "annealed" in words:
+        check = report["sandwich"]
+        assert check["validated"] == (check["width"] + 2 * check["width_error"] < 0.1)
+        assert check["simulated_data"] == 50
+        assert report["verdict"] == ("ok" if check["validated"] else "lower bound only")
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
+        ("{run} --proposal wide", 2, "--proposal: 'wide' is none of guide, widened"),
+        ("{run} --proposal.share 0.2", 2, "--proposal.share: not used by guide"),
+        ("{run} --proposal widened --proposal.share 1", 2, "--proposal.share: expected a number of at least 0"),
+        ("{run} --proposal annealed --proposal.start x", 2, "--proposal.start: 'x' is none of guide, prior"),
         ("", 2, "required: run"),
         ("nowhere", 5, "nowhere: no such run directory"),
         ("{run} --K 0", 2, "--K: expected a whole number of at least 1"),

@@ -13,7 +13,22 @@ import torch
 
 from pyrovae import compare, fit, load_data
 from pyrovae.command import main
-from pyrovae.compare import COLUMNS, Scored, aligned, fit_baseline, latex, readable, table, unique_names
+from pyrovae.compare import (
+    COLUMNS,
+    Scored,
+    aligned,
+    common_name,
+    fit_baseline,
+    interval,
+    latex,
+    legend,
+    name_pools,
+    pools,
+    readable,
+    table,
+    unique_names,
+)
+from pyrovae.errors import UsageError
 from pyrovae.evaluate import number, score
 from pyrovae.inference.log_marginal import exact, summarise
 from pyrovae.models import BernoulliMixture, GaussianMixture
@@ -35,6 +50,8 @@ def runs(tmp_path_factory) -> Path:
         ("bits", f"{TINY} --latent-dim 3 --network.hidden 9 --eval-rows 5"),
         ("threshold", f"{TINY} --latent-dim 3 --network.hidden 9 --binarize threshold"),
         ("ring", f"{plane.replace('three-gaussians', 'ring')} {network}"),
+        ("a-2", f"{plane.replace('--seed 0', '--seed 1')} {network}"),
+        ("a-3", f"{plane.replace('--seed 0', '--seed 2')} {network}"),
     ):
         assert fit.command([*words.split(), "--out", str(root / out)]) == 0
     return root
@@ -61,11 +78,14 @@ def fails(capsys, words: str) -> tuple[int, str]:
 # --------------------------------------------------------------------------------------------------------- the numbers
 
 
+def shifted(count: int = 400, offset: float = 0.0, spread: float = 1.0) -> torch.Tensor:
+    return offset + spread * torch.randn(count, dtype=torch.float64)
+
+
 def test_differences_are_paired():
     """Two models that differ by a tenth on rows that vary by ten: the difference is known a hundred times better."""
-    rows = 10 * torch.randn(50, dtype=torch.float64)
-    offset = 0.1 + 0.01 * torch.randn(50, dtype=torch.float64)
-    frame = table([Scored("worse", exact(rows - offset)), Scored("best", exact(rows))])
+    rows, offset = shifted(50, spread=10), shifted(50, 0.1, 0.01)
+    frame = table([Scored("worse", [exact(rows - offset)]), Scored("best", [exact(rows)])])
     assert list(frame["name"]) == ["best", "worse"]
     assert list(frame.columns) == list(COLUMNS)
     worse = frame.iloc[1]
@@ -73,31 +93,121 @@ def test_differences_are_paired():
     assert worse["difference_error"] == pytest.approx(offset.std().item() / math.sqrt(50), rel=1e-9)
     assert worse["error"] == pytest.approx((rows - offset).std().item() / math.sqrt(50), rel=1e-9)
     assert worse["error"] > 100 * worse["difference_error"]
-    assert (frame.iloc[0]["difference"], frame.iloc[0]["difference_error"]) == (0, 0)
+    assert worse["high"] - worse["low"] > 100 * (worse["difference_high"] - worse["difference_low"])
+    best = frame.iloc[0]
+    assert [best[f"difference{end}"] for end in ("", "_error", "_low", "_high")] == [0, 0, 0, 0]
+
+
+def test_intervals_are_those_of_the_normal_approximation():
+    """For the mean of many Gaussian rows the bootstrap's interval is 1.96 standard errors to each side."""
+    rows = shifted(2000)
+    frame = table([Scored("a", [exact(rows)]), Scored("b", [exact(rows + shifted(2000, -0.5, 0.3))])])
+    for column, error in (("", "error"), ("difference_", "difference_error")):
+        entry = frame.iloc[1]
+        middle = entry["difference" if column else "log_marginal"]
+        half = 1.96 * entry[error]
+        assert entry[f"{column}low"] == pytest.approx(middle - half, abs=0.06 * half)
+        assert entry[f"{column}high"] == pytest.approx(middle + half, abs=0.06 * half)
+
+
+def test_the_seed_is_that_of_the_bootstrap():
+    entries = [Scored(name, [exact(shifted())]) for name in "ab"]
+    first, same, other = (table(entries, seed) for seed in (0, 0, 1))
+    assert first.equals(same)
+    assert not np.array_equal(first["low"], other["low"])
+    np.testing.assert_array_equal(first["log_marginal"], other["log_marginal"])
+
+
+def test_ranks_say_what_the_rows_can_tell():
+    """Two models a hair apart on noisy rows share ranks 1 and 2; one that is far below is third for certain."""
+    rows = shifted()
+    near = exact(rows + shifted(spread=1) - 0.01)
+    frame = table([Scored("far", [exact(rows - 2)]), Scored("near", [near]), Scored("best", [exact(rows)])])
+    assert frame["rank_low"].tolist() == [1, 1, 3]
+    assert frame["rank_high"].tolist() == [2, 2, 3]
+    assert readable(frame)["rank"].tolist() == ["1-2", "1-2", "3"]
+    clear = table([Scored("a", [exact(rows)]), Scored("b", [exact(rows - 0.01)])])
+    assert readable(clear)["rank"].tolist() == ["1", "2"]
+    tied = table([Scored("a", [exact(rows)]), Scored("b", [exact(rows)])])
+    assert readable(tied)["rank"].tolist() == ["1", "1"]
+
+
+def test_seeds_are_averaged_row_by_row_and_their_spread_is_apart():
+    rows = shifted(spread=5)
+    seeds = [exact(rows + offset + shifted(spread=0.1)) for offset in (-1.0, 0.0, 4.0)]
+    frame = table([Scored("pooled (3 seeds)", seeds), Scored("single", [exact(rows - 9)])])
+    pooled, single = frame.iloc[0], frame.iloc[1]
+    together = torch.stack([s.estimate for s in seeds]).mean(0)
+    assert pooled["log_marginal"] == pytest.approx(together.mean().item(), abs=1e-12)
+    assert pooled["error"] == pytest.approx(together.std().item() / 20, rel=1e-9)
+    assert pooled["high"] - pooled["low"] < 5 * pooled["error"]  # however far apart the seeds are
+    assert pooled["seed_means"] == [s.mean for s in seeds]
+    assert pooled["spread"] == pytest.approx(np.std([s.mean for s in seeds], ddof=1))
+    assert (pooled["seeds"], single["seeds"]) == (3, 1)
+    assert math.isnan(single["spread"])
+    strings = readable(frame)
+    assert strings["seeds' sd"].tolist() == [f"{pooled['spread']:.2g}", "-"]
+    assert "seeds' sd" not in readable(table([Scored("single", [exact(rows)])])).columns
 
 
 def test_the_best_comes_first_and_estimates_are_marked():
-    torch.manual_seed(0)
-    log_w = torch.randn(40, 20, dtype=torch.float64)
+    log_w = 0.1 * shifted(400 * 20).reshape(400, 20)
     entries = [
-        Scored("c", exact(torch.full((20,), -9.0))),
-        Scored("b", summarise(log_w)),
-        Scored("a", exact(torch.ones(20))),
+        Scored("c", [exact(torch.full((20,), -9.0))]),
+        Scored("b", [summarise(log_w)]),
+        Scored("a", [exact(torch.ones(20))]),
     ]
     frame = table(entries)
     assert list(frame["name"]) == ["a", "b", "c"]
     assert list(frame["exact"]) == [True, False, True]
+    assert list(frame["verdict"]) == ["exact", "ok", "exact"]
     estimate = frame.iloc[1]
-    assert estimate["K"] == 40
-    assert estimate["log_marginal"] == pytest.approx((torch.logsumexp(log_w, 0) - math.log(40)).mean().item())
+    assert estimate["K"] == 400
+    assert estimate["log_marginal"] == pytest.approx((torch.logsumexp(log_w, 0) - math.log(400)).mean().item())
     assert estimate["elbo"] == pytest.approx(log_w.mean().item())
     assert frame["K"].isna().tolist() == [True, False, True]
-    strings = readable(frame, load_data("three-gaussians").rows("density"))
-    assert strings["to the best"][0] == "best"
-    assert strings["how"][0] == "exact"
-    assert strings["how"][1].startswith("K = 40 (± ")
-    assert "bits/dim" not in strings.columns
-    assert "bits/dim" in readable(frame, load_data("digits").rows("mass")).columns
+    strings = readable(frame)
+    assert strings["to the best [95 %]"][0] == "best"
+    assert [cell.startswith("≥ ") for cell in strings["log p(x) [95 %]"]] == [False, True, False]
+    assert strings["verdict"].tolist() == ["exact", "ok", "exact"]
+    assert any("from K = 400 draws" in note for note in legend(frame))
+    assert legend(frame.iloc[[0, 2]]) == []
+
+
+def test_the_verdict_of_a_pool_is_its_worst_and_its_reason_is_told():
+    good, bad = summarise(0.1 * shifted(8000).reshape(400, 20)), summarise(20 * shifted(8000).reshape(400, 20))
+    frame = table([Scored("doubtful", [good, bad, good]), Scored("fine", [good, good])]).set_index("name")
+    assert frame["verdict"].to_dict() == {"doubtful": "lower bound only", "fine": "ok"}
+    (note,) = [note for note in legend(frame.reset_index()) if note.startswith("doubtful")]
+    assert note == f"doubtful: lower bound only, {frame['reason']['doubtful']}"
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_model_without_a_mean_is_last_and_has_no_rank(value):
+    broken = shifted()
+    broken[7] = value
+    frame = table([Scored("broken", [exact(broken)]), Scored("low", [exact(shifted() - 99)])])
+    assert list(frame["name"]) == ["low", "broken"]
+    assert frame["rank_high"].tolist()[0] == 1
+    assert frame["rank_high"].isna().tolist() == [False, True]
+    assert frame["verdict"][1] == "invalid"
+    assert readable(frame).iloc[1].tolist() == ["broken", "-", "-", "-", "invalid"]
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "text"),
+    [
+        (-86.75432, -87.2, -86.31, "-86.75 [-87.20, -86.31]"),
+        (-86.75432, -96.0, -77.0, "-86.8 [-96.0, -77.0]"),
+        (2484.2, 2461.0, 2507.0, "2484 [2461, 2507]"),
+        (-1.00049, -1.00051, -1.00047, "-1.000 [-1.001, -1.000]"),
+        (-5000.99, -5000.998, -5000.988, "-5001.0 [-5001.0, -5001.0]"),
+        (1.5, 1.5, 1.5, "1.50 [1.50, 1.50]"),
+        (1.5, math.nan, math.nan, "1.50"),
+    ],
+)
+def test_intervals_have_the_digits_that_their_width_allows(value, low, high, text):
+    assert interval(value, low, high) == text
 
 
 @pytest.mark.parametrize(
@@ -128,6 +238,20 @@ def test_tables_are_aligned_and_latex_is_escaped():
     assert "mass on \\{0,1\\}\\^{}64, 100 \\% of rows" in text
     assert text.count("\\begin{") == text.count("\\end{") == 2
     assert re.search(r"\\begin\{tabular\}\{lr\}", text)
+    assert "$\\ge$ -1" in latex(pd.DataFrame({"model": ["a"], "log p(x)": ["≥ -1"]}), "")
+
+
+def test_long_names_are_wrapped_so_that_a_table_of_seeds_has_120_columns():
+    rows = shifted(spread=20) - 90
+    name = "a run in a directory whose name is very long and goes on/and/on/without/any/blank/in/it"
+    entries = [
+        Scored(name, [exact(rows - 30), exact(rows - 31)]),
+        Scored("b", [summarise(shifted(400 * 400).reshape(400, 400) - 80)]),
+    ]
+    text = aligned(readable(table(entries)))
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert "".join(line[2:].split("  ")[0].strip() for line in lines[3:]).replace(" ", "") == name.replace(" ", "")
 
 
 # -------------------------------------------------------------------------------------------------------- the baseline
@@ -146,7 +270,7 @@ def test_the_baseline_has_the_log_p_of_scikit_learn(count):
     oracle.covariances_ = mixture.covariances.detach().numpy()
     oracle.precisions_cholesky_ = np.linalg.cholesky(np.linalg.inv(oracle.covariances_))
     expected = oracle.score_samples(rows.test.double().numpy())
-    np.testing.assert_allclose(score(mixture, rows.test, 1).estimate.numpy(), expected, rtol=0, atol=1e-8)
+    np.testing.assert_allclose(score(mixture, rows.test, 1).estimate.numpy(), expected, rtol=0, atol=1e-10)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fitted = Oracle(count, tol=1e-6, max_iter=500, reg_covar=1e-9, random_state=0).fit(rows.train.double().numpy())
@@ -174,8 +298,8 @@ def test_the_baseline_of_a_mass_is_of_bernoullis():
     weights, means, x = mixture.weights.detach(), mixture.means.detach(), rows.test.double()
     flat, p = x.flatten(1), means.flatten(1)
     log_p = flat @ p.log().T + (1 - flat) @ (1 - p).log().T
-    assert score(mixture, rows.test, 1).mean == pytest.approx(
-        torch.logsumexp(weights.log() + log_p, 1).mean().item(), abs=1e-8
+    torch.testing.assert_close(
+        score(mixture, rows.test, 1).estimate, torch.logsumexp(weights.log() + log_p, 1), rtol=0, atol=1e-10
     )
 
 
@@ -210,6 +334,11 @@ def test_one_table_per_measure(runs, capsys):
             (frame["log_marginal"] - frame["log_marginal"][0]).tolist()
         )
         assert f"first 40 test rows; {measure}" in out
+        assert (frame["low"] < frame["log_marginal"]).all()
+        assert (frame["high"] > frame["log_marginal"]).all()
+        estimated = ~frame["name"].str.startswith("mixture")
+        assert frame["exact"].tolist() == (~estimated).tolist()
+        assert set(frame["verdict"][estimated]) <= {"ok", "lower bound only"}
     for kind in ("density", "mass"):
         assert Path(f"comparison/{kind}.png").stat().st_size > 5000
         assert "\\toprule" in Path(f"comparison/{kind}.tex").read_text()
@@ -229,6 +358,90 @@ def test_numbers_of_the_table_are_those_of_the_runs(runs):
     worse = frame["difference"].idxmin()
     assert abs(frame["difference"][worse]) == pytest.approx(abs(difference.mean().item()), abs=1e-12)
     assert frame["difference_error"][worse] == pytest.approx((difference.std() / math.sqrt(len(x))).item(), rel=1e-9)
+
+
+def test_seeds_of_a_configuration_are_one_line_unless_told_not_to(runs, capsys):
+    run(f"{runs}/a {runs}/mixture {runs}/a-2 {runs}/a-3 --K 30 --no-baseline --out pooled --device cpu")
+    out = capsys.readouterr().out
+    run(f"{runs}/a {runs}/mixture {runs}/a-2 {runs}/a-3 --K 30 --no-baseline --out singly --device cpu --no-pool")
+    pooled, singly = (pd.read_csv(f"{out}/density.csv").set_index("name") for out in ("pooled", "singly"))
+    assert set(pooled.index) == {"a (3 seeds)", "mixture"}
+    assert set(singly.index) == {"a", "a-2", "a-3", "mixture"}
+    means = singly["log_marginal"][["a", "a-2", "a-3"]]
+    together = pooled.loc["a (3 seeds)"]
+    assert together["log_marginal"] == pytest.approx(means.mean(), abs=1e-12)
+    assert together["spread"] == pytest.approx(means.std(), rel=1e-9)
+    assert [float(mean) for mean in together["seed_means"].split()] == pytest.approx(means.tolist())
+    assert "seeds' sd" in out
+    assert "seeds' sd" not in capsys.readouterr().out
+
+
+def test_rows_are_loaded_once_for_all_runs_of_the_same_data(runs, monkeypatch):
+    from pyrovae import config
+
+    loaded = []
+    build = config.build_rows
+    monkeypatch.setattr(config, "build_rows", lambda c: loaded.append(c["data"]) or build(c))
+    run(f"{runs}/a {runs}/other/a {runs}/mixture {runs}/bits --K 2 --rows 9 --no-baseline")
+    assert sorted(loaded) == ["digits", "three-gaussians"]
+
+
+def test_repetitions_of_one_seed_are_not_pooled(runs):
+    a, b, c, other = (open_run(runs / name) for name in ("a", "a-2", "a-3", "other/a"))
+    assert pools([a, other, b, c]) == [[a, b, c], [other]]
+    assert pools([a, b], pool=False) == [[a], [b]]
+    b.config["seed"] = a.config["seed"]
+    assert pools([a, b]) == [[a], [b]]
+    b.config |= {"seed": 7, "device": "cuda", "eval_rows": 3}  # where it ran, and how often it was measured
+    assert pools([a, b]) == [[a, b]]
+    b.config["lr"] = 0.5
+    assert pools([a, b]) == [[a], [b]]
+
+
+@pytest.mark.parametrize(
+    ("names", "name"),
+    [
+        (("iwae-s1", "iwae-s2"), "iwae"),
+        (("digits", "digits-2", "digits-3"), "digits"),
+        (("vae seed=10", "vae seed=11"), "vae"),
+        (("iwae_K50_seed1", "iwae_K50_seed12"), "iwae_K50"),
+        (("iwae-K51", "iwae-K52"), "iwae-K"),
+        (("losses", "losses-2"), "losses"),
+        (("x", "y"), ""),
+    ],
+)
+def test_a_pool_is_called_what_its_names_begin_with(names, name):
+    assert common_name(names) == name
+
+
+def test_pools_have_names_of_their_own(runs):
+    a, b, c, other = (open_run(runs / name) for name in ("a", "a-2", "a-3", "other/a"))
+    assert name_pools([[a, b], [c]]) == ["a (2 seeds)", "a-3"]
+    assert name_pools([[b, c], [a]]) == ["a (2 seeds)", "a"]
+    assert name_pools([[a, b], [other, c]]) == [f"{runs}/a (2 seeds)", f"{runs}/other/a (2 seeds)"]
+
+
+def test_an_invalid_model_is_shown_and_the_command_says_so(runs, capsys, monkeypatch):
+    from pyrovae import evaluate
+
+    def broken(model, x, *_, **__):
+        values = torch.zeros(len(x))
+        values[4] = math.nan
+        return exact(values)
+
+    monkeypatch.setattr(evaluate, "score", broken)
+    code, message = fails(capsys, f"{runs}/a --K 5 --rows 9 --no-baseline")
+    assert code == 4
+    assert "invalid: a: log p(x) is not a finite number for 1 of 9 rows, the first being 4" in message
+    assert pd.read_csv("comparison/density.csv")["verdict"].tolist() == ["invalid"]
+
+
+def test_changed_data_is_refused(runs, capsys, tmp_path):
+    """The same words for two contents: their hashes are named."""
+    first, second = (open_run(runs / name) for name in ("a", "a-2"))
+    second.config["data_hash"] = "f" * 64
+    with pytest.raises(UsageError, match=f"three-gaussians, hash {first.config['data_hash'][:12]}.*hash ffffffffffff"):
+        compare.check_same_rows([first, second])
 
 
 def test_different_rows_are_refused(runs, capsys):

@@ -454,6 +454,49 @@ def test_comparison_draws_no_interval_for_an_unknown_error(table: pd.DataFrame) 
     assert "−86.50 ±" not in texts(figure)
 
 
+def test_comparison_shows_verdicts_ranks_paired_differences_and_seeds(table: pd.DataFrame) -> None:
+    table = table.assign(
+        low=[-87.0, -102.5, -84.5],
+        high=[-85.0, -101.5, -84.0],
+        verdict=["lower bound only", "exact", "ok"],
+        rank_low=[1, 3, 1],
+        rank_high=[2, 3, 2],
+        difference=[-2.25, -17.75, 0.0],
+        difference_low=[-2.5, -18.0, 0.0],
+        difference_high=[-2.0, -17.5, 0.0],
+        seed_means=[[-86.5], [-102.0], [-84.0, -84.5]],
+    )
+    figure = plots.comparison(table)
+    axes = figure.axes[0]
+    marks, ends = {}, {}
+    for container in axes.containers:
+        points, _, (bars,) = container.lines
+        marks[str(container.get_label()).split(":")[0]] = (points.get_marker(), to_rgb(points.get_color()))
+        ends[points.get_xdata()[0]] = bars.get_segments()[0][:, 0].tolist()
+    assert set(marks) == {"exact", "ok", "lower bound only"}
+    assert len({shape for shape, _ in marks.values()}) == len({colour for _, colour in marks.values()}) == 3
+    assert ends == {-84.25: [-84.5, -84.0], -86.5: [-87.0, -85.0], -102.0: [-102.5, -101.5]}
+    cells = [text.get_text() for text in axes.texts]
+    assert [cell for cell in cells if "±" in cell][:3] == ["≥ −84.25 ± 0.12", "≥ −86.50 ± 0.50", "−102.00 ± 0.25"]
+    for column in (
+        ["1–2", "1–2", "3"],
+        ["best", "−2.25 [−2.50, −2.00]", "−17.75 [−18.00, −17.50]"],
+        ["ok", "lower bound only", "exact"],
+    ):
+        start = cells.index(column[0])
+        assert cells[start : start + 3] == column
+    seeds, elbos = offsets(figure)
+    assert seeds[:, 0].tolist() == [-84.0, -84.5]  # of the best, and none where there is but one seed
+    assert len(set(seeds[:, 1])) == 1
+    assert len(elbos) == 2
+    figure.draw_without_rendering()
+
+
+def test_comparison_has_every_seed_on_its_axis(table: pd.DataFrame) -> None:
+    figure = plots.comparison(table.assign(seed_means=[[-86.5], [-102.0], [-70.0, -98.5]]))
+    assert figure.axes[0].get_xlim()[1] > -70
+
+
 def test_comparison_names_the_missing_column(table: pd.DataFrame) -> None:
     with pytest.raises(UsageError, match="'error'"):
         plots.comparison(table.drop(columns="error"))

@@ -11,13 +11,20 @@ with 2 to 50 latent dimensions and guides of 0.5 to 3 times the posterior's widt
 pass is at most 0.03 nat too low, and its intervals cover. k-hat is the sharper of the two: weights of a guide that is
 too narrow have a tail that most sets of K draws do not show, the jackknife sees only what was drawn.
 
+For annealed importance sampling the check on simulated data takes the place of k-hat, which asks for more draws than
+there are chains: `ok` where the sandwich is narrower than 0.1 nat (`pyrovae.inference.annealed`).
+
 No diagnostic of draws can see a mode of the posterior that the guide never visits; annealed importance sampling from
 the prior can.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pyrovae.inference.log_marginal import LEAST_DRAWS_FOR_TAIL, LogMarginal
+
+if TYPE_CHECKING:
+    from pyrovae.inference.annealed import Sandwich
 
 MOST_ROWS_OVER = 0.1
 MOST_BIAS = 0.05
@@ -41,8 +48,13 @@ class Verdict:
         return f"{self.kind}: {self.reason}"
 
 
-def verdict(result: LogMarginal) -> Verdict:
-    """Judge an estimate by its diagnostics."""
+def verdict(result: LogMarginal, check: "Sandwich | None" = None) -> Verdict:
+    """Judge an estimate by its diagnostics.
+
+    Args:
+        result: The estimate.
+        check: For annealed importance sampling, the sandwich of the same setting on simulated data.
+    """
     rows = len(result.estimate)
     if result.invalid:
         named = ", ".join(f"{i} ({result.estimate[i].item():g})" for i in result.invalid[:MOST_NAMED])
@@ -57,6 +69,13 @@ def verdict(result: LogMarginal) -> Verdict:
         return Verdict(
             "exact", f"the {result.num_particles} weights of every row are equal: the guide is the posterior"
         )
+    bias = (result.jackknife - result.estimate).mean().item()
+    if check is not None:
+        width = f"{check.width:.2g} ± {check.error:.1g} nats wide"
+        tail = f"on {len(check.forward)} simulated data the sandwich is {width}"
+        if not check.validated:
+            return Verdict("lower bound only", f"{tail}, not narrower than 0.1; more temperatures narrow it")
+        return by_bias(bias, tail)
     known = result.pareto_k[~result.pareto_k.isnan()]
     if len(known) < rows:
         why = (
@@ -66,7 +85,6 @@ def verdict(result: LogMarginal) -> Verdict:
         )
         return Verdict("lower bound only", f"no tail diagnostic: {why}")
     over = int((known > result.k_threshold).sum())
-    bias = (result.jackknife - result.estimate).mean().item()
     tail = f"{over} of {rows} rows have a k-hat over {result.k_threshold:.2f}"
     if over > MOST_ROWS_OVER * rows:
         worst = ", ".join(map(str, worst_rows(result)))
@@ -75,6 +93,11 @@ def verdict(result: LogMarginal) -> Verdict:
             f"{tail}, more than {100 * MOST_ROWS_OVER:g} % (the largest in rows {worst}); a larger K or a better "
             "proposal raises it",
         )
+    return by_bias(bias, tail)
+
+
+def by_bias(bias: float, tail: str) -> Verdict:
+    """The verdict of an estimate whose tail is good enough."""
     # NaN where one weight is all of a row's: nothing to judge by.
     if not bias <= MOST_BIAS:
         return Verdict(
