@@ -224,6 +224,8 @@ PROPOSALS: dict[str, Choice] = {
         {
             "family": Setting(one_of("full", "diagonal"), "full", "covariance, full or diagonal", "NAME"),
             "steps": Setting(whole(1), 200, "steps of the fit", "INT"),
+            "draws": Setting(whole(2), 16, "draws at each step, an even number", "INT"),
+            "widen": Setting(number(0, open_below=True), 1.05, "factor of its widths when it is weighted", "NUMBER"),
         },
     ),
     "annealed": Choice(

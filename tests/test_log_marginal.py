@@ -289,6 +289,21 @@ def test_rows_without_a_number_are_named_and_poison_the_mean(bad: float) -> None
     assert_close(result.estimate[[0, 2]], good[[0, 2]], **SAME)
 
 
+def test_a_seed_is_for_the_blocks_of_one_call_and_no_one_else() -> None:
+    """The same numbers again, other draws in another block of the same rows, and the caller's random state untouched."""
+    pair = GaussianPair(1.5)
+    x = torch.ones(200, dtype=torch.float64)
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    first = log_marginal(pair.model, pair.guide, x, 20, seed=5).estimate
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(log_marginal(pair.model, pair.guide, x, 20, seed=5).estimate, first)
+    assert torch.equal(log_marginal(pair.model, pair.guide, x[:100], 20, seed=5).estimate, first[:100])
+    assert (first[:100] != first[100:]).all()
+    assert (log_marginal(pair.model, pair.guide, x, 20, seed=6).estimate != first).all()
+
+
 def test_jackknife_against_its_definition() -> None:
     """K L_K less (K - 1) times the mean of L_{K-1} without each draw, even where one weight is all of the sum."""
     log_w = 5 * torch.randn(7, 4, dtype=torch.float64)

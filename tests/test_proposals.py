@@ -86,6 +86,8 @@ def test_a_defensive_mixture_bounds_the_weights() -> None:
     torch.manual_seed(0)
     assert Widened((1.0,), 0.25)(narrow.model, narrow.guide, X)(4000).max() <= most + 1e-9
     assert FromGuide()(narrow.model, narrow.guide, X)(4000).max() > most
+    # A small share of few draws is still one draw.
+    assert Widened((1.0,), 1e-6)(narrow.model, narrow.guide, X.repeat(500))(10).max() <= most + math.log(10 / 4) + 1e-9
 
 
 def test_widening_repairs_a_narrow_guide() -> None:

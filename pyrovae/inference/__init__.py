@@ -2,7 +2,15 @@
 `pyrovae.models`.
 """
 
+from pyrovae.inference.annealed import Annealed as Annealed
+from pyrovae.inference.annealed import Sandwich as Sandwich
+from pyrovae.inference.annealed import sandwich as sandwich
 from pyrovae.inference.diagnostics import measure as measure
+from pyrovae.inference.gaps import Gaps as Gaps
+from pyrovae.inference.gaps import gaps as gaps
+from pyrovae.inference.individual import Individual as Individual
+from pyrovae.inference.inference_data import elpd as elpd
+from pyrovae.inference.inference_data import to_inference_data as to_inference_data
 from pyrovae.inference.log_marginal import LogMarginal as LogMarginal
 from pyrovae.inference.log_marginal import log_marginal as log_marginal
 from pyrovae.inference.log_weights import log_weights as log_weights
@@ -14,7 +22,13 @@ from pyrovae.inference.objectives import LinearWarmup as LinearWarmup
 from pyrovae.inference.objectives import Objective as Objective
 from pyrovae.inference.objectives import Renyi as Renyi
 from pyrovae.inference.pair import Pair as Pair
+from pyrovae.inference.proposals import FromGuide as FromGuide
+from pyrovae.inference.proposals import FromPrior as FromPrior
+from pyrovae.inference.proposals import Proposal as Proposal
+from pyrovae.inference.proposals import Widened as Widened
 from pyrovae.inference.svi import Fit as Fit
 from pyrovae.inference.svi import adam as adam
 from pyrovae.inference.svi import fit as fit
 from pyrovae.inference.svi import staged as staged
+from pyrovae.inference.verdict import Verdict as Verdict
+from pyrovae.inference.verdict import verdict as verdict

@@ -1,14 +1,28 @@
-r"""What training shows about a pair: the terms of the bound, the KL of each dimension, active units.
+r"""What the latents of a pair do: the terms of the bound, the KL of each dimension, active units, information.
 
     reconstruction     E log p(x|z)
     kl                 KL(q(z|x) || p(z)), all sites together
     kl_z[d]            KL of the d-th marginals, KL(q(z_d|x) || p(z_d)); the sum is `kl` where both factorise
-    active units       #{d : Var_x E[z_d|x] > 0.01}, the definition of the IWAE paper
+    active units       #{d : Var_x E[z_d|x] > 0.01}, the definition of the IWAE paper;
+                       or #{d : mean of kl_z[d] > 0.01}, the other common one
 
 All are means over data in nats. For the upper layers of a hierarchy, E[z|x] averages over the particles drawn.
+
+With the aggregate posterior of N data, q(z) = (1/N) sum_n q(z|x_n), the KL splits into what z says about which datum
+it was drawn for, and how far the aggregate posterior is from the prior:
+
+    E KL(q(z|x) || p(z)) = I(x; z) + KL(q(z) || p(z))
+    I(x; z)              = E log q(z|x) - log q(z)             at most log N
+    KL(q(z) || p(z))     = E log q(z) - log p(z)
+
+References:
+    Burda, Grosse and Salakhutdinov 2016, Importance Weighted Autoencoders, https://arxiv.org/abs/1509.00519
+    Hoffman and Johnson 2016, ELBO surgery, http://approximateinference.org/2016/accepted/HoffmanJohnson2016.pdf
 """
 
+import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
@@ -17,11 +31,16 @@ from pyro.infer import ELBO as PyroELBO
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
-from pyrovae.errors import UsageError
+from pyrovae.errors import PairError, UsageError
 from pyrovae.inference.log_weights import Latent, draw
 from pyrovae.inference.objectives import Objective, kl_terms
+from pyrovae.inference.pair import evaluating
+from pyrovae.inference.proposals import density
 
 ACTIVE_VARIANCE = 0.01
+ACTIVE_KL = 0.01
+# Elements of latents whose densities under the guide are taken at once: 64 MiB in single precision.
+ELEMENTS_AT_ONCE = 2**24
 # More columns than this would make the record larger than the checkpoints.
 MOST_DIMENSIONS = 1024
 
@@ -138,3 +157,152 @@ def remarks(metrics: dict[str, float]) -> list[str]:
     if active < total:
         return [f"{total - int(active)} of {total} latent dimensions are inactive (variance of E[z|x] at most 0.01)"]
     return []
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A quantity of each datum in nats, estimated from draws.
+
+    Attributes:
+        values: Shape (N,), in double precision on the CPU.
+        errors: Their Monte Carlo standard errors, shape (N,).
+    """
+
+    values: Tensor
+    errors: Tensor
+
+    @property
+    def mean(self) -> float:
+        """Mean over the rows."""
+        return self.values.mean().item()
+
+    @property
+    def monte_carlo_error(self) -> float:
+        """Standard error of `mean` for these rows: sqrt(sum of squared errors) / N."""
+        return self.errors.square().sum().sqrt().item() / len(self.values)
+
+    @property
+    def error_over_rows(self) -> float:
+        """Standard error of `mean` as an estimate for all data of the kind: sd / sqrt(N)."""
+        return (self.values.std() / math.sqrt(len(self.values))).item() if len(self.values) > 1 else math.nan
+
+
+def of_draws(values: Tensor) -> Estimate:
+    """The mean of independent draws (K, N), for each datum."""
+    values = values.double().cpu()
+    return Estimate(values.mean(0), values.std(0) / math.sqrt(len(values)))
+
+
+@dataclass(frozen=True)
+class Units:
+    """What each latent dimension is used for; Z of them, all sites together.
+
+    Attributes:
+        names: SITE[d].
+        kl: Mean over data of KL(q(z_d|x) || p(z_d)) in nats, shape (Z,); NaN where marginals are not known.
+        kl_error: Its standard error over data.
+        variance: Var_x E[z_d|x], shape (Z,).
+    """
+
+    names: tuple[str, ...]
+    kl: Tensor
+    kl_error: Tensor
+    variance: Tensor
+
+    @property
+    def active_by_variance(self) -> int:
+        """How many have Var_x E[z_d|x] > 0.01."""
+        return int((self.variance > ACTIVE_VARIANCE).sum())
+
+    @property
+    def active_by_kl(self) -> int | None:
+        """How many have a mean KL of more than 0.01 nat; None where the KL of some dimension is not known."""
+        return None if self.kl.isnan().any() else int((self.kl > ACTIVE_KL).sum())
+
+
+@torch.no_grad()
+def units(model: Callable, guide: Callable, x: Tensor, num_particles: int = 10) -> Units:
+    """KL and variance of each latent dimension over the data x (N, *event).
+
+    Args:
+        num_particles: Draws that are averaged where a distribution depends on one, as in the layers of a hierarchy.
+    """
+    names: list[str] = []
+    kls: list[list[Tensor]] = []
+    centres: list[list[Tensor]] = []
+    with evaluating(model, guide):
+        for block in x.split(200):
+            latents = draw(model, guide, block, num_particles).latents
+            centre = {site: posterior_mean(latent).double().cpu() for site, latent in latents.items()}
+            names = [f"{site}[{d}]" for site, values in centre.items() for d in range(values.shape[1])]
+            kl = {site: marginal_kl(latent).double().cpu() for site, latent in latents.items()}
+            unknown = {site: torch.full_like(values, math.nan) for site, values in centre.items()}
+            kls.append([kl[site].T if kl[site].numel() else unknown[site] for site in latents])
+            centres.append(list(centre.values()))
+    all_kl, all_centres = (torch.cat([torch.cat(block, -1) for block in blocks]) for blocks in (kls, centres))
+    error = all_kl.std(0) / math.sqrt(len(x)) if len(x) > 1 else torch.full_like(all_kl[0], math.nan)
+    return Units(tuple(names), all_kl.mean(0), error, all_centres.var(0, correction=0))
+
+
+@dataclass(frozen=True)
+class Information:
+    """E KL(q(z|x) || p(z)) split by the aggregate posterior of N rows.
+
+    Attributes:
+        mutual_information: log q(z|x_n) - log q(z): its mean is I(x; z).
+        aggregate_kl: log q(z) - log p(z): its mean is KL(q(z) || p(z)), the distance to the prior.
+        kl: log q(z|x_n) - log p(z), the sum of the two, draw by draw.
+    """
+
+    mutual_information: Estimate
+    aggregate_kl: Estimate
+    kl: Estimate
+
+    @property
+    def limit(self) -> float:
+        """log N, which the mutual information of N rows cannot exceed."""
+        return math.log(len(self.kl.values))
+
+    @property
+    def at_limit(self) -> bool:
+        """Within a nat of its limit: it says little more than that the rows can be told apart by z."""
+        return self.mutual_information.mean > self.limit - 1
+
+
+@torch.no_grad()
+def information(model: Callable, guide: Callable, x: Tensor, num_particles: int = 10) -> Information:
+    """I(x; z) under the guide and KL(q(z) || p(z)), with q(z) the aggregate posterior of all the rows of x.
+
+    Both are plug-in estimates: for data of the kind at large, I(x; z) is too low on average and KL(q(z) || p(z)) too
+    high, the more the closer I(x; z) is to log N. The influence of a row on either is its own value, so that
+    `error_over_rows` holds although q(z) is made of the same rows.
+
+    Args:
+        num_particles: Draws for each row; at least 2, for an error.
+
+    Raises:
+        UsageError: num_particles < 2.
+        PairError: the guide has auxiliary sites, so that q(z|x) is not known.
+    """
+    if num_particles < 2:
+        raise UsageError(f"num_particles: expected a whole number of at least 2, got {num_particles!r}")
+    own, aggregate, log_prior = [], [], []
+    with evaluating(model, guide):
+        for _ in range(num_particles):
+            blocks = [draw(model, guide, block, 1) for block in x.split(200)]
+            latents = blocks[0].latents
+            if auxiliary := set(blocks[0].log_guides) - set(latents):
+                raise PairError(f"guide site '{min(auxiliary)}' is auxiliary, so that q(z|x) alone is not known")
+            # Every row's draw as a particle, which is then evaluated at every row: log q(z_k|x_j) for all (k, j).
+            z = {site: torch.cat([b.latents[site].value[0] for b in blocks])[:, None] for site in latents}
+            size = sum(values[0].numel() * max(1, values.shape[-1]) for values in z.values())  # of a covariance
+            pieces = []
+            for rows in torch.arange(len(x), device=x.device).split(max(1, ELEMENTS_AT_ONCE // (size * len(x)))):
+                values = {site: v[rows].expand(-1, len(x), *v.shape[2:]) for site, v in z.items()}
+                pieces.append(density(guide, x, values).double())
+            log_q = torch.cat(pieces)
+            own.append(log_q.diagonal())
+            aggregate.append(torch.logsumexp(log_q, 1) - math.log(len(x)))
+            log_prior.append(torch.cat([b.log_prior[0] for b in blocks]).double())
+    q, mean_q, p = torch.stack(own), torch.stack(aggregate), torch.stack(log_prior)
+    return Information(of_draws(q - mean_q), of_draws(mean_q - p), of_draws(q - p))

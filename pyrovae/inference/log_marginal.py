@@ -248,12 +248,9 @@ def pareto_k(log_w: Tensor, rounding: float = 0.0) -> Tensor:
     # Weights that differ by no more than rounding have no tail.
     constant = (spread <= max(1e-8, rounding) * (1 + log_w[0].abs())) & spread.isfinite()
     result[constant] = 0.0
-    top = log_w.max(0).values
-    varying = ~constant & top.isfinite()
+    varying = ~constant & log_w.max(0).values.isfinite()
     if len(log_w) >= LEAST_DRAWS_FOR_TAIL and varying.any():
-        # Weights of zero are not in the tail, and ArviZ takes no infinity.
-        relative = (log_w - top)[:, varying].clamp(min=-1e4)
-        khat = psis_khat(relative.T.contiguous().numpy())
+        khat = psis_khat(log_w[:, varying].T.contiguous().numpy())
         result[varying] = torch.where(torch.from_numpy(khat).isfinite(), torch.from_numpy(khat), math.nan)
     return result
 

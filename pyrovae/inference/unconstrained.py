@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyrovae.errors import PairError
-from pyrovae.inference.log_weights import Particles, draw
+from pyrovae.inference.log_weights import At, Particles, draw, log_prob, run, sample_sites
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,14 @@ class Unconstrained:
             values[name] = transform(own)
             log_det = log_det + transform.log_abs_det_jacobian(own, values[name]).reshape(*u.shape[:2], -1).sum(-1)
         return values, log_det
+
+    def log_joint(self, u: Tensor) -> Tensor:
+        """log p(x, u) at u (K, N, U), shape (K, N); the guide is not run."""
+        values, log_det = self.split(u)
+        with At(values):
+            sites = sample_sites(run(self.model, "model", self.x, len(u)))
+        log_p = [log_prob(site, f"model site '{name}'", (len(u), u.shape[1])) for name, site in sites.items()]
+        return torch.stack(log_p).sum(0) + log_det
 
     def __call__(self, u: Tensor) -> Densities:
         """The log-densities at u, shape (K, N, U)."""

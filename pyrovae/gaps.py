@@ -1,0 +1,235 @@
+"""python -m pyrovae.gaps RUN: where a trained run's bound is lost, and what its latents are used for.
+
+Prints a table and writes it to RUN/gaps.json, with the rows' own values, and to RUN/plots/gaps.png.
+"""
+
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyrovae.command import add_option, given, main, parser
+from pyrovae.errors import NumericalError, UsageError
+from pyrovae.evaluate import SPLITS, Report, number, pick_device, rows_of, whole_option
+from pyrovae.run import Run, open_run
+
+if TYPE_CHECKING:
+    from pyrovae.data import Rows
+    from pyrovae.inference.gaps import Gaps
+
+
+def analyse(
+    run: Run,
+    num_particles: int = 2000,
+    limit: int | None = 200,
+    split: str = "test",
+    seed: int = 0,
+    chunk_size: int | None = None,
+    device: str = "auto",
+    family: str | None = None,
+) -> Report:
+    """Split the gap of a run, and write its gaps.json.
+
+    Raises:
+        NumericalError: log p(x) or an ELBO of some row is not a number.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from pyrovae.inference.checkpoint import write_json
+    from pyrovae.inference.gaps import QUANTITIES, gaps
+
+    place = pick_device(device)
+    rows = run.rows()
+    x = rows_of(rows, split, limit).to(place)
+    model = run.model(place)
+    for notice in run.notices:
+        print(f"note: {notice}")
+    with tqdm(total=len(x), unit="row", disable=None, leave=False) as bar:
+        result = gaps(
+            model.model,
+            model.guide,
+            x,
+            num_particles,
+            family,
+            chunk_size=chunk_size,
+            progress=lambda done: bar.update(done - bar.n),
+            seed=seed,
+        )
+    finite = torch.stack([getattr(result, name).values.isfinite() for name in QUANTITIES]).all(0)
+    bad = (~finite).nonzero().flatten().tolist()
+    if bad:
+        raise NumericalError(
+            f"invalid: log p(x) or an ELBO is not a finite number for {len(bad)} of {len(x)} rows, the first being "
+            f"{', '.join(map(str, bad[:5]))}: some weights are zero, NaN or infinite under this model"
+        )
+    values = report(result, rows, split, seed, place.type) | {"notices": run.notices}
+    write_json(run.directory / "gaps.json", values)
+    return values
+
+
+def report(result: "Gaps", rows: "Rows", split: str, seed: int, device: str) -> Report:
+    """Everything that is said of the gaps, as plain values. Nats per datum."""
+    from pyrovae import __version__
+    from pyrovae.inference.gaps import QUANTITIES
+    from pyrovae.inference.verdict import verdict
+
+    p, units, information = result.log_marginal, result.units, result.information
+    judgement = verdict(p)
+    estimates = {name: getattr(result, name) for name in QUANTITIES} | {
+        name: getattr(information, name) for name in ("kl", "mutual_information", "aggregate_kl")
+    }
+    means = {
+        name: {"mean": e.mean, "error_over_rows": e.error_over_rows, "monte_carlo_error": e.monte_carlo_error}
+        for name, e in {"log_marginal": p, **estimates}.items()
+    }
+    return {
+        "unit": "nats per datum",
+        "measure": rows.measure.description,
+        "binarize": rows.binarize,
+        "split": split,
+        "rows": len(p.estimate),
+        "rows_in_split": len(getattr(rows, split)),
+        "K": result.num_particles,
+        "family": result.family,
+        "estimator": p.estimator,
+        "draws": p.num_particles,
+        "verdict": judgement.kind,
+        "reason": judgement.reason,
+        **means,
+        "mutual_information_limit": information.limit,
+        "mutual_information_at_limit": information.at_limit,
+        "active_units": {
+            "variance": units.active_by_variance,
+            "kl": units.active_by_kl,
+            "of": len(units.names),
+        },
+        "dimensions": [
+            {"name": name, "kl": kl, "kl_error": error, "variance": variance}
+            for name, kl, error, variance in zip(
+                units.names, units.kl.tolist(), units.kl_error.tolist(), units.variance.tolist(), strict=True
+            )
+        ],
+        "seed": seed,
+        "device": device,
+        "data_hash": rows.hash,
+        "version": __version__,
+        "per_row": {"log_marginal": p.estimate.tolist(), **{name: e.values.tolist() for name, e in estimates.items()}},
+    }
+
+
+def describe(name: str, values: Report) -> str:
+    """The report as a table to read."""
+    split, family = values["split"], values["family"]
+    which = f"{'all' if values['rows'] == values['rows_in_split'] else 'the first'} {values['rows']} {split} rows"
+    lines = [
+        f"{name}: {which}{' (the rows it was trained on)' if split == 'train' else ''}",
+        f"{values['measure']}{', binarisation ' + values['binarize'] if values['binarize'] else ''}; nats per datum, "
+        f"K = {values['K']}",
+        "",
+        f"  {'':<34}{'mean ± error over rows':>24}{'Monte Carlo error':>20}",
+    ]
+
+    def line(label: str, key: str, note: str = "") -> None:
+        value = values[key]
+        text = number(value["mean"], value["error_over_rows"])
+        lines.append(f"  {label:<34}{text:>24}{value['monte_carlo_error']:>20.2g}   {note}".rstrip())
+
+    def remark(text: str) -> None:
+        lines.extend(textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="    "))
+
+    line("log p(x)", "log_marginal")
+    if family != "full":
+        line("ELBO, best full Gaussian", "full_elbo", "fitted to each datum")
+    line(f"ELBO, best {family} Gaussian", "best_elbo", "fitted to each datum")
+    line("ELBO, guide", "elbo")
+    lines.append("")
+    line("gap, log p(x) - ELBO", "gap")
+    line("  approximation", "approximation", f"log p(x) - ELBO of the best {family} Gaussian")
+    line("  amortisation", "amortisation", "that ELBO - ELBO of the guide")
+    if family != "full":
+        line("  approximation, full Gaussian", "full_approximation", "what full covariances would leave")
+        line("  won by full covariances", "full_gain", "of the approximation gap")
+    lines.append("")
+    line("KL(q(z|x) || p(z))", "kl", "the sum of the next two")
+    line("  I(x; z)", "mutual_information", f"at most log N = {values['mutual_information_limit']:.2f}")
+    line("  KL(q(z) || p(z))", "aggregate_kl", "aggregate posterior of these rows to prior")
+    active = values["active_units"]
+    for label, count, note in (
+        ("active units", active["variance"], "with a variance of E[z|x] over 0.01"),
+        ("", active["kl"], "with a mean KL over 0.01 nat"),
+    ):
+        shown = f"{'-' if count is None else count} of {active['of']}"
+        lines.append(f"  {label:<34}{shown:>24}{'':>23}{note}")
+    lines.append("")
+    remark(f"log p(x): {values['verdict']}, {values['reason']}. {values['draws']} draws, by {values['estimator']}.")
+    if values["mutual_information_at_limit"]:
+        remark(
+            f"I(x; z) is at its limit, the log of the number of rows: all that it says is that z tells these "
+            f"{values['rows']} rows apart. More --rows raise it and lower KL(q(z) || p(z)) by as much."
+        )
+    return "\n".join(lines)
+
+
+def command(words: Sequence[str]) -> int:
+    """Parse the options, analyse, print."""
+    p = parser(
+        "gaps",
+        "Where the bound of a trained run is lost: log p(x) - ELBO split into what the guide's family of Gaussians "
+        "cannot express and what its network loses; and what each latent dimension is used for.",
+        "RUN [options]",
+    )
+    p.add_argument("run", metavar="RUN", help="a directory written by python -m pyrovae.fit")
+    add_option(p, "--K", "particles per datum from the guide and from each fitted Gaussian (default 2000)", "INT")
+    add_option(p, "--rows", "only the first rows (default 200)", "INT")
+    add_option(p, "--split", "test, validation or train (default test)", "NAME")
+    add_option(p, "--family", "of the Gaussians fitted: diagonal or full (default: the guide's own)", "NAME")
+    add_option(p, "--seed", "of the draws (default 0)", "INT")
+    add_option(p, "--chunk-size", "particles evaluated at once; bounds memory", "INT")
+    add_option(p, "--device", "auto, cpu, cuda or cuda:N (default auto)", "NAME")
+    options = given(p.parse_args(words))
+    k, limit = whole_option(options, "K", 2000), whole_option(options, "rows", 200)
+    seed, chunk_size = whole_option(options, "seed", 0), whole_option(options, "chunk_size", None)
+    if k < 2:
+        raise UsageError(f"--K: expected a whole number of at least 2, for an error, got {k}")
+    split, family = str(options.get("split", "test")), options.get("family")
+    if split not in SPLITS:
+        raise UsageError(f"--split: expected one of {', '.join(SPLITS)}, got {split}")
+    if family not in (None, "diagonal", "full"):
+        raise UsageError(f"--family: expected diagonal or full, got {family}")
+    run = open_run(options["run"])
+    if run.config["model"]["name"] == "mixture":
+        raise UsageError(f"{run.directory}: holds a mixture, whose log p(x) is exact: there is no gap to split")
+    values = analyse(run, k, limit, split, seed, chunk_size, str(options.get("device", "auto")), family)
+    print(describe(run.name, values))
+    save_gaps(run, values)
+    return 0
+
+
+def save_gaps(run: Run, values: Report) -> Path:
+    """Draw the gaps into the run's plots."""
+    from pandas import DataFrame
+
+    from pyrovae import plots
+    from pyrovae.fit import save_figure
+
+    family = values["family"]
+    parts: list[tuple[str, dict[str, Any]]] = [("amortisation:\nthe guide's network", values["amortisation"])]
+    if family == "full":
+        parts.append(("approximation:\nbeyond a Gaussian", values["approximation"]))
+    else:
+        parts.append(("approximation:\ncorrelations", values["full_gain"]))
+        parts.append(("approximation:\nbeyond a Gaussian", values["full_approximation"]))
+    table = DataFrame([{"name": n, "gap": v["mean"], "error": v["error_over_rows"]} for n, v in parts])
+    figure = plots.gaps(
+        table,
+        elbo=values["elbo"]["mean"],
+        dimensions=DataFrame(values["dimensions"]),
+        title=f"{run.name}, {values['rows']} {values['split']} rows",
+    )
+    return save_figure(figure, run.directory / "plots", "gaps")
+
+
+if __name__ == "__main__":
+    main("gaps", command, sys.argv[1:])

@@ -1,0 +1,235 @@
+r"""Where the bound is lost: log p(x) - ELBO, split by what would win it back.
+
+Let ELBO*_F be the ELBO of the Gaussian of family F that is best for a datum by itself (`Individual`). Then
+
+    log p(x) - ELBO = (log p(x) - ELBO*_F) + (ELBO*_F - ELBO)
+                       approximation gap       amortisation gap
+
+with F the guide's own family. The first is what Gaussians of that family cannot express, the second what the guide's
+network loses by serving every datum. The same with the best full-covariance Gaussian says what a richer family wins.
+
+K draws z_ck of each of C proposals r_c, the guide and the fitted Gaussians, give everything. The ELBO of each is its
+own mean log-weight, and all C K draws together, weighted as the mixture that they are (the balance heuristic), give
+
+    log p(x) ~ log (1/CK) sum_ck w_ck        w_ck = p(x, z_ck) / ((1/C) sum_c' r_c'(z_ck|x)),
+
+so that a proposal that is good for a datum cannot be spoilt by one that is not, and nothing is chosen after the fact.
+Errors are of first order, stratum by stratum: log p(x) moves by w_ck / (C p(x)) per draw and the ELBO by its
+log-weight, so that differences of the two profit from common draws.
+
+Fits are not perfect and log p(x) is a lower bound: the approximation gap has both errors against each other, and the
+amortisation gap is, if anything, too small. A guide that was trained for another bound than the ELBO loses part of
+its amortisation gap on purpose: IWAE's is wide rather than close.
+
+References:
+    Cremer, Li and Duvenaud 2018, Inference Suboptimality in Variational Autoencoders, https://arxiv.org/abs/1801.03558
+    Veach and Guibas 1995, Optimally Combining Sampling Techniques, SIGGRAPH
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyrovae.errors import UsageError
+from pyrovae.inference.diagnostics import Estimate, Information, Units, information, units
+from pyrovae.inference.individual import FAMILIES, Individual
+from pyrovae.inference.log_marginal import ELEMENTS_AT_ONCE, LogMarginal, join, summarise
+from pyrovae.inference.log_weights import describe, draw
+from pyrovae.inference.pair import evaluating
+from pyrovae.inference.seeding import seeded
+from pyrovae.inference.unconstrained import Unconstrained
+
+WRAPPERS = (
+    dist.ExpandedDistribution,
+    torch.distributions.Independent,
+    torch.distributions.TransformedDistribution,
+)
+# Each quantity as a sum of log p(x), taken so many times, and of the ELBOs of proposals, taken so many times.
+QUANTITIES: dict[str, tuple[float, dict[str, float]]] = {
+    "gap": (1, {"guide": -1}),
+    "approximation": (1, {"own": -1}),
+    "amortisation": (0, {"own": 1, "guide": -1}),
+    "full_approximation": (1, {"full": -1}),
+    "full_gain": (0, {"full": 1, "own": -1}),
+    "elbo": (0, {"guide": 1}),
+    "best_elbo": (0, {"own": 1}),
+    "full_elbo": (0, {"full": 1}),
+}
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """log p(x) - ELBO and its parts, with values, Monte Carlo errors and errors over rows in nats.
+
+    Attributes:
+        log_marginal: log p(x) from the draws of all proposals.
+        gap: log p(x) - ELBO.
+        approximation: log p(x) - ELBO of the best Gaussian of the guide's family for each datum.
+        amortisation: That ELBO - ELBO of the guide.
+        full_approximation: log p(x) - ELBO of the best full-covariance Gaussian for each datum.
+        full_gain: ELBO of the best full-covariance Gaussian - ELBO of the best of the guide's family.
+        elbo: Of the guide.
+        best_elbo: Of the best Gaussian of the guide's family.
+        full_elbo: Of the best full-covariance Gaussian.
+        family: Of the guide, "diagonal" or "full".
+        num_particles: K, of each proposal.
+        units: KL and variance of each latent dimension.
+        information: I(x; z), and the distance of the aggregate posterior from the prior.
+    """
+
+    log_marginal: LogMarginal
+    gap: Estimate
+    approximation: Estimate
+    amortisation: Estimate
+    full_approximation: Estimate
+    full_gain: Estimate
+    elbo: Estimate
+    best_elbo: Estimate
+    full_elbo: Estimate
+    family: str
+    num_particles: int
+    units: Units
+    information: Information
+
+
+def gaps(
+    model: Callable,
+    guide: Callable,
+    x: Tensor,
+    num_particles: int = 2000,
+    family: str | None = None,
+    individual: Individual | None = None,
+    chunk_size: int | None = None,
+    progress: Callable[[int], object] | None = None,
+    seed: int | None = None,
+) -> Gaps:
+    """Split log p(x) - ELBO into approximation and amortisation gap, datum by datum.
+
+    Args:
+        model: Pyro model, called as model(x).
+        guide: Pyro guide, called as guide(x).
+        x: Data, shape (N, *event).
+        num_particles: K, drawn from the guide and from each fitted Gaussian.
+        family: Of the Gaussians that the guide is compared with, "diagonal" or "full"; None: the guide's own, see
+            `family_of`.
+        individual: How Gaussians are fitted; its family and widening are not used.
+        chunk_size: Particles evaluated at once, for a block of rows. None: as many as fit in a fixed memory.
+        progress: Called with the number of rows done after each block of rows.
+        seed: If given, each block of rows has a random state of its own, and the caller's is left as it was.
+
+    Raises:
+        UsageError: num_particles < 2, or no such family, or x is not a tensor with rows.
+        PairError: a latent site is discrete, or the guide has auxiliary sites.
+    """
+    for name, value, least in (("num_particles (K)", num_particles, 2), ("chunk_size", chunk_size, 1)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise UsageError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+    if not isinstance(x, Tensor) or x.ndim < 1 or len(x) < 1:
+        raise UsageError(f"x: expected a tensor of shape (N, *event) with N >= 1, got {describe(x)}")
+    if family not in (None, *FAMILIES):
+        raise UsageError(f"family: expected {' or '.join(FAMILIES)}, got {family!r}")
+
+    def random(*key: int | str) -> Any:
+        return nullcontext() if seed is None else seeded(seed, "gaps", *key, device=x.device)
+
+    with random("family"), evaluating(model, guide):
+        family = family or family_of(model, guide, x[:1])
+    method = individual or Individual()
+    size = max(1, x[0].numel())
+    rows = max(1, min(len(x), 100, ELEMENTS_AT_ONCE // size))
+    chunk = min(num_particles, chunk_size or max(1, ELEMENTS_AT_ONCE // (size * rows * 4)))
+    marginals: list[LogMarginal] = []
+    estimates: dict[str, list[Estimate]] = {name: [] for name in QUANTITIES}
+    with evaluating(model, guide):
+        for start in range(0, len(x), rows):
+            with random("rows", start):
+                marginal, parts = of_block(model, guide, x[start : start + rows], num_particles, family, method, chunk)
+            marginals.append(marginal)
+            for name, part in parts.items():
+                estimates[name].append(part)
+            if progress is not None:
+                progress(min(start + rows, len(x)))
+        with random("units"):
+            about_units, about_x = units(model, guide, x), information(model, guide, x)
+    joined = {
+        name: Estimate(torch.cat([p.values for p in parts]), torch.cat([p.errors for p in parts]))
+        for name, parts in estimates.items()
+    }
+    return Gaps(
+        join(marginals), **joined, family=family, num_particles=num_particles, units=about_units, information=about_x
+    )
+
+
+@torch.no_grad()
+def of_block(
+    model: Callable, guide: Callable, x: Tensor, num_particles: int, family: str, method: Individual, chunk: int
+) -> tuple[LogMarginal, dict[str, Estimate]]:
+    """log p(x) and every quantity of some rows."""
+    pair = Unconstrained(model, guide, x)
+    fitted = {"own": replace(method, family=family).fit(model, guide, x)}
+    if family != "full":
+        fitted["full"] = replace(method, family="full").fit(model, guide, x)
+    proposals = ["guide", *fitted]
+    log_w: dict[str, Tensor] = {}  # of each proposal's draws, by itself and in the mixture
+    log_mixed: dict[str, Tensor] = {}
+    for name in proposals:
+        alone, mixed = [], []
+        for done in range(0, num_particles, chunk):
+            k = min(chunk, num_particles - done)
+            if name == "guide":
+                u = pair.draw(k)
+            else:
+                q = fitted[name]
+                u = q.at(torch.randn(k, *q.loc.shape, dtype=q.loc.dtype, device=q.loc.device))
+            at = pair(u)
+            log_r = {"guide": at.log_guide.double()} | {n: q.log_prob(u).double() for n, q in fitted.items()}
+            log_joint = at.log_joint.double()
+            alone.append((log_joint - log_r[name]).cpu())
+            mixture = torch.logsumexp(torch.stack(list(log_r.values())), 0) - math.log(len(log_r))
+            mixed.append((log_joint - mixture).cpu())
+        log_w[name], log_mixed[name] = torch.cat(alone), torch.cat(mixed)
+    everything = torch.cat(list(log_mixed.values()))
+    words = "importance sampling from a mixture of the guide and of Gaussians fitted to each datum"
+    marginal = summarise(everything[torch.randperm(len(everything))], words)
+    influence = {name: (log_mixed[name] - marginal.estimate).exp() / len(proposals) for name in proposals}
+
+    def quantity(times: float, elbos: dict[str, float]) -> Estimate:
+        # Without a family of its own in between, the full-covariance Gaussian is the guide's.
+        weights = dict.fromkeys(proposals, 0.0)
+        for name, weight in elbos.items():
+            weights[name if name in weights else "own"] += weight
+        values = times * marginal.estimate
+        variances = torch.zeros_like(values)
+        for name, weight in weights.items():
+            if weight:
+                values = values + weight * log_w[name].mean(0)
+            if times or weight:
+                moves = times * influence[name] + (weight * log_w[name] if weight else 0)
+                variances = variances + moves.var(0) / num_particles
+        return Estimate(values, variances.sqrt())
+
+    return marginal, {name: quantity(*parts) for name, parts in QUANTITIES.items()}
+
+
+@torch.no_grad()
+def family_of(model: Callable, guide: Callable, x: Tensor) -> str:
+    """The family of a guide over all its latents together: "diagonal", or "full" for everything beyond.
+
+    It is diagonal where every site is a factorised Gaussian (or a transformed one) that depends on no other site.
+    """
+    for latent in draw(model, guide, x, 2).latents.values():
+        q = latent.guide
+        while isinstance(q, WRAPPERS):
+            q = q.base_dist
+        if not isinstance(q, torch.distributions.Normal):
+            return "full"
+        for parameter in (q.loc, q.scale):
+            if not torch.equal(parameter, parameter[:1].expand_as(parameter)):
+                return "full"
+    return "diagonal"
