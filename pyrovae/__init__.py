@@ -8,7 +8,7 @@ state. The commands own the names `pyrovae.fit`, `pyrovae.evaluate` and `pyrovae
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0.dev0"
+from pyrovae.version import __version__
 
 if TYPE_CHECKING:
     from pyrovae.data import load_data as load_data

@@ -258,7 +258,7 @@ def versions() -> dict[str, str]:
     """Versions of what computed."""
     from importlib.metadata import version
 
-    from pyrovae import __version__
+    from pyrovae.version import __version__
 
     return {
         "inference_library": "pyrovae",
