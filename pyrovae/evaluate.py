@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyrovae.command import add_choices, add_option, given, main, parser
 from pyrovae.config import PROPOSALS, build_proposal, option, refuse, whole
-from pyrovae.errors import NumericalError, UsageError
+from pyrovae.errors import NumericalError, OutputError, UsageError
 from pyrovae.run import Run, open_run
 from pyrovae.scores import Scores
 
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 Report = dict[str, Any]
 # Data simulated to check a setting of annealed importance sampling.
 CHECKED_ROWS = 50
+# Draws of each row in a netCDF file, and the bytes that they may take.
+SAVED_DRAWS = 100
+MOST_SAVED = 2 * 10**9
 SPLITS = ("test", "validation", "train")
 
 
@@ -392,6 +395,7 @@ def evaluate(
     device: str,
     proposal: "Proposal | None" = None,
     anew: bool = False,
+    netcdf: Path | None = None,
 ) -> Report:
     """Score a run and write its evaluation.json, going on where an interrupted evaluation was."""
     from pyrovae.config import build_objective
@@ -401,6 +405,8 @@ def evaluate(
     rows = run.rows()
     x = rows_of(rows, split, limit).to(place)
     model = run.model(place)
+    if netcdf is not None:
+        check_netcdf(netcdf, model, x, proposal)
     scores = open_scores(run, model, rows, x, num_particles, seed, chunk_size, proposal, split)
     if scores is not None and anew:
         scores.clear()
@@ -424,7 +430,58 @@ def evaluate(
     name = "evaluation.json" if split == "test" else f"evaluation-{split}.json"
     write_json(run.directory / name, values)
     refuse_invalid(values)
+    if netcdf is not None:
+        save_draws(netcdf, model, x, rows, num_particles, seed, proposal)
     return values
+
+
+def check_netcdf(path: Path, model: "Model", x: "Tensor", proposal: "Proposal | None") -> None:
+    """Refuse draws for ArviZ that cannot be made or saved, before anything is.
+
+    Raises:
+        UsageError: another proposal, no such directory, or too many rows for memory.
+    """
+    from pyrovae.inference.individual import Individual
+    from pyrovae.inference.log_weights import draw
+
+    if proposal is not None and not isinstance(proposal, Individual):
+        raise UsageError("--netcdf: draws are saved from --proposal guide or individual, not from another")
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise UsageError(f"--netcdf {path}: expected a file in a directory that exists ({path.resolve()})")
+    latents = sum(latent.value[0, 0].numel() for latent in draw(model.model, model.guide, x[:1]).latents.values())
+    each = 2 * (x[0].numel() + latents) * x.element_size() * SAVED_DRAWS
+    if (size := each * len(x)) > MOST_SAVED:
+        raise UsageError(
+            f"--netcdf: {SAVED_DRAWS} draws for each of {len(x)} rows take {size / 1e9:.1f} GB; give --rows "
+            f"{MOST_SAVED // each} or fewer"
+        )
+
+
+def save_draws(
+    path: Path, model: "Model", x: "Tensor", rows: "Rows", num_particles: int, seed: int, proposal: "Proposal | None"
+) -> None:
+    """Write posterior and predictive draws as netCDF, for ArviZ.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    from pyrovae.inference.individual import Individual
+    from pyrovae.inference.inference_data import to_inference_data
+
+    data = to_inference_data(
+        model.model,
+        model.guide,
+        x,
+        SAVED_DRAWS,
+        num_particles,
+        seed=seed,
+        measure=rows.measure.description,
+        proposal=proposal if isinstance(proposal, Individual) else None,
+    )
+    try:
+        data.to_netcdf(str(path))
+    except OSError as error:
+        raise OutputError(f"--netcdf {path}: could not be written ({error.strerror or error})") from error
 
 
 def command(words: Sequence[str]) -> int:
@@ -442,6 +499,7 @@ def command(words: Sequence[str]) -> int:
     add_option(p, "--seed", "of the draws (default 0)", "INT")
     add_choices(p, "proposal", PROPOSALS)
     add_option(p, "--chunk-size", "particles evaluated at once; bounds memory, changes nothing else", "INT")
+    add_option(p, "--netcdf", f"save {SAVED_DRAWS} posterior and predictive draws of each row for ArviZ", "FILE")
     add_option(p, "--anew", "forget what was scored before with these settings", action="store_true")
     add_option(p, "--device", "auto, cpu, cuda or cuda:N (default auto)", "NAME")
     options = given(p.parse_args(words))
@@ -453,9 +511,10 @@ def command(words: Sequence[str]) -> int:
         raise UsageError(f"--split: expected one of {', '.join(SPLITS)}, got {split}")
     run = open_run(options["run"])
     if run.config["model"]["name"] == "mixture":
-        refuse(options, ("K", "chunk_size", "proposal", "anew"), "the log p(x) of a mixture is exact")
+        refuse(options, ("K", "chunk_size", "proposal", "netcdf", "anew"), "the log p(x) of a mixture is exact")
+    netcdf = Path(str(options["netcdf"])) if "netcdf" in options else None
     device = str(options.get("device", "auto"))
-    values = evaluate(run, k, limit, split, seed, chunk_size, device, proposal, bool(options.get("anew")))
+    values = evaluate(run, k, limit, split, seed, chunk_size, device, proposal, bool(options.get("anew")), netcdf)
     print(describe(run.name, values))
     if values["K"] is not None:
         save_curve(run, values)

@@ -651,9 +651,26 @@ def test_other_proposals_from_the_command_line(capsys, trained, words, estimator
         assert report["verdict"] == ("ok" if check["validated"] else "lower bound only")
 
 
+def test_draws_are_saved_for_arviz_on_request(trained):
+    import xarray
+
+    run = Path("copy")
+    shutil.copytree(trained, run)
+    scored(run, "--rows 20 --K 200 --proposal individual --netcdf draws.nc")
+    posterior = xarray.open_dataset("draws.nc", group="posterior")
+    assert posterior["z"].shape[:3] == (1, evaluate.SAVED_DRAWS, 20)
+    importance = xarray.open_dataset("draws.nc", group="importance")
+    assert importance["log_weight"].shape == (200, 20)
+    report = json.loads((run / "evaluation.json").read_text())
+    error = np.hypot(report["monte_carlo_error"], (importance["standard_error"] ** 2).sum() ** 0.5 / 20)
+    assert abs(importance["log_marginal"].mean() - report["log_marginal"]) < 5 * error + 1e-9
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
+        ("{run} --netcdf nowhere/x.nc", 2, "--netcdf nowhere/x.nc: expected a file in a directory that exists"),
+        ("{run} --netcdf x.nc --proposal prior", 2, "--netcdf: draws are saved from --proposal guide or individual"),
         ("{run} --proposal wide", 2, "--proposal: 'wide' is none of guide, widened"),
         ("{run} --proposal.share 0.2", 2, "--proposal.share: not used by guide"),
         ("{run} --proposal widened --proposal.share 1", 2, "--proposal.share: expected a number of at least 0"),

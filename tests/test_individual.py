@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from pyrovae.errors import PairError, UsageError
 from pyrovae.inference import individual, log_marginal
 from pyrovae.inference.individual import FittedGaussian, Individual, moments
+from pyrovae.inference.log_weights import draw
 from pyrovae.inference.unconstrained import Unconstrained
 from pyrovae.models import VAE, Bernoulli, MeanFieldNormal, Network, StandardNormal
 
@@ -223,7 +224,7 @@ def test_widening_costs_what_it_should(exact):
     loc, scale = (x - exact.mu) @ exact.gain.T, torch.linalg.cholesky(exact.covariance).expand(3, Q, Q)
     q = FittedGaussian(loc.detach(), scale.detach(), Unconstrained(exact.model, exact.guide, x))
     truth = exact.log_prob(x) + Q * (math.log(c) + (1 - c * c) / 2)
-    assert_mean(q.log_weights(4000, c), truth.detach(), least=0.5)
+    assert_mean(q.widened(c).log_weights(4000), truth.detach(), least=0.5)
 
 
 def test_a_full_fit_in_many_dimensions_does_not_diverge():
@@ -358,3 +359,21 @@ def test_a_discrete_latent_is_refused():
 
     with pytest.raises(PairError, match="'z': Bernoulli is discrete"):
         Individual().fit(model, guide, torch.randn(2, D))
+
+
+@pytest.mark.parametrize("family", ["diagonal", "full"])
+def test_a_fitted_gaussian_is_a_pyro_guide(family):
+    """Its draws have the log-weights of the Gaussian, |dz/du| included, and their spread; other data are refused."""
+    x = torch.tensor([-2.0, 0.1, 1.5], dtype=torch.float64)
+    fitted = Individual(family, steps=20, draws=4).fit(model, guide, x)
+    torch.manual_seed(0)
+    particles = draw(model, fitted.guide, x, 3000)
+    u = fitted.pair.join(particles)
+    assert_close(particles.log_weights, fitted.pair.log_joint(u) - fitted.log_prob(u), rtol=0, atol=1e-8)
+    assert_mean(u, fitted.loc)
+    error = fitted.log_weights(3000).std(0) / 3000**0.5
+    assert ((particles.log_weights.mean(0) - fitted.elbo(3000)[0]).abs() < 7 * error).all()
+    alone = pyro.poutine.trace(fitted.guide).get_trace(x)
+    assert [alone.nodes[name]["value"].shape for name in fitted.pair.shapes] == [(3,), (3,)]
+    with pytest.raises(UsageError, match="fit it to these"):
+        fitted.guide(x + 1)

@@ -30,6 +30,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import pyro
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
@@ -90,16 +92,36 @@ class FittedGaussian:
         solved = torch.linalg.solve_triangular(self.scale, away.permute(1, 2, 0), upper=False)
         return self.density_at(solved.permute(2, 0, 1))
 
-    def log_weights(self, num_particles: int, widen: float = 1.0) -> Tensor:
-        """log p(x, u) - log q(u) of fresh draws in nats, shape (K, N), with L multiplied by `widen`."""
-        q = self if widen == 1 else FittedGaussian(self.loc, self.scale * widen, self.pair)
+    def widened(self, factor: float) -> "FittedGaussian":
+        """N(m, factor^2 L L')."""
+        return FittedGaussian(self.loc, self.scale * factor, self.pair)
+
+    def log_weights(self, num_particles: int) -> Tensor:
+        """log p(x, u) - log q(u) of fresh draws in nats, shape (K, N)."""
         noise = torch.randn(num_particles, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device)
-        return q.log_weights_at(noise)
+        return self.log_weights_at(noise)
 
     def log_weights_at(self, noise: Tensor) -> Tensor:
         """log p(x, u) - log q(u) at u = m + L e, shape (K, N)."""
         with torch.no_grad():
             return self.pair.log_joint(self.at(noise)) - self.density_at(noise)
+
+    def guide(self, x: Tensor) -> None:
+        """The same as a Pyro guide of the pair, for these data and no others."""
+        if x.shape != self.pair.x.shape or not torch.equal(x, self.pair.x):
+            raise UsageError("x: expected the data that the Gaussian was fitted to; fit it to these")
+        with pyro.plate("data", len(x)):
+            q = dist.MultivariateNormal(self.loc, scale_tril=self.scale_tril)
+            u = pyro.sample("u", q, infer={"is_auxiliary": True})
+            values, log_det = self.pair.split(u.reshape(-1, *self.loc.shape))
+            batch = u.shape[:-1]
+            # The density of z is that of u over |dz/du|: all of it is told at the first site.
+            log_density = -log_det.reshape(batch)
+            for name, value in values.items():
+                event_shape = value.shape[2:]
+                z = value.reshape(batch + event_shape)
+                pyro.sample(name, dist.Delta(z, log_density, event_dim=len(event_shape)))
+                log_density = torch.zeros_like(log_density)
 
     def elbo(self, num_particles: int = 1000, chunk_size: int = 100) -> tuple[Tensor, Tensor]:
         """The ELBO of each datum from fresh draws, and its standard error, in nats, both of shape (N,)."""
@@ -142,8 +164,8 @@ class Individual:
         return f"importance sampling from a {self.family} Gaussian fitted to each datum (widened by {self.widen:g})"
 
     def __call__(self, model: Callable, guide: Callable, x: Tensor) -> Sampler:
-        fitted = self.fit(model, guide, x)  # its draws are not those that are weighted
-        return lambda k: fitted.log_weights(k, self.widen)
+        # The draws of the fit are not those that are weighted.
+        return self.fit(model, guide, x).widened(self.widen).log_weights
 
     def fit(self, model: Callable, guide: Callable, x: Tensor) -> FittedGaussian:
         """Fit a Gaussian to each datum's ELBO, starting from the guide's moments.

@@ -45,7 +45,8 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyrovae.errors import NumericalError, UsageError
-from pyrovae.inference.log_marginal import ELEMENTS_AT_ONCE, LogMarginal, summarise
+from pyrovae.inference.individual import Individual
+from pyrovae.inference.log_marginal import ELEMENTS_AT_ONCE, FROM_GUIDE, LogMarginal, summarise
 from pyrovae.inference.log_weights import At, describe, draw, log_prob, run, sample_sites
 from pyrovae.inference.pair import evaluating
 from pyrovae.inference.seeding import seeded
@@ -65,6 +66,7 @@ def to_inference_data(
     seed: int = 0,
     predictive: bool = True,
     measure: str | None = None,
+    proposal: Individual | None = None,
 ) -> Any:
     """Posterior, prior and predictive draws of a pair, with the importance weights behind them.
 
@@ -78,6 +80,7 @@ def to_inference_data(
         predictive: Whether to draw data, which takes num_draws * N events of memory for the prior, and for the
             posterior.
         measure: What log p(x) is, for the attributes: "mass on {0,1}^784".
+        proposal: If given, the K draws are from a Gaussian fitted to each datum, not from the guide.
 
     Returns:
         `arviz.InferenceData` under ArviZ 0.x, `xarray.DataTree` from 1.0 on, of the groups above; log-probabilities in
@@ -102,10 +105,13 @@ def to_inference_data(
     with evaluating(model, guide), torch.no_grad():
         for start in range(0, len(x), rows):
             with seeded(seed, "inference data", start, device=x.device):
-                block = Block(model, guide, x[start : start + rows], start, num_particles, chunk)
+                data, q = x[start : start + rows], guide
+                if proposal is not None:
+                    q = proposal.fit(model, guide, data).widened(proposal.widen).guide
+                block = Block(model, q, data, start, num_particles, chunk)
                 blocks.append(block.groups(num_draws, predictive))
     attributes = {
-        "estimator": "importance sampling from the guide",
+        "estimator": (proposal or FROM_GUIDE).name,
         "num_particles": num_particles,
         "num_draws": num_draws,
         "seed": seed,
