@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pyrovae.data import Rows
+    from pyrovae.inference.annealed import Sandwich
     from pyrovae.inference.log_marginal import LogMarginal
     from pyrovae.inference.proposals import Proposal
     from pyrovae.inference.verdict import Verdict
@@ -71,6 +72,7 @@ class Scored:
 
     name: str
     results: "Sequence[LogMarginal]"
+    checks: "Sequence[Sandwich | None]" = ()  # of annealed settings, one for each result
 
     @property
     def estimate(self) -> "Tensor":
@@ -96,7 +98,9 @@ class Scored:
         """The least that is said of any seed's estimate."""
         from pyrovae.inference.verdict import verdict
 
-        return max((verdict(result) for result in self.results), key=lambda v: VERDICTS.index(v.kind))
+        checks = self.checks or [None] * len(self.results)
+        said = [verdict(result, check) for result, check in zip(self.results, checks, strict=True)]
+        return max(said, key=lambda v: VERDICTS.index(v.kind))
 
     @property
     def monte_carlo_error(self) -> float:
@@ -210,7 +214,7 @@ def table(scored: Sequence[Scored], seed: int = 0) -> "pd.DataFrame":
                 "monte_carlo_error": entry.monte_carlo_error,
                 # Of draws from another proposal the mean log-weight is not the pair's ELBO.
                 "elbo": sum(r.elbo.mean().item() for r in entry.results) / len(entry.results)
-                if all(r.estimator == FROM_GUIDE.name for r in entry.results)
+                if all(r.estimator.startswith(FROM_GUIDE.name) for r in entry.results)
                 else None,
             }
         )
@@ -372,15 +376,20 @@ def unique_names(runs: Sequence[Run]) -> dict[Path, str]:
 
 def score_run(
     run: Run, rows: "Rows", x: "Tensor", num_particles: int, seed: int, proposal: "Proposal | None"
-) -> "LogMarginal":
-    """The log p(x) of a trained run, after saying what was found in its directory; kept there as it is made."""
-    from pyrovae.evaluate import open_scores, score
+) -> "tuple[LogMarginal, Sandwich | None]":
+    """The log p(x) of a trained run, after saying what was found in its directory; kept there as it is made.
+
+    With it, for annealed importance sampling, the check of its setting.
+    """
+    from pyrovae.evaluate import check_of, compile_draws, open_scores, score
 
     model = run.model(x.device)
     for notice in run.notices:
         print(f"note: {notice}")
+    proposal = compile_draws(model, x, num_particles, proposal, "auto", "fp32")
     store = open_scores(run, model, rows, x, num_particles, seed, proposal=proposal)
-    return score(model, x, num_particles, seed, progress=True, proposal=proposal, store=store)
+    result = score(model, x, num_particles, seed, progress=True, proposal=proposal, store=store)
+    return result, check_of(model, x, num_particles, seed, proposal, store)
 
 
 def command(words: Sequence[str]) -> int:
@@ -437,7 +446,7 @@ def command(words: Sequence[str]) -> int:
         rows = rows_of[members[0].directory]
         x = rows.test[:limit].to(device)
         scored = [
-            Scored(name, [score_run(run, rows, x, k, seed, proposal) for run in pool])
+            Scored(name, *zip(*(score_run(run, rows, x, k, seed, proposal) for run in pool), strict=True))
             for name, pool in zip(names, together, strict=True)
             if measure_of(pool[0]) == kind
         ]

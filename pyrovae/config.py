@@ -81,6 +81,12 @@ def one_of(*names: str) -> Convert:
     return convert
 
 
+def when(name: str, value: Any) -> str:
+    """auto, on or off; YAML reads the last two as true and false."""
+    word = {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+    return one_of("auto", "on", "off")(name, word)
+
+
 def nearest(word: str, names: tuple[str, ...] | list[str]) -> str:
     """What to say about a word that is not among some names."""
     near = difflib.get_close_matches(word.lower(), [n.lower() for n in names], 1, 0.5)

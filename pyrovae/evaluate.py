@@ -6,15 +6,18 @@ Prints a report and writes it to RUN/evaluation.json; the rows' own results go t
 import copy
 import hashlib
 import math
+import os
 import platform
+import shutil
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyrovae.command import add_choices, add_option, given, main, parser
-from pyrovae.config import PROPOSALS, build_proposal, option, refuse, whole
+from pyrovae.config import PROPOSALS, build_proposal, one_of, option, refuse, when, whole
 from pyrovae.errors import NumericalError, OutputError, UsageError
 from pyrovae.run import Run, open_run
 from pyrovae.scores import Scores
@@ -26,7 +29,8 @@ if TYPE_CHECKING:
 
     from pyrovae.config import Model
     from pyrovae.data import Rows
-    from pyrovae.inference.log_marginal import LogMarginal, Store
+    from pyrovae.inference.annealed import Sandwich
+    from pyrovae.inference.log_marginal import LogMarginal
     from pyrovae.inference.proposals import Proposal
 
 Report = dict[str, Any]
@@ -74,7 +78,7 @@ def score(
     chunk_size: int | None = None,
     progress: bool = False,
     proposal: "Proposal | None" = None,
-    store: "Store | None" = None,
+    store: "Scores | None" = None,
 ) -> "LogMarginal":
     """log p(x) of rows under a model: exact for a mixture, else importance-sampled, by default from its guide.
 
@@ -83,6 +87,7 @@ def score(
     import torch
     from tqdm import tqdm
 
+    from pyrovae.inference.compiled import CompileWarning
     from pyrovae.inference.log_marginal import FROM_GUIDE, exact, log_marginal
     from pyrovae.models.mixture import Mixture
 
@@ -91,8 +96,12 @@ def score(
         model = copy.deepcopy(model).double()
         with torch.no_grad():
             return exact(torch.cat([model.log_prob(block) for block in x.split(1000)]))
-    with tqdm(total=len(x), unit="row", disable=None if progress else True, leave=False) as bar:
-        return log_marginal(
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        tqdm(total=len(x), unit="row", disable=None if progress else True, leave=False) as bar,
+    ):
+        warnings.simplefilter("always", CompileWarning)
+        result = log_marginal(
             model.model,
             model.guide,
             x,
@@ -103,6 +112,63 @@ def score(
             seed=seed,
             store=store,
         )
+    if store is not None:
+        store.tidy(len(x))
+    for warning in caught:
+        if issubclass(warning.category, CompileWarning):
+            print(f"note: {warning.message}")
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return result
+
+
+def check_of(
+    model: "Model",
+    x: "Tensor",
+    num_particles: int,
+    seed: int,
+    proposal: "Proposal | None",
+    store: "Scores | None" = None,
+) -> "Sandwich | None":
+    """For annealed importance sampling, the check of its setting on simulated data; kept beside the scores."""
+    from pyrovae.inference.annealed import Annealed, sandwich
+
+    if not isinstance(proposal, Annealed):
+        return None
+    like = x[:1].expand(CHECKED_ROWS, *x.shape[1:])
+    annealed = proposal
+
+    def make() -> "Sandwich":
+        return sandwich(model.model, model.guide, like, num_particles, annealed, seed)
+
+    return make() if store is None else store.check(annealed, make)
+
+
+def compile_draws(
+    model: "Model", x: "Tensor", num_particles: int, proposal: "Proposal | None", mode: str, precision: str
+) -> "Proposal | None":
+    """The proposal with its draws compiled, where that is asked for, or pays.
+
+    Raises:
+        UsageError: it cannot be compiled, and --compile on or --precision bf16 asks for it.
+    """
+    from pyrovae.inference.compiled import Compiled, worth_compiling
+    from pyrovae.inference.log_marginal import FROM_GUIDE
+    from pyrovae.models.mixture import Mixture
+
+    if mode == "off" and precision == "bf16":
+        raise UsageError("--precision bf16: is for compiled draws; leave --compile off away")
+    if isinstance(model, Mixture) or mode == "off":
+        return proposal
+    try:
+        compiled = Compiled(proposal or FROM_GUIDE, precision)
+    except UsageError as error:
+        if mode == "on" or precision == "bf16":
+            asked = "--precision bf16" if precision == "bf16" else "--compile on"
+            raise UsageError(f"{asked}: {error}") from None
+        return proposal
+    forced = mode == "on" or precision == "bf16"
+    return compiled if forced or worth_compiling(model.model, model.guide, x, num_particles) else proposal
 
 
 def open_scores(
@@ -165,17 +231,17 @@ def report(
     chunk_size: int | None = None,
     progress: bool = False,
     proposal: "Proposal | None" = None,
-    store: "Store | None" = None,
+    store: "Scores | None" = None,
 ) -> Report:
     """Everything that is said of a model on some rows, as plain values. Nats per datum unless the name says bits."""
     import pyro
     import torch
 
     from pyrovae import __version__
-    from pyrovae.inference.annealed import Annealed, sandwich
     from pyrovae.inference.bootstrap import interval
+    from pyrovae.inference.compiled import Compiled
     from pyrovae.inference.diagnostics import measure
-    from pyrovae.inference.log_marginal import standard_error
+    from pyrovae.inference.log_marginal import FROM_GUIDE, standard_error
     from pyrovae.inference.log_weights import draw
     from pyrovae.inference.objectives import kl_terms
     from pyrovae.inference.pair import evaluating
@@ -184,10 +250,7 @@ def report(
 
     result = score(model, x, num_particles, seed, chunk_size, progress, proposal, store)
     exact = result.num_particles == 0
-    check = None
-    if isinstance(proposal, Annealed):
-        like = x[:1].expand(CHECKED_ROWS, *x.shape[1:])
-        check = sandwich(model.model, model.guide, like, num_particles, proposal, seed)
+    check = check_of(model, x, num_particles, seed, proposal, store)
     judgement = verdict(result, check)
     with seeded(seed, "terms", device=x.device), evaluating(model.model, model.guide):
         terms = measure(model.model, model.guide, x.split(200), objective)
@@ -213,8 +276,10 @@ def report(
     if not exact:
         k_hat = result.pareto_k
         known = k_hat[~k_hat.isnan()]
-        # Proposals differ from the guide; the ELBO is the guide's.
-        of_guide = result.elbo if proposal is None else None
+        # The mean log-weight is the guide's ELBO only where the draws are.
+        of_guide = result.elbo if result.estimator.startswith(FROM_GUIDE.name) else None
+        compiled = isinstance(proposal, Compiled) and any(proposal.programs.values())
+        bias = proposal.bias if isinstance(proposal, Compiled) and proposal.precision == "bf16" else None
         elbo = terms["elbo"] if of_guide is None else of_guide.mean().item()
         values |= {
             "jackknife": result.jackknife.mean().item(),
@@ -232,7 +297,7 @@ def report(
             "pareto_k": {
                 **summary(known),
                 "threshold": result.k_threshold,
-                "share_over_threshold": None if not len(known) else (known > result.k_threshold).double().mean().item(),
+                "share_over_threshold": result.over_threshold.double().mean().item() if len(known) else None,
                 "rows_without_tail_diagnostic": len(k_hat) - len(known),
             },
             "rows_without_finite_estimate": len(result.invalid),
@@ -249,6 +314,9 @@ def report(
                 "simulated_data": len(check.forward),
                 "acceptance": check.acceptance.mean().item(),
             },
+            "compiled": compiled,
+            "precision": proposal.precision if isinstance(proposal, Compiled) else "fp32",
+            "precision_bias": None if bias is None else {"nats": bias[0], "error": bias[1]},
             "worst_rows": [
                 {
                     "row": row,
@@ -312,6 +380,11 @@ def number(value: float | None, error: float | None = None) -> str:
     return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
+def short(value: float) -> str:
+    """Two digits of an error, or a dash where there is none."""
+    return f"{value:.2g}" if math.isfinite(value) else "-"
+
+
 def in_words(forms: dict[str, str]) -> str:
     """How the KL of each site was taken: "analytic", "sampled", or site by site."""
     kinds = set(forms.values())
@@ -337,9 +410,11 @@ def describe(name: str, values: Report) -> str:
     if values["bits_per_dimension"] is not None:
         line("  in bits per dimension", f"{values['bits_per_dimension']:.4f}")
     if values["K"] is not None:
-        line("  Monte Carlo error", f"{values['monte_carlo_error']:.2g}", "of the mean, for these rows")
+        line("  Monte Carlo error", short(values["monte_carlo_error"]), "of the mean, for these rows")
         excess = values["excess"]
         line("  too high by at most", f"{excess['nats']:.2g}", f"except with probability {excess['probability']:.0e}")
+        if (bias := values["precision_bias"]) is not None:
+            line("  bias of bfloat16", number(bias["nats"], bias["error"]), "measured on the same noise, and left in")
         line("  jackknife", number(values["jackknife"]), "without the bias of order 1/K; no bound")
     lines += ["", *textwrap.wrap(f"verdict: {values['verdict']}, {values['reason']}", 100, **INDENT), ""]
     if values["K"] is not None:
@@ -352,7 +427,7 @@ def describe(name: str, values: Report) -> str:
         line("active units", f"{values['active_units']} of {values['latent_dimensions']}")
         ess, k_hat = values["ess"], values["pareto_k"]
         line("effective sample size", f"{ess['median']:.1f}", f"median; least {ess['min']:.1f}, of K = {values['K']}")
-        if k_hat["median"] is not None:
+        if k_hat["median"] is not None and values["sandwich"] is None:
             share = f"{100 * k_hat['share_over_threshold']:.1f} % of rows over {k_hat['threshold']:.2f}"
             line("Pareto k-hat", f"{k_hat['median']:.2f}", f"median; largest {k_hat['max']:.2f}; {share}")
         if (check := values["sandwich"]) is not None:
@@ -368,7 +443,7 @@ def describe(name: str, values: Report) -> str:
         lines += ["", "  worst rows      log p(x)   Monte Carlo error      ess    k-hat"]
         for row in values["worst_rows"]:
             k_hat = "-" if math.isnan(row["pareto_k"]) else f"{row['pareto_k']:.2f}"
-            error, ess = f"{row['standard_error']:.2g}", f"{row['ess']:.1f}"
+            error, ess = short(row["standard_error"]), f"{row['ess']:.1f}"
             lines.append(f"  {row['row']:>10}{row['log_marginal']:>14.2f}{error:>20}{ess:>9}{k_hat:>9}")
     return "\n".join(lines)
 
@@ -396,8 +471,10 @@ def evaluate(
     proposal: "Proposal | None" = None,
     anew: bool = False,
     netcdf: Path | None = None,
+    compile_mode: str = "auto",
+    precision: str = "fp32",
 ) -> Report:
-    """Score a run and write its evaluation.json, going on where an interrupted evaluation was."""
+    """Score a run, going on where an interrupted evaluation was; print and write the report and the K-curve."""
     from pyrovae.config import build_objective
     from pyrovae.inference.checkpoint import write_json
 
@@ -406,8 +483,9 @@ def evaluate(
     x = rows_of(rows, split, limit).to(place)
     model = run.model(place)
     if netcdf is not None:
-        check_netcdf(netcdf, model, x, proposal)
-    scores = open_scores(run, model, rows, x, num_particles, seed, chunk_size, proposal, split)
+        check_netcdf(netcdf, model, x, num_particles, proposal)
+    drawn_from = compile_draws(model, x, num_particles, proposal, compile_mode, precision)
+    scores = open_scores(run, model, rows, x, num_particles, seed, chunk_size, drawn_from, split)
     if scores is not None and anew:
         scores.clear()
     for notice in run.notices:
@@ -424,18 +502,21 @@ def evaluate(
         seed=seed,
         chunk_size=chunk_size,
         progress=True,
-        proposal=proposal,
+        proposal=drawn_from,
         store=scores,
     ) | {"notices": run.notices}
     name = "evaluation.json" if split == "test" else f"evaluation-{split}.json"
     write_json(run.directory / name, values)
     refuse_invalid(values)
+    print(describe(run.name, values))
+    if values["K"] is not None:
+        save_curve(run, values)
     if netcdf is not None:
         save_draws(netcdf, model, x, rows, num_particles, seed, proposal)
     return values
 
 
-def check_netcdf(path: Path, model: "Model", x: "Tensor", proposal: "Proposal | None") -> None:
+def check_netcdf(path: Path, model: "Model", x: "Tensor", num_particles: int, proposal: "Proposal | None") -> None:
     """Refuse draws for ArviZ that cannot be made or saved, before anything is.
 
     Raises:
@@ -446,14 +527,19 @@ def check_netcdf(path: Path, model: "Model", x: "Tensor", proposal: "Proposal | 
 
     if proposal is not None and not isinstance(proposal, Individual):
         raise UsageError("--netcdf: draws are saved from --proposal guide or individual, not from another")
-    if path.is_dir() or not path.resolve().parent.is_dir():
+    if path.is_dir() or not os.access(path.resolve().parent, os.W_OK) or not path.resolve().parent.is_dir():
         raise UsageError(f"--netcdf {path}: expected a file in a directory that exists ({path.resolve()})")
     latents = sum(latent.value[0, 0].numel() for latent in draw(model.model, model.guide, x[:1]).latents.values())
-    each = 2 * (x[0].numel() + latents) * x.element_size() * SAVED_DRAWS
-    if (size := each * len(x)) > MOST_SAVED:
+    each = 2 * (x[0].numel() + latents) * x.element_size() * SAVED_DRAWS + 8 * num_particles
+    free = shutil.disk_usage(path.resolve().parent).free
+    if (size := each * len(x)) > free:
         raise UsageError(
-            f"--netcdf: {SAVED_DRAWS} draws for each of {len(x)} rows take {size / 1e9:.1f} GB; give --rows "
-            f"{MOST_SAVED // each} or fewer"
+            f"--netcdf {path}: takes {size / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB; give --rows"
+        )
+    if size > MOST_SAVED:
+        raise UsageError(
+            f"--netcdf: {SAVED_DRAWS} draws for each of {len(x)} rows take {size / 1e9:.1f} GB of memory; give --rows "
+            f"{max(1, MOST_SAVED // each)} or fewer"
         )
 
 
@@ -478,9 +564,12 @@ def save_draws(
         measure=rows.measure.description,
         proposal=proposal if isinstance(proposal, Individual) else None,
     )
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        data.to_netcdf(str(path))
+        data.to_netcdf(str(partial))
+        os.replace(partial, path)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         raise OutputError(f"--netcdf {path}: could not be written ({error.strerror or error})") from error
 
 
@@ -499,6 +588,9 @@ def command(words: Sequence[str]) -> int:
     add_option(p, "--seed", "of the draws (default 0)", "INT")
     add_choices(p, "proposal", PROPOSALS)
     add_option(p, "--chunk-size", "particles evaluated at once; bounds memory, changes nothing else", "INT")
+    drawn = "draws from guide, widened or prior as compiled code: auto, on or off (default auto: where that is repaid)"
+    add_option(p, "--compile", drawn, "WHEN")
+    add_option(p, "--precision", "fp32, or bf16: matrix products in bfloat16, its bias measured (default fp32)", "NAME")
     add_option(p, "--netcdf", f"save {SAVED_DRAWS} posterior and predictive draws of each row for ArviZ", "FILE")
     add_option(p, "--anew", "forget what was scored before with these settings", action="store_true")
     add_option(p, "--device", "auto, cpu, cuda or cuda:N (default auto)", "NAME")
@@ -511,13 +603,15 @@ def command(words: Sequence[str]) -> int:
         raise UsageError(f"--split: expected one of {', '.join(SPLITS)}, got {split}")
     run = open_run(options["run"])
     if run.config["model"]["name"] == "mixture":
-        refuse(options, ("K", "chunk_size", "proposal", "netcdf", "anew"), "the log p(x) of a mixture is exact")
+        unused = ("K", "chunk_size", "proposal", "compile", "precision", "netcdf", "anew")
+        refuse(options, unused, "the log p(x) of a mixture is exact")
     netcdf = Path(str(options["netcdf"])) if "netcdf" in options else None
     device = str(options.get("device", "auto"))
-    values = evaluate(run, k, limit, split, seed, chunk_size, device, proposal, bool(options.get("anew")), netcdf)
-    print(describe(run.name, values))
-    if values["K"] is not None:
-        save_curve(run, values)
+    mode = when("compile", options.get("compile", "auto"))
+    precision = one_of("fp32", "bf16")("precision", options.get("precision", "fp32"))
+    evaluate(
+        run, k, limit, split, seed, chunk_size, device, proposal, bool(options.get("anew")), netcdf, mode, precision
+    )
     return 0
 
 

@@ -388,7 +388,7 @@ def observations(model: "Model", fitted: "Fit", rows: "Rows", device: Any) -> li
 
 def short_table(config: Config, values: dict[str, Any], fitted: "Fit", seconds: float) -> str:
     """What a run ends with."""
-    from pyrovae.evaluate import in_words, number
+    from pyrovae.evaluate import in_words, number, short
 
     exact = values["K"] is None
     rate = fitted.metrics["rows_per_second"].median()
@@ -404,7 +404,7 @@ def short_table(config: Config, values: dict[str, Any], fitted: "Fit", seconds: 
         else (
             f"log p(x), K = {values['K']}",
             number(values["log_marginal"], values["error_over_rows"]),
-            f"nats per datum, ± error over rows; Monte Carlo error {values['monte_carlo_error']:.2g}",
+            f"nats per datum, ± error over rows; Monte Carlo error {short(values['monte_carlo_error'])}",
         ),
     ]
     if not exact:

@@ -522,7 +522,8 @@ def k_curve(
 
     figure = _figure(6.4, 4.4, r"Importance-weighted bound $L_K$ over K", title)
     axes = figure.add_subplot()
-    axes.fill_between(k, bound - half, bound + half, color=BLUE, alpha=0.25, linewidth=0, label="95% interval")
+    band: dict[str, Any] = {"color": BLUE, "alpha": 0.25, "linewidth": 0}
+    axes.fill_between(k, bound - half, bound + half, label="95% interval over rows", **band)
     axes.plot(k, bound, "o-", color=BLUE, markersize=4, label=rf"$L_K$, at K = {k[-1]:,.0f}: {_number(bound[-1])}")
     if elbo is not None:
         axes.axhline(float(elbo), color=ORANGE, linestyle="--", label=f"ELBO: {_number(elbo)}")

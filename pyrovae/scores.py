@@ -14,13 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyrovae.errors import OutputError
+from pyrovae.inference.checkpoint import write_atomically
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
+    from pyrovae.inference.annealed import Annealed, Sandwich
     from pyrovae.inference.log_marginal import LogMarginal
 
 FOLDER = "scores"
+SANDWICH = ("forward", "reverse", "acceptance")
 
 
 class Scores:
@@ -51,7 +56,7 @@ class Scores:
         for line in lines:
             if end := re.match(r"# rows (\d+) to (\d+), ", line):
                 block = held[-(int(end[2]) - int(end[1]) + 1) :]
-                if block and line == closing(block):
+                if block and line == closing(block) and block[0].count(",") == self.columns():
                     self.blocks[int(end[1]), len(block)] = self.parse(block)
                 held = []
             elif line[0].isdigit():
@@ -68,17 +73,15 @@ class Scores:
         Raises:
             OutputError: the disk refused; what was written before is intact.
         """
-        columns = table_of(result)
-        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-        body = [f"{start + i},{','.join(map(repr, values))}\n" for i, values in enumerate(rows)]
-        text = "".join(body) + closing(body)
+        self.blocks[start, len(result.estimate)] = result
+        text = self.body(start, result)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
                 # A line that a crash cut off is ended first. One write: processes side by side do not mix their lines.
                 end = os.fstat(descriptor).st_size
-                first = self.header + ",".join(["row", *columns]) + "\n" if end == 0 else "\n"
+                first = self.header + ",".join(["row", *table_of(result)]) + "\n" if end == 0 else "\n"
                 data = (first + text).encode()
                 if os.write(descriptor, data) != len(data):
                     raise OSError(None, "the disk is full")
@@ -89,8 +92,59 @@ class Scores:
 
     def clear(self) -> None:
         """Forget what was scored."""
-        self.path.unlink(missing_ok=True)
+        for path in (self.path, self.check_path):
+            path.unlink(missing_ok=True)
         self.blocks, self.found = {}, 0
+
+    @property
+    def check_path(self) -> Path:
+        """Where the check of an annealed setting is kept."""
+        return self.path.with_suffix(".json")
+
+    def check(self, annealed: "Annealed", make: "Callable[[], Sandwich]") -> "Sandwich":
+        """The check of an annealed setting on simulated data: the one that is kept here, or a new one."""
+        import torch
+
+        from pyrovae.inference.annealed import Sandwich
+
+        try:
+            kept = json.loads(self.check_path.read_text())
+            forward, reverse, acceptance = (torch.tensor(kept[name], dtype=torch.float64) for name in SANDWICH)
+        except (OSError, ValueError, KeyError, TypeError):
+            made = make()
+            write_atomically(self.check_path, json.dumps({name: getattr(made, name).tolist() for name in SANDWICH}))
+            return made
+        return Sandwich(torch.empty(0), forward, reverse, acceptance, self.settings["K"], annealed)
+
+    def columns(self) -> int:
+        """How many numbers a row has."""
+        from pyrovae.inference.log_marginal import PER_ROW, curve_sizes
+
+        return len(PER_ROW) + len(curve_sizes(self.settings["K"]))
+
+    def tidy(self, rows: int) -> None:
+        """When all rows are scored, write each once, without what a crash or a process beside this one left.
+
+        Raises:
+            OutputError: the disk refused; the earlier file is intact.
+        """
+        text, start = "", 0
+        while start < rows:
+            lengths = [n for first, n in self.blocks if first == start]
+            if not lengths:
+                return
+            text += self.body(start, self.blocks[start, max(lengths)])
+            start += max(lengths)
+        heading = self.header + ",".join(["row", *table_of(next(iter(self.blocks.values())))]) + "\n"
+        if self.path.read_text(errors="replace") != heading + text:
+            write_atomically(self.path, heading + text)
+
+    @staticmethod
+    def body(start: int, result: "LogMarginal") -> str:
+        """A block as text."""
+        rows = zip(*(column.tolist() for column in table_of(result).values()), strict=True)
+        lines = [f"{start + i},{','.join(map(repr, values))}\n" for i, values in enumerate(rows)]
+        return "".join(lines) + closing(lines)
 
     def parse(self, lines: list[str]) -> "LogMarginal":
         """A block's lines as results."""

@@ -586,11 +586,56 @@ def test_an_evaluation_is_kept_row_by_row_and_not_repeated(capsys, monkeypatch):
     assert len(list((run / "scores").glob("*.csv"))) == 2
 
 
+def test_scores_of_an_older_checkpoint_are_not_used(capsys):
+    run = train()
+    first = scored(run, "--K 40 --rows 250")
+    assert fit.command(["--resume", str(run), "--epochs", "4", "--no-plots"]) == 0
+    capsys.readouterr()
+    second = scored(run, "--K 40 --rows 250")
+    assert "scored before" not in capsys.readouterr().out
+    assert second["log_marginal"] != first["log_marginal"]
+
+
+def test_the_check_of_a_setting_is_kept_with_the_scores(capsys, trained, monkeypatch):
+    run = Path("copy")
+    shutil.copytree(trained, run)
+    words = "--K 8 --rows 10 --proposal annealed --proposal.temperatures 10 --proposal.leapfrog 2"
+    first = scored(run, words)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["pyrovae.inference.annealed"], "sandwich", None)  # to run it would be an error
+        assert scored(run, words) == first
+    assert scored(run, words + " --anew") == first
+    assert first["sandwich"]["simulated_data"] == 50
+
+
+def test_one_draw_is_a_bound_without_an_error(capsys, trained):
+    run = Path("copy")
+    shutil.copytree(trained, run)
+    report = scored(run, "--K 1 --rows 10")
+    assert (report["verdict"], report["monte_carlo_error"]) == ("lower bound only", None)
+    out = capsys.readouterr().out
+    assert "nan" not in out
+    report = scored(run, "--rows 1 --K 100")
+    assert report["bootstrap_interval"] == [None, None]
+    assert "nan" not in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_an_evaluation_that_was_killed_goes_on(trained):
     run = Path("copy")
     shutil.copytree(trained, run)
-    words = [sys.executable, "-m", "pyrovae.evaluate", "copy", "--K", "20000", "--chunk-size", "2000", "--device", "cpu"]
+    words = [
+        sys.executable,
+        "-m",
+        "pyrovae.evaluate",
+        "copy",
+        "--K",
+        "20000",
+        "--chunk-size",
+        "2000",
+        "--device",
+        "cpu",
+    ]
     process = start(words)
     deadline = time.monotonic() + 60
     while not (files := list((run / "scores").glob("*.csv"))) and time.monotonic() < deadline:
@@ -630,7 +675,10 @@ def test_a_row_without_a_number_is_named_and_nothing_is_averaged(capsys, monkeyp
         ("widened --proposal.scales 1,2 --proposal.share 0.2", "the widened guide (scales 1, 2; 0.2 from the prior)"),
         ("individual --proposal.steps 20", "a full Gaussian fitted to each datum"),
         ("prior", "naive sampling from the prior"),
-        ("annealed --proposal.temperatures 30 --proposal.leapfrog 2", "annealed importance sampling from the guide (30"),
+        (
+            "annealed --proposal.temperatures 30 --proposal.leapfrog 2",
+            "annealed importance sampling from the guide (30",
+        ),
     ],
 )
 def test_other_proposals_from_the_command_line(capsys, trained, words, estimator):

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from pyrovae.errors import PairError, UsageError
 from pyrovae.inference import log_marginal
 from pyrovae.inference.log_weights import draw, log_mean_exp
-from pyrovae.inference.proposals import FromGuide, FromPrior, Widened, density, draw_guide, inflated
+from pyrovae.inference.proposals import FromGuide, FromPrior, Widened, density, draw_guide, inflated, pick, systematic
 from pyrovae.models import MLP, FullCovarianceNormal, HierarchicalVAE, LowRankNormal, MeanFieldNormal, StandardNormal
 from pyrovae.models import Gaussian as GaussianLikelihood
 
@@ -86,18 +86,41 @@ def test_a_defensive_mixture_bounds_the_weights() -> None:
     torch.manual_seed(0)
     assert Widened((1.0,), 0.25)(narrow.model, narrow.guide, X)(4000).max() <= most + 1e-9
     assert FromGuide()(narrow.model, narrow.guide, X)(4000).max() > most
-    # A small share of few draws is still one draw.
-    assert Widened((1.0,), 1e-6)(narrow.model, narrow.guide, X.repeat(500))(10).max() <= most + math.log(10 / 4) + 1e-9
+    for k in (1, 2, 3, 13):  # whatever number is drawn at once
+        assert Widened((1.0,), 0.25)(narrow.model, narrow.guide, X.repeat(500))(k).max() <= most + 1e-9
+
+
+@pytest.mark.parametrize("k", [1, 3, 10, 40])
+def test_components_are_drawn_at_their_shares(k: int) -> None:
+    """Each at k times its share, rounded up or down, on average exactly; rounded for each datum by itself."""
+    shares = [0.45, 0.45, 0.1]
+    counts = torch.stack([(systematic(shares, k, torch.zeros(5000)) == j).sum(0) for j in range(3)]).double()
+    expected = k * torch.tensor(shares, dtype=torch.float64).unsqueeze(1)
+    assert ((counts - expected).abs() < 1).all()
+    assert_mean(counts.T, expected.flatten())
+    parts = [{"z": 100.0 * j + torch.arange(k).expand(5000, k).T} for j in range(3)]
+    values = pick(parts, systematic(shares, k, torch.zeros(5000)))["z"]
+    assert all(len(set(row.tolist())) == k for row in values.T[:50]), "a draw was used twice"
+
+
+def test_widths_that_are_the_same_are_one_after_the_other() -> None:
+    pair = GaussianPair(1.3)
+    assert_close(
+        log_marginal(pair.model, pair.guide, X, 4000, proposal=Widened((1.0, 1.0)), seed=0).mean,
+        pair.log_prob(X).mean().item(),
+        rtol=0,
+        atol=0.05,
+    )
 
 
 def test_widening_repairs_a_narrow_guide() -> None:
     """Half as wide as the posterior: k-hat is over the threshold with the guide, and under it with the mixture."""
-    narrow = GaussianPair(0.5)
-    before = log_marginal(narrow.model, narrow.guide, X, 2000, seed=1)
-    after = log_marginal(narrow.model, narrow.guide, X, 2000, seed=1, proposal=Widened())
-    assert (before.pareto_k > before.k_threshold).any()
-    assert (after.pareto_k < 0.3).all()
-    assert ((after.estimate - narrow.log_prob(X)).abs() < 5 * after.standard_error).all()
+    narrow, x = GaussianPair(0.5), torch.linspace(-3, 3, 60, dtype=torch.float64)
+    before = log_marginal(narrow.model, narrow.guide, x, 2000, seed=1)
+    after = log_marginal(narrow.model, narrow.guide, x, 2000, seed=1, proposal=Widened())
+    assert before.over_threshold.double().mean() > 0.4
+    assert after.over_threshold.double().mean() < 0.1
+    assert ((after.estimate - narrow.log_prob(x)).abs() < 5 * after.standard_error).all()
 
 
 def test_the_estimator_says_what_it_drew_from() -> None:
@@ -175,7 +198,16 @@ def test_an_auxiliary_site_is_named() -> None:
         log_marginal(pair.model, guide, X, 40, proposal=Widened((1.0,)))
 
 
-@pytest.mark.parametrize("bad", [{"scales": ()}, {"scales": (0.0,)}, {"scales": (math.nan,)}, {"share": 1.0}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"scales": ()}, {"scales": (0.0,)}, {"scales": (math.nan,)}, {"scales": 1.5}, {"share": 1.0}, {"share": "a"}],
+)
 def test_bad_settings_are_refused_by_name(bad) -> None:
     with pytest.raises(UsageError, match=rf"^{next(iter(bad))}: expected"):
         Widened(**bad)
+
+
+@pytest.mark.parametrize("bad", ["guide", Widened, None])
+def test_what_is_no_proposal_is_refused(bad) -> None:
+    with pytest.raises(UsageError, match=r"^proposal: expected an object such as Widened\(\)"):
+        log_marginal(GaussianPair().model, GaussianPair().guide, X, 10, proposal=bad)

@@ -13,7 +13,7 @@ from pyrovae.errors import OutputError
 from pyrovae.inference import log_marginal
 from pyrovae.inference.log_marginal import PER_ROW, LogMarginal
 from pyrovae.models import MLP, VAE, Bernoulli, MeanFieldNormal, StandardNormal
-from pyrovae.scores import Scores
+from pyrovae.scores import Scores, closing
 
 SETTINGS = {"estimator": "importance sampling from the guide", "K": 50, "seed": 3}
 
@@ -106,6 +106,30 @@ def test_the_file_is_a_table(vae: VAE, tmp_path: Path) -> None:
     assert table["row"].tolist() == list(range(250))
     assert table["log_marginal"].mean() == pytest.approx(result.mean, abs=1e-12)
     assert {"standard_error", "ess", "pareto_k", "elbo", "L_10"} <= set(table.columns)
+
+
+def test_what_crashes_and_neighbours_left_is_tidied(vae: VAE, tmp_path: Path) -> None:
+    """Two processes at once write every row twice, and a crash half a line: in the end each row is there once."""
+    first, second = Scores(tmp_path, SETTINGS), Scores(tmp_path, SETTINGS)
+    whole = score(vae, first)
+    with first.path.open("ab") as file:
+        file.write(b"\xff garbage, 1,")
+    score(vae, second)
+    done = Scores(tmp_path, SETTINGS)
+    assert done.found == 250
+    done.tidy(300)  # not all are there: nothing is done
+    assert done.path.stat().st_size > 2 * len(first.header)
+    done.tidy(250)
+    assert pd.read_csv(done.path, comment="#")["row"].tolist() == list(range(250))
+    assert_equal(score(vae, Scores(tmp_path, SETTINGS)), whole)
+
+
+def test_a_block_of_other_columns_is_scored_again(vae: VAE, tmp_path: Path) -> None:
+    scores = Scores(tmp_path, SETTINGS)
+    score(vae, scores)
+    lines = [f"{i},1.0,2.0\n" for i in range(3)]
+    scores.path.write_text(scores.header + "".join(lines) + closing(lines))
+    assert Scores(tmp_path, SETTINGS).found == 0
 
 
 def test_numbers_that_are_none_come_back(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from pyrovae.inference import log_marginal
+from pyrovae.inference.annealed import Annealed, Sandwich
 from pyrovae.inference.bootstrap import interval, means
 from pyrovae.inference.log_marginal import exact, summarise
 from pyrovae.inference.verdict import verdict, worst_rows
@@ -80,6 +81,55 @@ def test_too_few_draws_give_a_bound() -> None:
     assert str(said) == "lower bound only: no tail diagnostic: K = 20 is too small for k-hat"
 
 
+@pytest.mark.parametrize("check", [None, True])
+def test_a_single_draw_says_nothing_of_its_error(check) -> None:
+    """Equal to itself, it is not called exact, and its error is not called zero."""
+    result = summarise(draws_of_gaussian(2, 1.1, k=1))
+    sandwich = Sandwich(torch.empty(0), *torch.zeros(3, 50, dtype=torch.float64), 1, Annealed()) if check else None
+    said = verdict(result, sandwich)
+    assert said.kind == "lower bound only"
+    assert "nan" not in said.reason
+    assert math.isnan(result.monte_carlo_error)
+
+
+def test_a_sandwich_is_the_judge_of_chains() -> None:
+    """Narrow enough, or not; but a bias that the jackknife finds is one all the same."""
+    torch.manual_seed(0)
+    good, poor = (summarise(draws_of_gaussian(10, width, k=16)) for width in (0.95, 2.0))
+    lower = torch.zeros(50, dtype=torch.float64)
+    narrow = Sandwich(torch.empty(0), lower, lower + 0.05, lower, 16, Annealed())
+    wide = Sandwich(torch.empty(0), lower, lower + 0.15, lower, 16, Annealed())
+    assert verdict(good, narrow).kind == "ok"
+    assert verdict(good, wide).kind == "lower bound only"
+    assert "0.15 ± 0 nats wide, not narrower than 0.1" in verdict(good, wide).reason
+    assert "jackknife" in verdict(poor, narrow).reason
+    assert verdict(poor, narrow).kind == "lower bound only"
+
+
+def test_a_row_whose_weight_is_on_too_few_draws_counts_as_over() -> None:
+    torch.manual_seed(0)
+    log_w = draws_of_gaussian(2, 1.1)
+    log_w[:, 3] = -1e6 * torch.arange(1000, dtype=torch.float64)
+    result = summarise(log_w)
+    assert result.pareto_k[3].isnan()
+    assert result.over_threshold.tolist() == [i == 3 for i in range(ROWS)]
+
+
+def test_coarse_numbers_are_not_called_equal() -> None:
+    """In bfloat16 log-weights near -110 are 0.5 apart: their spread is no rounding."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(64), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, torch.tensor(0.8, dtype=x.dtype)).to_event(1))
+
+    assert verdict(log_marginal(model, guide, torch.randn(3, 64).bfloat16(), 200)).kind != "exact"
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_rows_without_a_number_are_invalid_and_named(bad: float) -> None:
     """One NaN or infinite weight, or no weight that is not zero."""
@@ -132,3 +182,4 @@ def test_bootstrap_of_a_mean_against_its_standard_error() -> None:
     assert (low + high) / 2 == pytest.approx(center, abs=0.05 * spread[0].item() * 1.96)
     assert interval(values[0], level=0.5, seed=2)[1] < high
     assert means(values, 7, seed=2).shape == (7, 2)
+    assert all(map(math.isnan, interval(values[0, :1])))

@@ -4,6 +4,7 @@ References:
     Efron and Tibshirani 1993, An Introduction to the Bootstrap
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -45,6 +46,8 @@ def means(values: Tensor, resamples: int = RESAMPLES, seed: int = 0) -> Tensor:
 
 
 def interval(values: Tensor, level: float = 0.95, seed: int = 0) -> list[float]:
-    """The percentile interval of the mean of values (N,): its lower and upper end."""
+    """The percentile interval of the mean of values (N,): its lower and upper end; NaN for a single value."""
+    if len(values) < 2:
+        return [math.nan, math.nan]
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     return torch.quantile(means(values.unsqueeze(0), seed=seed).squeeze(-1), tails).tolist()

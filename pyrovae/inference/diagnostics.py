@@ -84,10 +84,10 @@ def measure(model: Callable, guide: Callable, batches: Iterable[Tensor], objecti
         for site, latent in particles.latents.items():
             for d, value in enumerate(marginal_kl(latent)):
                 add(f"kl_{site}[{d}]", value)
-            center = posterior_mean(latent).double()
+            center, noise = posterior_mean(latent)
             first, second = moments.setdefault(site, [torch.zeros_like(center[0]), torch.zeros_like(center[0])])
             first += center.sum(0)
-            second += center.square().sum(0)
+            second += (center.square() - noise).sum(0)
     if not rows:
         raise UsageError("batches: expected at least one batch with rows, got none")
     report = {name: total / rows for name, total in totals.items()}
@@ -100,13 +100,20 @@ def measure(model: Callable, guide: Callable, batches: Iterable[Tensor], objecti
     return report
 
 
-def posterior_mean(latent: Latent) -> Tensor:
-    """E[z|x] averaged over particles, flattened to shape (N, Z)."""
+def posterior_mean(latent: Latent) -> tuple[Tensor, Tensor]:
+    """E[z|x] averaged over particles, and the variance of that average, both of shape (N, Z) in double precision.
+
+    The variance is 0 where the guide's mean is known, and not for the upper layers of a hierarchy, whose guides depend
+    on the draws below; from a single particle it cannot be told, and is 0.
+    """
     try:
-        center = latent.guide.mean
+        centers = latent.guide.mean
     except NotImplementedError:
-        center = latent.value
-    return center.mean(0).reshape(latent.log_guide.shape[1], -1)
+        centers = latent.value
+    k, n = latent.log_guide.shape
+    centers = centers.reshape(k, n, -1).double()
+    noise = centers.var(0) / k if k > 1 else torch.zeros_like(centers[0])
+    return centers.mean(0), noise
 
 
 def marginal_kl(latent: Latent) -> Tensor:
@@ -230,18 +237,25 @@ def units(model: Callable, guide: Callable, x: Tensor, num_particles: int = 10) 
     names: list[str] = []
     kls: list[list[Tensor]] = []
     centres: list[list[Tensor]] = []
+    noises: list[list[Tensor]] = []
     with evaluating(model, guide):
         for block in x.split(200):
             latents = draw(model, guide, block, num_particles).latents
-            centre = {site: posterior_mean(latent).double().cpu() for site, latent in latents.items()}
+            means = {site: posterior_mean(latent) for site, latent in latents.items()}
+            centre = {site: values.cpu() for site, (values, _) in means.items()}
             names = [f"{site}[{d}]" for site, values in centre.items() for d in range(values.shape[1])]
             kl = {site: marginal_kl(latent).double().cpu() for site, latent in latents.items()}
             unknown = {site: torch.full_like(values, math.nan) for site, values in centre.items()}
             kls.append([kl[site].T if kl[site].numel() else unknown[site] for site in latents])
             centres.append(list(centre.values()))
-    all_kl, all_centres = (torch.cat([torch.cat(block, -1) for block in blocks]) for blocks in (kls, centres))
+            noises.append([noise.cpu() for _, noise in means.values()])
+    all_kl, all_centres, all_noise = (
+        torch.cat([torch.cat(block, -1) for block in blocks]) for blocks in (kls, centres, noises)
+    )
     error = all_kl.std(0) / math.sqrt(len(x)) if len(x) > 1 else torch.full_like(all_kl[0], math.nan)
-    return Units(tuple(names), all_kl.mean(0), error, all_centres.var(0, correction=0))
+    # The noise of averages over particles is not variance over data.
+    variance = (all_centres.var(0, correction=0) - all_noise.mean(0)).clamp(min=0)
+    return Units(tuple(names), all_kl.mean(0), error, variance)
 
 
 @dataclass(frozen=True)

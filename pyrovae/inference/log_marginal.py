@@ -53,9 +53,10 @@ class LogMarginal:
 
     Attributes:
         estimate: log p(x), shape (N,). For K draws from a guide, a lower bound in expectation.
-        standard_error: Monte Carlo error of `estimate`, shape (N,); 0 where exact.
+        standard_error: Monte Carlo error of `estimate`, shape (N,); 0 where exact, NaN for K = 1.
         ess: Effective sample size of the weights, from 1 to K, shape (N,).
-        pareto_k: k-hat, shape (N,); NaN where K is too small to tell, 0 where all weights are equal.
+        pareto_k: k-hat, shape (N,); 0 where all weights are equal, NaN where K is too small to tell, or almost all
+            weight is on too few draws.
         elbo: Mean log-weight, shape (N,).
         jackknife: `estimate` less its bias of order 1/K, shape (N,); no bound, and NaN for K = 1.
         zero_weights: How many of the K weights are 0, shape (N,).
@@ -105,7 +106,12 @@ class LogMarginal:
     @property
     def k_threshold(self) -> float:
         """The k-hat above which an estimate is a lower bound only: min(1 - 1/log10 K, 0.7)."""
-        return min(1 - 1 / math.log10(max(self.num_particles, 11)), 0.7)
+        return min(1 - 1 / math.log10(max(self.num_particles, 11)), 0.7)  # above 0, also where there is no k-hat
+
+    @property
+    def over_threshold(self) -> Tensor:
+        """Which rows have a k-hat over the threshold, or none at all, shape (N,)."""
+        return ~(self.pareto_k <= self.k_threshold)
 
 
 class Store(Protocol):
@@ -164,6 +170,10 @@ def log_marginal(
             raise UsageError(f"{name}: expected a whole number of at least 1, got {value!r}")
     if not isinstance(x, Tensor) or x.ndim < 1 or len(x) < 1:
         raise UsageError(f"x: expected a tensor of shape (N, *event) with N >= 1, got {describe(x)}")
+    if isinstance(proposal, type) or not callable(proposal) or not hasattr(proposal, "name"):
+        raise UsageError(f"proposal: expected an object such as Widened(), got {proposal!r}")
+    if store is not None and seed is None:
+        raise UsageError("store: needs a seed, so that an evaluation that goes on draws what it would have drawn")
     size = max(1, x[0].numel())
     rows = max(1, min(len(x), 100, ELEMENTS_AT_ONCE // size))
     chunk = min(num_particles, chunk_size or max(1, ELEMENTS_AT_ONCE // (size * rows * 4)))
@@ -177,7 +187,9 @@ def log_marginal(
                     sample = proposal(model, guide, block)
                     chunks = [sample(min(chunk, num_particles - done)) for done in range(0, num_particles, chunk)]
                 log_w = torch.cat(chunks)
-                result = summarise(log_w.double().cpu(), proposal.name, 20 * torch.finfo(log_w.dtype).eps)
+                # Coarser numbers than these would pass any weights as equal.
+                rounding = 20 * torch.finfo(log_w.dtype).eps if log_w.dtype.itemsize >= 4 else 0.0
+                result = summarise(log_w.double().cpu(), proposal.name, rounding)
                 if store is not None:
                     store.put(start, result)
             blocks.append(result)
@@ -203,7 +215,7 @@ def summarise(log_w: Tensor, estimator: str = FROM_GUIDE.name, rounding: float =
     ess = torch.exp(2 * torch.logsumexp(log_w, 0) - torch.logsumexp(2 * log_w, 0)).clamp(1, k)
     return LogMarginal(
         estimate=estimate,
-        standard_error=(1 / ess - 1 / k).clamp(min=0).sqrt(),
+        standard_error=(1 / ess - 1 / k).clamp(min=0).sqrt() if k > 1 else torch.full_like(ess, math.nan),
         ess=ess,
         pareto_k=pareto_k(log_w, rounding),
         elbo=log_w.mean(0),
@@ -245,8 +257,8 @@ def pareto_k(log_w: Tensor, rounding: float = 0.0) -> Tensor:
     """Pareto k-hat of the weights' upper tail, for log-weights (K, N), shape (N,); see `LogMarginal.pareto_k`."""
     result = torch.full((log_w.shape[1],), math.nan, dtype=torch.float64)
     spread = log_w.max(0).values - log_w.min(0).values
-    # Weights that differ by no more than rounding have no tail.
-    constant = (spread <= max(1e-8, rounding) * (1 + log_w[0].abs())) & spread.isfinite()
+    # Weights that differ by no more than rounding have no tail; a single one is equal to itself, and says nothing.
+    constant = (spread <= max(1e-8, rounding) * (1 + log_w[0].abs())) & spread.isfinite() & (len(log_w) > 1)
     result[constant] = 0.0
     varying = ~constant & log_w.max(0).values.isfinite()
     if len(log_w) >= LEAST_DRAWS_FOR_TAIL and varying.any():

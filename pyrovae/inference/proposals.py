@@ -10,8 +10,8 @@ p(z|x), the tighter.
     Annealed      annealed importance sampling (`pyrovae.inference.annealed`)
     FromPrior     p(z): naive, and shown for that
 
-A mixture is sampled by strata, a fixed number of draws from each of its components, and weighted as a mixture (the
-balance heuristic).
+A mixture is sampled systematically, each component at its share of the draws, and weighted as a mixture (the balance
+heuristic).
 
 To write a new one, give a class a `name` that completes "importance sampling from", and that `__call__`.
 
@@ -36,6 +36,11 @@ from pyrovae.errors import PairError, UsageError
 from pyrovae.inference.log_weights import At, draw, log_prob, log_weights, run, sample_sites
 
 Sampler = Callable[[int], Tensor]
+
+
+def is_positive(value: object) -> bool:
+    """Whether a setting is a finite number above 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 class Proposal(Protocol):
@@ -79,17 +84,17 @@ class Widened:
     Args:
         scales: Factors of the guide's standard deviations, with equal shares. Factors other than 1 take a guide of
             Gaussian sites (or transformed Gaussians).
-        share: Of the draws that come from the prior, from 0 to less than 1. At least one, where there are two draws.
+        share: Of the draws that come from the prior, from 0 to less than 1.
     """
 
     scales: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0)
     share: float = 0.1
 
     def __post_init__(self) -> None:
-        if not self.scales or any(not (math.isfinite(c) and c > 0) for c in self.scales):
-            raise UsageError(f"scales: expected positive numbers, got {self.scales}")
-        if not 0 <= self.share < 1:
-            raise UsageError(f"share: expected a number from 0 to less than 1, got {self.share}")
+        if not isinstance(self.scales, tuple) or not self.scales or not all(map(is_positive, self.scales)):
+            raise UsageError(f"scales: expected a tuple of positive numbers, got {self.scales!r}")
+        if self.share != 0 and not (is_positive(self.share) and self.share < 1):
+            raise UsageError(f"share: expected a number from 0 to less than 1, got {self.share!r}")
 
     @property
     def name(self) -> str:
@@ -98,26 +103,54 @@ class Widened:
         return f"importance sampling from the widened guide (scales {widths}; {self.share:g} from the prior)"
 
     def __call__(self, model: Callable, guide: Callable, x: Tensor) -> Sampler:
+        shares = [(1 - self.share) / len(self.scales)] * len(self.scales) + [self.share] * bool(self.share)
+
+        def part(j: int, n: int) -> dict[str, Tensor]:
+            return draw_guide(guide, x, n, self.scales[j]) if j < len(self.scales) else draw_prior(model, x, n)
+
         def sample(k: int) -> Tensor:
-            naive = min(k - 1, max(1, round(self.share * k))) if self.share else 0
-            # The first widths get the draws that cannot be shared evenly.
-            each = {c: len(range(i, k - naive, len(self.scales))) for i, c in enumerate(self.scales)}
-            parts = [draw_guide(guide, x, n, c) for c, n in each.items() if n]
-            parts += [draw_prior(model, x, naive)] if naive else []
+            # As many draws of each component as systematic sampling may ask for in a row.
+            parts = [part(j, min(k, math.floor(k * share) + 1)) for j, share in enumerate(shares)]
             if auxiliary := set(parts[0]) - set(parts[-1]):
                 raise PairError(
                     f"guide site '{min(auxiliary)}' is auxiliary, so that the density of the guide alone is not known; "
                     "use Widened(share=0)"
                 )
-            values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            values = pick(parts, systematic(shares, k, x))
             particles = draw(model, guide, x, k, values)
-            log_r = [density(guide, x, values, c) + math.log(n / k) for c, n in each.items() if n]
-            log_r += [particles.log_prior + math.log(naive / k)] if naive else []
+            log_r = [density(guide, x, values, c) + math.log(a) for c, a in zip(self.scales, shares, strict=False)]
+            log_r += [particles.log_prior + math.log(self.share)] if self.share else []
             log_w = particles.log_likelihood + particles.log_prior - torch.logsumexp(torch.stack(log_r), 0)
-            # So that every subset of the draws is one of the mixture's.
-            return log_w[torch.randperm(k, device=log_w.device)]
+            # In random order, so that every subset of the draws is one of the mixture's.
+            return log_w.gather(0, torch.rand_like(log_w).argsort(0))
 
         return sample
+
+
+def systematic(shares: list[float], k: int, x: Tensor) -> Tensor:
+    """Components of k draws for each datum, in order, shape (k, N): each at its share of k, rounded up or down.
+
+    Data are rounded independently, so that their estimates are independent.
+    """
+    ends = torch.tensor(shares, device=x.device).cumsum(0)[:-1]
+    points = (torch.arange(k, device=x.device).unsqueeze(1) + torch.rand(len(x), device=x.device)) / k
+    return torch.bucketize(points, ends)
+
+
+def pick(parts: list[dict[str, Tensor]], component: Tensor) -> dict[str, Tensor]:
+    """Latents of shape (k, N, *event): for each datum the next unused draw of the component (k, N)."""
+    values = {}
+    for name in parts[0]:
+        candidates = []
+        for j, part in enumerate(parts):
+            place = ((component == j).cumsum(0) - 1).clamp(0, len(part[name]) - 1)
+            candidates.append(part[name][place, torch.arange(place.shape[1], device=place.device)])
+        result = candidates[0]
+        for j, candidate in enumerate(candidates[1:], 1):
+            chosen = (component == j).reshape(component.shape + (1,) * (candidate.ndim - 2))
+            result = torch.where(chosen, candidate, result)
+        values[name] = result
+    return values
 
 
 class Inflate(Messenger):

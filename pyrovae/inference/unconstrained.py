@@ -45,7 +45,7 @@ class Unconstrained:
 
     def __init__(self, model: Callable, guide: Callable, x: Tensor) -> None:
         self.model, self.guide, self.x = model, guide, x
-        probe = draw(model, guide, x)
+        probe, other = draw(model, guide, x), draw(model, guide, x)
         if auxiliary := set(probe.log_guides) - set(probe.latents):
             raise PairError(
                 f"guide site '{min(auxiliary)}' is auxiliary, so that q(z|x) alone is not known; draw from the guide "
@@ -59,6 +59,12 @@ class Unconstrained:
                     "Draw from the guide itself, or sum the site out of the model"
                 )
             self.transforms[name] = biject_to(latent.prior.support)
+            u = self.transforms[name].inv(latent.value)
+            if not torch.equal(self.transforms[name](u), biject_to(other.latents[name].prior.support)(u)):
+                raise PairError(
+                    f"model site '{name}': its support depends on other latents; draw from the guide itself, or write "
+                    "the site as a transform of one with a fixed support"
+                )
         first = {name: self.transforms[name].inv(latent.value) for name, latent in probe.latents.items()}
         self.shapes = {name: u.shape[2:] for name, u in first.items()}
 

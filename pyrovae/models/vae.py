@@ -14,6 +14,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from pyrovae.errors import UsageError
 from pyrovae.models.guides import Guide
@@ -119,7 +120,8 @@ class HierarchicalVAE(nn.Module):
         Raises:
             DataError: x has values outside the support of the likelihood.
         """
-        self.likelihood.check_support(x)
+        if not isinstance(x, FakeTensor):  # as in a trace, where x has no values
+            self.likelihood.check_support(x)
         with pyro.plate("data", len(x)):
             z = self.latent(self.latent_sites)
             return pyro.sample("x", self.likelihood(z), obs=x)
