@@ -89,7 +89,7 @@ def add_choices(group: Any, part: str, choices: "Mapping[str, Choice]") -> None:
     for key in dict.fromkeys(key for choice in choices.values() for key in choice.settings):
         having = {name: choice.settings[key] for name, choice in choices.items() if key in choice.settings}
         first = next(iter(having.values()))
-        defaults = "; ".join(f"{name} {shown(setting.default)}" for name, setting in having.items())
+        defaults = "; ".join(f"{shown(setting.default)} for {name}" for name, setting in having.items())
         add_option(group, f"--{part}.{key}", f"{first.help} (default: {defaults})", first.metavar)
 
 

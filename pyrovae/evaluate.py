@@ -376,7 +376,7 @@ def number(value: float | None, error: float | None = None) -> str:
         return "-"
     if error is None or not math.isfinite(error):
         return f"{value:.2f}"
-    digits = 2 if error <= 0 else max(0, min(6, 1 - math.floor(math.log10(error))))
+    digits = 2 if error <= 0 else max(0, min(4, 1 - math.floor(math.log10(error))))
     return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
@@ -638,7 +638,7 @@ def save_curve(run: Run, values: Report) -> Path:
         [point["log_marginal"] for point in points],
         [point["error_over_rows"] for point in points],
         elbo=values["elbo"],
-        title=f"{run.name}, {values['rows']} {values['split']} rows",
+        title=f"{run.name}, {values['rows']} {values['split']} rows; {values['verdict']}",
     )
     return save_figure(figure, run.directory / "plots", "k_curve")
 

@@ -147,10 +147,10 @@ def describe(name: str, values: Report) -> str:
     lines.append("")
     line("gap, log p(x) - ELBO", "gap")
     line("  approximation", "approximation", f"log p(x) - ELBO of the best {family} Gaussian")
-    line("  amortisation", "amortisation", "that ELBO - ELBO of the guide")
     if family != "full":
-        line("  approximation, full Gaussian", "full_approximation", "what full covariances would leave")
-        line("  won by full covariances", "full_gain", "of the approximation gap")
+        line("    correlations", "full_gain", "what full covariances would win of it")
+        line("    beyond a Gaussian", "full_approximation", "what they would leave")
+    line("  amortisation", "amortisation", "ELBO of the best Gaussian - ELBO of the guide")
     lines.append("")
     line("KL(q(z|x) || p(z))", "kl", "the sum of the next two")
     line("  I(x; z)", "mutual_information", f"at most log N = {values['mutual_information_limit']:.2f}")

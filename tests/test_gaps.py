@@ -278,8 +278,8 @@ def test_posteriors_apart_reach_the_limit():
 def test_chunks_of_densities_change_nothing(monkeypatch):
     pair = gaussians(torch.randn(9, 2, dtype=torch.float64))
     results = []
-    for elements in (diagnostics.ELEMENTS_AT_ONCE, 2 * 2 * 9 * 4, 1):
-        monkeypatch.setattr(diagnostics, "ELEMENTS_AT_ONCE", elements)
+    for elements in (diagnostics.LATENTS_AT_ONCE, 2 * 2 * 9 * 4, 1):
+        monkeypatch.setattr(diagnostics, "LATENTS_AT_ONCE", elements)
         torch.manual_seed(5)
         results.append(information(*pair).mutual_information.values)
     for other in results[1:]:

@@ -1,6 +1,7 @@
 """ArviZ data: draws from the posterior, what was drawn with what weight, predictive draws, and the ELPD."""
 
 import math
+import sys
 import warnings
 
 import arviz as az
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.errors import NumericalError, UsageError
-from pyrovae.inference import inference_data, log_marginal
+from pyrovae.inference import log_marginal
 from pyrovae.inference.inference_data import elpd, to_inference_data
 from pyrovae.inference.log_marginal import exact, summarise
 from tests.conftest import assert_mean
@@ -107,7 +108,9 @@ def test_weights_have_the_diagnostics_of_the_log_marginal():
 
 
 def test_predictive_draws_are_from_the_likelihood_at_the_draws(monkeypatch):
-    monkeypatch.setattr(inference_data, "ELEMENTS_AT_ONCE", 64 * 4 * 50 * 3)  # 64 draws at once
+    monkeypatch.setattr(
+        sys.modules["pyrovae.inference.log_marginal"], "ELEMENTS_AT_ONCE", 64 * 4 * 50 * 3
+    )  # 64 draws at once
     x = data(50)
     result = to_inference_data(model, guide, x, num_draws=200, num_particles=50)
     for latents, generated in (("posterior", "posterior_predictive"), ("prior", "prior_predictive")):
@@ -123,7 +126,7 @@ def test_predictive_draws_are_from_the_likelihood_at_the_draws(monkeypatch):
 def test_any_pair_with_its_sites_and_shapes(monkeypatch):
     """Several latent and observed sites; drawn in chunks that divide neither draws nor particles."""
     x = data(6, 2)
-    monkeypatch.setattr(inference_data, "ELEMENTS_AT_ONCE", 7 * 4 * 2 * 6)
+    monkeypatch.setattr(sys.modules["pyrovae.inference.log_marginal"], "ELEMENTS_AT_ONCE", 7 * 4 * 2 * 6)
     result = to_inference_data(layered, layered_guide, x, num_draws=9, num_particles=17)
     leading = ("chain", "draw", "datum")
     for group, dims in {

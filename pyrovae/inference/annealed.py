@@ -51,10 +51,11 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyrovae.errors import PairError, UsageError
+from pyrovae.inference.checks import check_count, check_rows
 from pyrovae.inference.log_marginal import ELEMENTS_AT_ONCE, standard_error
-from pyrovae.inference.log_weights import At, describe, draw, log_mean_exp, log_prob, run, sample_sites
+from pyrovae.inference.log_weights import At, draw, log_mean_exp, log_prob, run, sample_sites
 from pyrovae.inference.pair import evaluating
-from pyrovae.inference.proposals import density, draw_prior
+from pyrovae.inference.proposals import density, draw_prior, is_positive
 from pyrovae.inference.seeding import seeded
 from pyrovae.inference.unconstrained import Unconstrained
 
@@ -103,7 +104,7 @@ class Annealed:
         for name, choices in (("start", ("guide", "prior")), ("schedule", ("sigmoid", "linear"))):
             if getattr(self, name) not in choices:
                 raise UsageError(f"{name}: expected {' or '.join(choices)}, got {getattr(self, name)!r}")
-        if not 0 < self.acceptance < 1:
+        if not (is_positive(self.acceptance) and self.acceptance < 1):
             raise UsageError(f"acceptance: expected a number between 0 and 1, got {self.acceptance!r}")
 
     @property
@@ -397,8 +398,7 @@ def sandwich(
         Grosse, Ghahramani and Adams 2015, Sandwiching the Marginal Likelihood, https://arxiv.org/abs/1511.02543
     """
     check_count("num_particles", num_particles)
-    if not isinstance(x_like, Tensor) or x_like.ndim < 1 or len(x_like) < 1:
-        raise UsageError(f"x_like: expected a tensor of shape (N, *event) with N >= 1, got {describe(x_like)}")
+    check_rows("x_like", x_like)
     annealed = annealed or Annealed()
     chunk = max(1, ELEMENTS_AT_ONCE // (x_like[0].numel() * min(len(x_like), ROWS_AT_ONCE) * 4))
     sizes = [min(chunk, num_particles - done) for done in range(0, num_particles, chunk)]
@@ -477,9 +477,3 @@ class Simulate(Messenger):
         if msg["is_observed"] and not msg["infer"].get("_deterministic", False):
             self.observed[msg["name"]] = msg["value"]
             msg["is_observed"], msg["value"] = False, None
-
-
-def check_count(name: str, value: object) -> None:
-    """Refuse what is no whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UsageError(f"{name}: expected a whole number of at least 1, got {value!r}")

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
 from pyrovae.errors import PairError, UsageError
+from pyrovae.inference.checks import check_count
 from pyrovae.inference.log_weights import Latent, draw
 from pyrovae.inference.objectives import Objective, kl_terms
 from pyrovae.inference.pair import evaluating
@@ -40,7 +41,7 @@ from pyrovae.inference.proposals import density
 ACTIVE_VARIANCE = 0.01
 ACTIVE_KL = 0.01
 # Elements of latents whose densities under the guide are taken at once: 64 MiB in single precision.
-ELEMENTS_AT_ONCE = 2**24
+LATENTS_AT_ONCE = 2**24
 # More columns than this would make the record larger than the checkpoints.
 MOST_DIMENSIONS = 1024
 
@@ -298,8 +299,7 @@ def information(model: Callable, guide: Callable, x: Tensor, num_particles: int 
         UsageError: num_particles < 2.
         PairError: the guide has auxiliary sites, so that q(z|x) is not known.
     """
-    if num_particles < 2:
-        raise UsageError(f"num_particles: expected a whole number of at least 2, got {num_particles!r}")
+    check_count("num_particles", num_particles, 2)
     own, aggregate, log_prior = [], [], []
     with evaluating(model, guide):
         for _ in range(num_particles):
@@ -311,7 +311,7 @@ def information(model: Callable, guide: Callable, x: Tensor, num_particles: int 
             z = {site: torch.cat([b.latents[site].value[0] for b in blocks])[:, None] for site in latents}
             size = sum(values[0].numel() * max(1, values.shape[-1]) for values in z.values())  # of a covariance
             pieces = []
-            for rows in torch.arange(len(x), device=x.device).split(max(1, ELEMENTS_AT_ONCE // (size * len(x)))):
+            for rows in torch.arange(len(x), device=x.device).split(max(1, LATENTS_AT_ONCE // (size * len(x)))):
                 values = {site: v[rows].expand(-1, len(x), *v.shape[2:]) for site, v in z.items()}
                 pieces.append(density(guide, x, values).double())
             log_q = torch.cat(pieces)

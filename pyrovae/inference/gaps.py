@@ -37,10 +37,11 @@ import torch
 from torch import Tensor
 
 from pyrovae.errors import UsageError
+from pyrovae.inference.checks import check_count, check_rows
 from pyrovae.inference.diagnostics import Estimate, Information, Units, information, units
 from pyrovae.inference.individual import FAMILIES, Individual
-from pyrovae.inference.log_marginal import ELEMENTS_AT_ONCE, LogMarginal, join, summarise
-from pyrovae.inference.log_weights import describe, draw
+from pyrovae.inference.log_marginal import LogMarginal, block_of, join, summarise
+from pyrovae.inference.log_weights import draw
 from pyrovae.inference.pair import evaluating
 from pyrovae.inference.seeding import seeded
 from pyrovae.inference.unconstrained import Unconstrained
@@ -127,11 +128,8 @@ def gaps(
         UsageError: num_particles < 2, or no such family, or x is not a tensor with rows.
         PairError: a latent site is discrete, or the guide has auxiliary sites.
     """
-    for name, value, least in (("num_particles (K)", num_particles, 2), ("chunk_size", chunk_size, 1)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise UsageError(f"{name}: expected a whole number of at least {least}, got {value!r}")
-    if not isinstance(x, Tensor) or x.ndim < 1 or len(x) < 1:
-        raise UsageError(f"x: expected a tensor of shape (N, *event) with N >= 1, got {describe(x)}")
+    check_count("num_particles (K)", num_particles, 2)
+    check_rows("x", x)
     if family not in (None, *FAMILIES):
         raise UsageError(f"family: expected {' or '.join(FAMILIES)}, got {family!r}")
 
@@ -141,9 +139,7 @@ def gaps(
     with random("family"), evaluating(model, guide):
         family = family or family_of(model, guide, x[:1])
     method = individual or Individual()
-    size = max(1, x[0].numel())
-    rows = max(1, min(len(x), 100, ELEMENTS_AT_ONCE // size))
-    chunk = min(num_particles, chunk_size or max(1, ELEMENTS_AT_ONCE // (size * rows * 4)))
+    rows, chunk = block_of(x, num_particles, chunk_size)
     marginals: list[LogMarginal] = []
     estimates: dict[str, list[Estimate]] = {name: [] for name in QUANTITIES}
     with evaluating(model, guide):

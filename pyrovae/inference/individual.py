@@ -36,8 +36,9 @@ import torch
 from torch import Tensor
 
 from pyrovae.errors import UsageError
+from pyrovae.inference.checks import check_count
 from pyrovae.inference.pair import evaluating
-from pyrovae.inference.proposals import Sampler
+from pyrovae.inference.proposals import Sampler, is_positive
 from pyrovae.inference.unconstrained import Unconstrained
 
 FAMILIES = ("diagonal", "full")
@@ -151,11 +152,10 @@ class Individual:
         if self.family not in FAMILIES:
             raise UsageError(f"family: expected {' or '.join(FAMILIES)}, got {self.family!r}")
         for name, value in (("steps", self.steps), ("draws", self.draws)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UsageError(f"{name}: expected a whole number of at least 1, got {value!r}")
+            check_count(name, value)
         if self.draws % 2:
             raise UsageError(f"draws: expected an even number, since they come in pairs, got {self.draws}")
-        if not (math.isfinite(self.widen) and self.widen > 0):
+        if not is_positive(self.widen):
             raise UsageError(f"widen: expected a positive number, got {self.widen!r}")
 
     @property

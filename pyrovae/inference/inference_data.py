@@ -44,10 +44,11 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyrovae.errors import NumericalError, UsageError
+from pyrovae.errors import NumericalError
+from pyrovae.inference.checks import check_count, check_rows
 from pyrovae.inference.individual import Individual
-from pyrovae.inference.log_marginal import ELEMENTS_AT_ONCE, FROM_GUIDE, LogMarginal, summarise
-from pyrovae.inference.log_weights import At, describe, draw, log_prob, run, sample_sites
+from pyrovae.inference.log_marginal import FROM_GUIDE, LogMarginal, block_of, summarise
+from pyrovae.inference.log_weights import At, draw, log_prob, run, sample_sites
 from pyrovae.inference.pair import evaluating
 from pyrovae.inference.seeding import seeded
 
@@ -93,14 +94,10 @@ def to_inference_data(
         NumericalError: a row has a weight that is not a number, or all its weights are zero; it is named.
     """
     for name, value in (("num_draws", num_draws), ("num_particles (K)", num_particles)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UsageError(f"{name}: expected a whole number of at least 1, got {value!r}")
-    if not isinstance(x, Tensor) or x.ndim < 1 or len(x) < 1:
-        raise UsageError(f"x: expected a tensor of shape (N, *event) with N >= 1, got {describe(x)}")
+        check_count(name, value)
+    check_rows("x", x)
     # A block of rows keeps the latents of its K draws; a chunk of them is decoded at once.
-    size = max(1, x[0].numel())
-    rows = max(1, min(len(x), 100, ELEMENTS_AT_ONCE // size))
-    chunk = max(1, ELEMENTS_AT_ONCE // (size * rows * 4))
+    rows, chunk = block_of(x, num_particles)
     blocks = []
     with evaluating(model, guide), torch.no_grad():
         for start in range(0, len(x), rows):

@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 
 from pyrovae.errors import UsageError
-from pyrovae.inference.log_weights import describe, log_mean_exp
+from pyrovae.inference.checks import check_count, check_rows
+from pyrovae.inference.log_weights import log_mean_exp
 from pyrovae.inference.pair import evaluating
 from pyrovae.inference.proposals import FromGuide, Proposal
 from pyrovae.inference.seeding import seeded
@@ -165,18 +166,13 @@ def log_marginal(
     References:
         Burda et al. 2016, Importance Weighted Autoencoders, https://arxiv.org/abs/1509.00519
     """
-    for name, value in (("num_particles (K)", num_particles), ("chunk_size", chunk_size)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise UsageError(f"{name}: expected a whole number of at least 1, got {value!r}")
-    if not isinstance(x, Tensor) or x.ndim < 1 or len(x) < 1:
-        raise UsageError(f"x: expected a tensor of shape (N, *event) with N >= 1, got {describe(x)}")
+    check_count("num_particles (K)", num_particles)
+    check_rows("x", x)
     if isinstance(proposal, type) or not callable(proposal) or not hasattr(proposal, "name"):
         raise UsageError(f"proposal: expected an object such as Widened(), got {proposal!r}")
     if store is not None and seed is None:
         raise UsageError("store: needs a seed, so that an evaluation that goes on draws what it would have drawn")
-    size = max(1, x[0].numel())
-    rows = max(1, min(len(x), 100, ELEMENTS_AT_ONCE // size))
-    chunk = min(num_particles, chunk_size or max(1, ELEMENTS_AT_ONCE // (size * rows * 4)))
+    rows, chunk = block_of(x, num_particles, chunk_size)
     blocks = []
     with evaluating(model, guide), torch.no_grad():
         for start in range(0, len(x), rows):
@@ -196,6 +192,19 @@ def log_marginal(
             if progress is not None:
                 progress(start + len(block))
     return join(blocks)
+
+
+def block_of(x: Tensor, num_particles: int, chunk_size: int | None = None) -> tuple[int, int]:
+    """How many rows make a block, and how many of its K particles are decoded at once.
+
+    Raises:
+        UsageError: chunk_size < 1.
+    """
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size)
+    size = max(1, x[0].numel())
+    rows = max(1, min(len(x), 100, ELEMENTS_AT_ONCE // size))
+    return rows, min(num_particles, chunk_size or max(1, ELEMENTS_AT_ONCE // (size * rows * 4)))
 
 
 def join(blocks: Sequence[LogMarginal]) -> LogMarginal:

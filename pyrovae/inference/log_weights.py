@@ -23,7 +23,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyrovae.errors import PairError, UsageError
+from pyrovae.errors import PairError
+from pyrovae.inference.checks import check_count, check_rows
 
 PARTICLES = "_particles"
 
@@ -106,10 +107,8 @@ def draw(
         at: Values of latent sites by name, each of shape (K, N, *event), where the pair is evaluated in place of draws
             from the guide.
     """
-    if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
-        raise UsageError(f"num_particles (K): expected a whole number of at least 1, got {num_particles!r}")
-    if not isinstance(x, Tensor) or x.ndim < 1 or len(x) < 1:
-        raise UsageError(f"x: expected a tensor of shape (N, *event) with N >= 1, got {describe(x)}")
+    check_count("num_particles (K)", num_particles)
+    check_rows("x", x)
     shape = (num_particles, len(x))
     with At(at or {}):
         guide_trace = run(guide, "guide", x, num_particles)
@@ -239,11 +238,6 @@ def log_prob(site: dict, where: str, shape: tuple[int, int]) -> Tensor:
             "declare the dimensions of an event with .to_event()"
         )
     return result
-
-
-def describe(x: object) -> str:
-    """A value in a few words, for an error message."""
-    return f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def log_mean_exp(values: Tensor, dim: int = 0) -> Tensor:

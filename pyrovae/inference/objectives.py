@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from pyrovae.errors import PairError, UsageError
+from pyrovae.inference.checks import check_count
 from pyrovae.inference.log_weights import Latent, Particles, draw, log_mean_exp
 from pyrovae.inference.pair import Pair
 
@@ -67,8 +68,7 @@ class Objective(PyroELBO):
 
     def __init__(self, num_particles: int = 1, num_averages: int = 1) -> None:
         for name, value in (("num_particles (K)", num_particles), ("num_averages (M)", num_averages)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UsageError(f"{name}: expected a whole number of at least 1, got {value!r}")
+            check_count(name, value)
         super().__init__(num_particles=num_particles, max_plate_nesting=1)
         self.num_averages = num_averages
         self.step = 0

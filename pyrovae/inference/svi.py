@@ -25,8 +25,9 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from pyrovae.errors import CheckpointError, DataError, NumericalError, OutputError, PyrovaeError, UsageError
 from pyrovae.inference import checkpoint as checkpoints
+from pyrovae.inference.checks import check_count, check_rows
 from pyrovae.inference.diagnostics import measure
-from pyrovae.inference.log_weights import describe, draw, sample_sites
+from pyrovae.inference.log_weights import draw, sample_sites
 from pyrovae.inference.objectives import ELBO, Bound, Objective
 from pyrovae.inference.pair import Pair, Program, evaluating
 from pyrovae.inference.seeding import derive_seed, seeded
@@ -157,11 +158,11 @@ def fit(
     """
     objective = objective if objective is not None else ELBO()
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise UsageError(f"{name}: expected a whole number of at least 1, got {value!r}")
+        if value is not None:
+            check_count(name, value)
     for name, rows in (("data", data), ("validation", validation)):
-        if (rows is not None or name == "data") and (not isinstance(rows, Tensor) or rows.ndim < 1 or not len(rows)):
-            raise UsageError(f"{name}: expected a tensor of shape (N, *event) with N >= 1, got {describe(rows)}")
+        if rows is not None or name == "data":
+            check_rows(name, rows)
     if batch_size > len(data):
         raise UsageError(f"batch_size: {batch_size} is more than the {len(data)} training rows")
     if not hasattr(objective, "differentiable_loss"):
