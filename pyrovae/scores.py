@@ -19,8 +19,6 @@ from pyrovae.inference.checkpoint import write_atomically
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor
-
     from pyrovae.inference.annealed import Annealed, Sandwich
     from pyrovae.inference.log_marginal import LogMarginal
 
@@ -45,23 +43,29 @@ class Scores:
         self.path = directory / FOLDER / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.csv"
         self.header = f"# {text}\n"
         self.settings = settings
-        self.blocks: dict[tuple[int, int], LogMarginal] = {}
+        self.blocks = self.read()
+        self.found = len({row for start, rows in self.blocks for row in range(start, start + rows)})
+
+    def read(self) -> "dict[tuple[int, int], LogMarginal]":
+        """The whole blocks in the file, by first row and number of rows."""
         try:
             lines = self.path.read_text(errors="replace").splitlines(keepends=True)
         except FileNotFoundError:
-            lines = []
+            return {}
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be read ({error.strerror or error})") from error
+        blocks: dict[tuple[int, int], LogMarginal] = {}
         held: list[str] = []
+        names = heading(self.settings["K"]).count(",")
         for line in lines:
             if end := re.match(r"# rows (\d+) to (\d+), ", line):
                 block = held[-(int(end[2]) - int(end[1]) + 1) :]
-                if block and line == closing(block) and block[0].count(",") == self.columns():
-                    self.blocks[int(end[1]), len(block)] = self.parse(block)
+                if block and line == closing(block) and block[0].count(",") == names:
+                    blocks[int(end[1]), len(block)] = self.parse(block)
                 held = []
             elif line[0].isdigit():
                 held.append(line)
-        self.found = len({row for start, rows in self.blocks for row in range(start, start + rows)})
+        return blocks
 
     def get(self, start: int, rows: int) -> "LogMarginal | None":
         """The block of so many rows that begins at that row, if it was scored."""
@@ -73,7 +77,6 @@ class Scores:
         Raises:
             OutputError: the disk refused; what was written before is intact.
         """
-        self.blocks[start, len(result.estimate)] = result
         text = self.body(start, result)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +84,7 @@ class Scores:
             try:
                 # A line that a crash cut off is ended first. One write: processes side by side do not mix their lines.
                 end = os.fstat(descriptor).st_size
-                first = self.header + ",".join(["row", *table_of(result)]) + "\n" if end == 0 else "\n"
+                first = self.header + heading(self.settings["K"]) if end == 0 else "\n"
                 data = (first + text).encode()
                 if os.write(descriptor, data) != len(data):
                     raise OSError(None, "the disk is full")
@@ -116,33 +119,27 @@ class Scores:
             return made
         return Sandwich(torch.empty(0), forward, reverse, acceptance, self.settings["K"], annealed)
 
-    def columns(self) -> int:
-        """How many numbers a row has."""
-        from pyrovae.inference.log_marginal import PER_ROW, curve_sizes
-
-        return len(PER_ROW) + len(curve_sizes(self.settings["K"]))
-
     def tidy(self, rows: int) -> None:
         """When all rows are scored, write each once, without what a crash or a process beside this one left.
 
         Raises:
             OutputError: the disk refused; the earlier file is intact.
         """
-        text, start = "", 0
+        text, start = self.header + heading(self.settings["K"]), 0
+        blocks = self.read()
         while start < rows:
-            lengths = [n for first, n in self.blocks if first == start]
+            lengths = [n for first, n in blocks if first == start]
             if not lengths:
                 return
-            text += self.body(start, self.blocks[start, max(lengths)])
+            text += self.body(start, blocks[start, max(lengths)])
             start += max(lengths)
-        heading = self.header + ",".join(["row", *table_of(next(iter(self.blocks.values())))]) + "\n"
-        if self.path.read_text(errors="replace") != heading + text:
-            write_atomically(self.path, heading + text)
+        if self.path.read_text(errors="replace") != text:
+            write_atomically(self.path, text)
 
     @staticmethod
     def body(start: int, result: "LogMarginal") -> str:
         """A block as text."""
-        rows = zip(*(column.tolist() for column in table_of(result).values()), strict=True)
+        rows = result.columns().T.tolist()
         lines = [f"{start + i},{','.join(map(repr, values))}\n" for i, values in enumerate(rows)]
         return "".join(lines) + closing(lines)
 
@@ -150,24 +147,18 @@ class Scores:
         """A block's lines as results."""
         import torch
 
-        from pyrovae.inference.log_marginal import PER_ROW, LogMarginal, curve_sizes
+        from pyrovae.inference.log_marginal import LogMarginal
 
         values = torch.tensor([list(map(float, line.split(",")[1:])) for line in lines], dtype=torch.float64)
-        columns: dict[str, Any] = dict(zip(PER_ROW, values.T[: len(PER_ROW)], strict=True))
-        columns["zero_weights"] = columns["zero_weights"].long()
-        sizes = curve_sizes(self.settings["K"])
-        curve = dict(zip(sizes, values.T[len(PER_ROW) :], strict=True))
-        return LogMarginal(
-            **columns, curve=curve, num_particles=self.settings["K"], estimator=self.settings["estimator"]
-        )
+        return LogMarginal.from_columns(values.T, self.settings["K"], self.settings["estimator"])
 
 
-def table_of(result: "LogMarginal") -> "dict[str, Tensor]":
-    """What is kept of each row, by the name of its column."""
-    from pyrovae.inference.log_marginal import PER_ROW
+def heading(num_particles: int) -> str:
+    """The names of the columns, as a line."""
+    from pyrovae.inference.log_marginal import PER_ROW, curve_sizes
 
-    columns = {"log_marginal" if name == "estimate" else name: getattr(result, name) for name in PER_ROW}
-    return columns | {f"L_{k}": values for k, values in result.curve.items()}
+    names = ["log_marginal" if name == "estimate" else name for name in PER_ROW]
+    return ",".join(["row", *names, *(f"L_{k}" for k in curve_sizes(num_particles))]) + "\n"
 
 
 def closing(lines: list[str]) -> str:

@@ -5,6 +5,8 @@
 from pyrovae.inference.annealed import Annealed as Annealed
 from pyrovae.inference.annealed import Sandwich as Sandwich
 from pyrovae.inference.annealed import sandwich as sandwich
+from pyrovae.inference.compiled import Compiled as Compiled
+from pyrovae.inference.compiled import worth_compiling as worth_compiling
 from pyrovae.inference.diagnostics import measure as measure
 from pyrovae.inference.gaps import Gaps as Gaps
 from pyrovae.inference.gaps import gaps as gaps

@@ -5,7 +5,6 @@ References:
 """
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -33,16 +32,14 @@ def means(values: Tensor, resamples: int = RESAMPLES, seed: int = 0) -> Tensor:
     # Sums of small differences lose fewer digits.
     center = values.mean(-1, keepdim=True)
 
-    def blocks() -> Iterator[Tensor]:
-        at_once = max(1, MOST_AT_ONCE // rows)
-        for start in range(0, resamples, at_once):
-            size = min(at_once, resamples - start)
-            drawn = torch.randint(rows, (size, rows)) + rows * torch.arange(size).unsqueeze(1)
-            counts = torch.bincount(drawn.flatten(), minlength=size * rows).view(size, rows).double()
-            yield counts @ (values - center).T / rows + center.T
-
+    # Written into one tensor: small results kept one by one would sit where the next large one might have been.
+    result = torch.empty(resamples, len(values), dtype=torch.float64)
     with seeded(seed, "bootstrap"):
-        return torch.cat(list(blocks()))
+        for block in result.split(max(1, MOST_AT_ONCE // rows)):
+            drawn = torch.randint(rows, (len(block), rows)) + rows * torch.arange(len(block)).unsqueeze(1)
+            counts = torch.bincount(drawn.flatten(), minlength=len(block) * rows).view(len(block), rows).double()
+            block.copy_(counts @ (values - center).T / rows + center.T)
+    return result
 
 
 def interval(values: Tensor, level: float = 0.95, seed: int = 0) -> list[float]:

@@ -77,6 +77,18 @@ class LogMarginal:
     num_particles: int
     estimator: str
 
+    def columns(self) -> Tensor:
+        """All numbers of each row: those of `PER_ROW`, then the curve; shape (columns, N)."""
+        return torch.stack([*(getattr(self, name).double() for name in PER_ROW), *self.curve.values()])
+
+    @classmethod
+    def from_columns(cls, columns: Tensor, num_particles: int, estimator: str) -> "LogMarginal":
+        """The inverse of `columns`, for estimates by draws."""
+        values: dict[str, Tensor] = dict(zip(PER_ROW, columns, strict=False))
+        values["zero_weights"] = values["zero_weights"].long()
+        curve = dict(zip(curve_sizes(num_particles), columns[len(PER_ROW) :], strict=True))
+        return cls(**values, curve=curve, num_particles=num_particles, estimator=estimator)
+
     @property
     def invalid(self) -> list[int]:
         """Rows whose estimate is not a finite number."""
@@ -173,7 +185,8 @@ def log_marginal(
     if store is not None and seed is None:
         raise UsageError("store: needs a seed, so that an evaluation that goes on draws what it would have drawn")
     rows, chunk = block_of(x, num_particles, chunk_size)
-    blocks = []
+    # Allocated first: the results of blocks kept one by one would sit where the next large tensor might have been.
+    columns = torch.empty(len(PER_ROW) + len(curve_sizes(num_particles)), len(x), dtype=torch.float64)
     with evaluating(model, guide), torch.no_grad():
         for start in range(0, len(x), rows):
             block = x[start : start + rows]
@@ -188,10 +201,10 @@ def log_marginal(
                 result = summarise(log_w.double().cpu(), proposal.name, rounding)
                 if store is not None:
                     store.put(start, result)
-            blocks.append(result)
+            columns[:, start : start + rows] = result.columns()
             if progress is not None:
                 progress(start + len(block))
-    return join(blocks)
+    return LogMarginal.from_columns(columns, num_particles, proposal.name)
 
 
 def block_of(x: Tensor, num_particles: int, chunk_size: int | None = None) -> tuple[int, int]:
