@@ -221,7 +221,7 @@ def test_intervals_have_the_digits_that_their_width_allows(value, low, high, tex
         (math.nan, 1.0, "-"),
         (None, None, "-"),
         (0.0, 0.0, "0.00 ± 0.00"),
-        (1.0, 1e-9, "1.000000 ± 0.000000"),
+        (1.0, 1e-9, "1.0000 ± 0.0000"),
     ],
 )
 def test_numbers_have_the_digits_that_their_error_allows(value, error, text):

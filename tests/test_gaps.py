@@ -21,7 +21,7 @@ from pyrovae import fit, plots
 from pyrovae import gaps as gaps_command
 from pyrovae.command import main
 from pyrovae.errors import PairError, UsageError
-from pyrovae.inference import diagnostics
+from pyrovae.inference import IWAE, diagnostics
 from pyrovae.inference.diagnostics import Estimate, information, units
 from pyrovae.inference.gaps import QUANTITIES, Gaps, family_of, gaps
 from pyrovae.inference.individual import Individual
@@ -472,3 +472,27 @@ def test_the_figure_leads_from_the_elbo_to_log_p():
     assert sorted(bar.get_height() for bar in right.patches) == [0.001, 0.5, 3.0]
     with pytest.raises(UsageError, match="table: expected the columns"):
         plots.gaps(table.drop(columns="gap"), elbo=0.0)
+
+
+def test_the_noise_of_averages_is_no_activity() -> None:
+    """The upper of two layers has E[z2|x] = E[z1] = 0 for every x; ten draws of z1 differ between rows by chance."""
+
+    def latents(x: Tensor) -> None:
+        z1 = pyro.sample("z1", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+        pyro.sample("z2", dist.Normal(z1, 1.0).to_event(1))
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            latents(x)
+            pyro.sample("x", dist.Normal(x.new_zeros(()), 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            latents(x)
+
+    x = torch.randn(1500, dtype=torch.float64)
+    found = diagnostics.units(model, guide, x, 10)
+    assert found.active_by_variance == 0
+    assert found.active_by_kl == 0
+    report = diagnostics.measure(model, guide, x.split(500), IWAE(10))
+    assert report["active_units"] == 0

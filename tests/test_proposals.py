@@ -98,7 +98,8 @@ def test_components_are_drawn_at_their_shares(k: int) -> None:
     expected = k * torch.tensor(shares, dtype=torch.float64).unsqueeze(1)
     assert ((counts - expected).abs() < 1).all()
     assert_mean(counts.T, expected.flatten())
-    parts = [{"z": 100.0 * j + torch.arange(k).expand(5000, k).T} for j in range(3)]
+    most = [min(k, math.floor(k * share) + 1) for share in shares]
+    parts = [{"z": 100.0 * j + torch.arange(n).expand(5000, n).T} for j, n in enumerate(most)]
     values = pick(parts, systematic(shares, k, torch.zeros(5000)))["z"]
     assert all(len(set(row.tolist())) == k for row in values.T[:50]), "a draw was used twice"
 
