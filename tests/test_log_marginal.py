@@ -218,6 +218,16 @@ def test_khat_is_nan_where_there_are_too_few_draws() -> None:
         assert bool(result.standard_error.isnan().all()) == (K == 1)
 
 
+def test_a_tail_of_equal_weights_is_a_light_one() -> None:
+    """Two values of a discrete latent give two weights: bounded, not called equal, and no error."""
+    w = torch.ones(200, 2, dtype=torch.float64)
+    w[:120] = 3.0
+    w[0, 1] = 2.0
+    result = summarise(w.log())
+    assert result.pareto_k.tolist() == [-1.0, -1.0]
+    assert not result.over_threshold.any()
+
+
 def test_k_threshold() -> None:
     """min(1 - 1/log10 K, 0.7)."""
     log_w = torch.randn(1, 2, dtype=torch.float64)

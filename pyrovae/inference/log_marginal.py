@@ -56,8 +56,8 @@ class LogMarginal:
         estimate: log p(x), shape (N,). For K draws from a guide, a lower bound in expectation.
         standard_error: Monte Carlo error of `estimate`, shape (N,); 0 where exact, NaN for K = 1.
         ess: Effective sample size of the weights, from 1 to K, shape (N,).
-        pareto_k: k-hat, shape (N,); 0 where all weights are equal, NaN where K is too small to tell, or almost all
-            weight is on too few draws.
+        pareto_k: k-hat, shape (N,); 0 where all weights are equal, -1 where the largest are, NaN where K is too small
+            to tell, or almost all weight is on too few draws.
         elbo: Mean log-weight, shape (N,).
         jackknife: `estimate` less its bias of order 1/K, shape (N,); no bound, and NaN for K = 1.
         zero_weights: How many of the K weights are 0, shape (N,).
@@ -282,7 +282,12 @@ def pareto_k(log_w: Tensor, rounding: float = 0.0) -> Tensor:
     # Weights that differ by no more than rounding have no tail; a single one is equal to itself, and says nothing.
     constant = (spread <= max(1e-8, rounding) * (1 + log_w[0].abs())) & spread.isfinite() & (len(log_w) > 1)
     result[constant] = 0.0
-    varying = ~constant & log_w.max(0).values.isfinite()
+    # A tail of equal weights, as discrete latents give, ends where it begins; ArviZ has no answer, or an error, to it.
+    tail = log_w.topk(math.ceil(min(0.2 * len(log_w), 3 * math.sqrt(len(log_w)))), 0).values
+    flat = ~constant & (tail[0] - tail[-1] <= max(1e-8, rounding) * (1 + tail[0].abs())) & tail[0].isfinite()
+    if len(log_w) >= LEAST_DRAWS_FOR_TAIL:
+        result[flat] = -1.0
+    varying = ~constant & ~flat & log_w.max(0).values.isfinite()
     if len(log_w) >= LEAST_DRAWS_FOR_TAIL and varying.any():
         khat = psis_khat(log_w[:, varying].T.contiguous().numpy())
         result[varying] = torch.where(torch.from_numpy(khat).isfinite(), torch.from_numpy(khat), math.nan)
