@@ -175,18 +175,18 @@ def table(scored: Sequence[Scored], seed: int = 0) -> "pd.DataFrame":
     import pandas as pd
     import torch
 
-    from pyrovae.inference.bootstrap import means
+    from pyrovae.inference.bootstrap import ends, means
     from pyrovae.inference.log_marginal import FROM_GUIDE, standard_error
 
     ranked = sorted(scored, key=lambda s: s.estimate.mean().nan_to_num(nan=-float("inf")).item(), reverse=True)
     estimates = torch.stack([entry.estimate for entry in ranked])
     estimates[~estimates.isfinite().all(1)] = math.nan  # else resamples without the bad rows would count
     resampled = means(estimates, seed=seed)
-    lows, highs = between(resampled)
-    difference_lows, difference_highs = between(resampled - resampled[:, :1])
+    lows, highs = ends(resampled)
+    difference_lows, difference_highs = ends(resampled - resampled[:, :1])
     ranks = 1 + (resampled[:, None] > resampled[:, :, None]).sum(-1)
     # Ranks are whole numbers: no interpolation between two.
-    rank_lows, rank_highs = between(ranks.double(), "nearest")
+    rank_lows, rank_highs = ends(ranks.double(), interpolation="nearest")
     records = []
     for i, entry in enumerate(ranked):
         judgement, finite = entry.verdict, bool(estimates[i].isfinite().all())
@@ -220,15 +220,6 @@ def table(scored: Sequence[Scored], seed: int = 0) -> "pd.DataFrame":
         )
     whole = {"rank_low": "Int64", "rank_high": "Int64", "K": "Int64"}
     return pd.DataFrame(records, columns=list(COLUMNS)).astype(whole | {"spread": float, "elbo": float})
-
-
-def between(resampled: "Tensor", interpolation: str = "linear") -> tuple[list[float], list[float]]:
-    """The ends of 95 % of resamples (B, M), for each of M models."""
-    import torch
-
-    tails = torch.tensor([0.025, 0.975], dtype=resampled.dtype)
-    low, high = torch.quantile(resampled, tails, dim=0, interpolation=interpolation)
-    return low.tolist(), high.tolist()
 
 
 def readable(frame: "pd.DataFrame") -> "pd.DataFrame":

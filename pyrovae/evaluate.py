@@ -391,15 +391,19 @@ def in_words(forms: dict[str, str]) -> str:
     return kinds.pop() if len(kinds) == 1 else ", ".join(f"{site} {form}" for site, form in forms.items())
 
 
-def describe(name: str, values: Report) -> str:
-    """The report as a table to read."""
+def heading(name: str, values: Report) -> list[str]:
+    """What a report is about, in two lines: the rows, and what log p(x) is of them."""
     split = values["split"]
     which = f"{'all' if values['rows'] == values['rows_in_split'] else 'the first'} {values['rows']} {split} rows"
-    lines = [
+    return [
         f"{name}: {which}{' (the rows it was trained on)' if split == 'train' else ''}",
         f"{values['measure']}{', binarisation ' + values['binarize'] if values['binarize'] else ''}; nats per datum",
-        "",
     ]
+
+
+def describe(name: str, values: Report) -> str:
+    """The report as a table to read."""
+    lines = [*heading(name, values), ""]
 
     def line(label: str, value: str, note: str = "") -> None:
         lines.append(f"  {label:<26}{value:>18}{'   ' + note if note else ''}".rstrip())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyrovae.command import add_option, given, main, parser
 from pyrovae.errors import NumericalError, UsageError
-from pyrovae.evaluate import SPLITS, Report, number, pick_device, rows_of, whole_option
+from pyrovae.evaluate import SPLITS, Report, heading, number, pick_device, rows_of, whole_option
 from pyrovae.run import Run, open_run
 
 if TYPE_CHECKING:
@@ -121,12 +121,11 @@ def report(result: "Gaps", rows: "Rows", split: str, seed: int, device: str) -> 
 
 def describe(name: str, values: Report) -> str:
     """The report as a table to read."""
-    split, family = values["split"], values["family"]
-    which = f"{'all' if values['rows'] == values['rows_in_split'] else 'the first'} {values['rows']} {split} rows"
+    family = values["family"]
+    rows, measure = heading(name, values)
     lines = [
-        f"{name}: {which}{' (the rows it was trained on)' if split == 'train' else ''}",
-        f"{values['measure']}{', binarisation ' + values['binarize'] if values['binarize'] else ''}; nats per datum, "
-        f"K = {values['K']}",
+        rows,
+        f"{measure}, K = {values['K']}",
         "",
         f"  {'':<34}{'mean ± error over rows':>24}{'Monte Carlo error':>20}",
     ]

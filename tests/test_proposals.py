@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from conftest import assert_mean
+from test_log_marginal import GaussianPair
 from torch import Tensor
 from torch.distributions import Normal
 from torch.testing import assert_close
@@ -17,27 +18,6 @@ from pyrovae.inference.log_weights import draw, log_mean_exp
 from pyrovae.inference.proposals import FromGuide, FromPrior, Widened, density, draw_guide, inflated, pick, systematic
 from pyrovae.models import MLP, FullCovarianceNormal, HierarchicalVAE, LowRankNormal, MeanFieldNormal, StandardNormal
 from pyrovae.models import Gaussian as GaussianLikelihood
-
-
-class GaussianPair:
-    """z ~ N(0, 1), x|z ~ N(z, 1): p(z|x) = N(x/2, 1/2), log p(x) = N(0, 2); the guide's width and place are free."""
-
-    def __init__(self, width: float = 1.0, shift: float = 0.0) -> None:
-        self.width, self.shift = width, shift
-
-    def model(self, x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def guide(self, x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x / 2 + self.shift, self.width * math.sqrt(0.5)))
-
-    @staticmethod
-    def log_prob(x: Tensor) -> Tensor:
-        return Normal(0.0, math.sqrt(2)).log_prob(x)
-
 
 X = torch.tensor([-2.0, 0.3, 1.5], dtype=torch.float64)
 PROPOSALS = [

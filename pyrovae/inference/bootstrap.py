@@ -46,5 +46,12 @@ def interval(values: Tensor, level: float = 0.95, seed: int = 0) -> list[float]:
     """The percentile interval of the mean of values (N,): its lower and upper end; NaN for a single value."""
     if len(values) < 2:
         return [math.nan, math.nan]
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    return torch.quantile(means(values.unsqueeze(0), seed=seed).squeeze(-1), tails).tolist()
+    (low,), (high,) = ends(means(values.unsqueeze(0), seed=seed), level)
+    return [low, high]
+
+
+def ends(resampled: Tensor, level: float = 0.95, interpolation: str = "linear") -> tuple[list[float], list[float]]:
+    """Between what the level's share of resamples (B, M) lies: the lower and upper ends for each of M models."""
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=resampled.dtype)
+    low, high = torch.quantile(resampled, tails, dim=0, interpolation=interpolation)
+    return low.tolist(), high.tolist()
