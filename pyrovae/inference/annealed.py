@@ -181,11 +181,7 @@ class Path:
         """(log p(x, u), log q(u|x)), or (log p(x|u), log p(u)) where the prior is the start: each of shape (C, N)."""
         space, shape = self.space, self.shape
         values, log_det = space.split(u)
-        with At(values):
-            sites = sample_sites(run(space.model, "model", space.x, shape[0]))
-        log_p = {name: log_prob(site, f"model site '{name}'", shape) for name, site in sites.items()}
-        log_likelihood = sum((v for name, v in log_p.items() if name not in values), torch.zeros_like(log_det))
-        log_prior = sum((log_p[name] for name in values), log_det)
+        log_likelihood, log_prior = space.of_model(values, log_det)
         if self.start == "prior":
             return log_likelihood, log_prior
         if self.guide_sites is None:

@@ -89,11 +89,16 @@ class Unconstrained:
 
     def log_joint(self, u: Tensor) -> Tensor:
         """log p(x, u) at u (K, N, U), shape (K, N); the guide is not run."""
-        values, log_det = self.split(u)
+        return sum(self.of_model(*self.split(u)), u.new_zeros(u.shape[:2]))
+
+    def of_model(self, values: dict[str, Tensor], log_det: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(x|u) and log p(u) at what `split` gave for u, each of shape (K, N); the guide is not run."""
+        k, n = log_det.shape
         with At(values):
-            sites = sample_sites(run(self.model, "model", self.x, len(u)))
-        log_p = [log_prob(site, f"model site '{name}'", (len(u), u.shape[1])) for name, site in sites.items()]
-        return torch.stack(log_p).sum(0) + log_det
+            sites = sample_sites(run(self.model, "model", self.x, k))
+        log_p = {name: log_prob(site, f"model site '{name}'", (k, n)) for name, site in sites.items()}
+        log_likelihood = sum((v for name, v in log_p.items() if name not in values), torch.zeros_like(log_det))
+        return log_likelihood, sum((log_p[name] for name in values), log_det)
 
     def __call__(self, u: Tensor) -> Densities:
         """The log-densities at u, shape (K, N, U)."""
