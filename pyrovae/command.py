@@ -131,6 +131,11 @@ def main(command: str, run: Callable[[list[str]], int | None], argv: Sequence[st
     sys.exit(code)
 
 
+LESS_MEMORY = (
+    "Draw fewer of the K particles at a time (fit --particle-chunk, evaluate --chunk-size) or lower --batch-size"
+)
+
+
 def explain(error: Exception) -> tuple[int, str]:
     """Exit code and one line for an error."""
     line = re.sub(r"\s*\n\s*", " ", str(error)).strip() or type(error).__name__
@@ -141,9 +146,9 @@ def explain(error: Exception) -> tuple[int, str]:
         isinstance(error, RuntimeError) and any(m in line for m in memory)
     ):
         line = re.sub(r"^\[.*?\] .*?: (?=can't|not)", "", line)
-        return 4, f"out of memory: {line.split('.')[0]}. Lower --K or --batch-size, or for log p(x) --chunk-size"
+        return 4, f"out of memory: {line.split('.')[0]}. {LESS_MEMORY}"
     if isinstance(error, MemoryError):
-        return 4, "out of memory. Lower --K or --batch-size, or for log p(x) --chunk-size"
+        return 4, f"out of memory. {LESS_MEMORY}"
     if isinstance(error, OSError):
         return OutputError.code, line
     return 1, f"{type(error).__name__}: {line} (a defect; --debug shows where)"

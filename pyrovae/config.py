@@ -298,6 +298,13 @@ OPTIONS: dict[str, dict[str, Setting]] = {
             "and test rows are always fixed",
             "HOW",
         ),
+        "stream": Setting(
+            when,
+            "auto",
+            "read training rows of a .npy from the file at every step: auto (where they do not fit in memory), on or "
+            "off (default auto)",
+            "WHEN",
+        ),
         "standardize": Setting(flag, False, "centre and scale continuous columns by the training rows"),
     },
     "Training": {
@@ -314,6 +321,22 @@ OPTIONS: dict[str, dict[str, Setting]] = {
         "patience": Setting(whole(1), None, "stop after so many epochs without a better validation bound", "INT"),
         "seed": Setting(whole(0, 2**63 - 1), None, "of everything random (default: drawn, printed and stored)", "INT"),
         "device": Setting(text, "auto", "auto, cpu, cuda or cuda:N (default auto)", "NAME"),
+        "compile": Setting(
+            when,
+            "auto",
+            "compile the training step: auto (where the run is long enough to repay it), on or off (default auto)",
+            "WHEN",
+        ),
+        "precision": Setting(
+            one_of("fp32", "tf32", "bf16-mixed"),
+            "fp32",
+            "of matrix products and convolutions: fp32, tf32 (CUDA) or bf16-mixed; all else is in single precision "
+            "(default fp32)",
+            "NAME",
+        ),
+        "particle_chunk": Setting(
+            whole(1), None, "draw so many of the K particles at a time, to save memory; the gradient is of all", "INT"
+        ),
     },
     "Evaluation": {
         "eval_K": Setting(whole(1), 1000, "particles for the test log p(x) at the end (default 1000)", "INT"),
@@ -324,7 +347,7 @@ SETTINGS = {name: setting for group in OPTIONS.values() for name, setting in gro
 # What a run adds to the options in its config.yaml.
 DERIVED = ("data_hash", "event_shape", "version")
 # What may differ between a run and its resumption.
-RESUMABLE = ("epochs", "patience", "eval_K", "eval_rows", "device")
+RESUMABLE = ("epochs", "patience", "eval_K", "eval_rows", "device", "compile", "particle_chunk", "stream")
 
 
 def option(key: str) -> str:
@@ -358,7 +381,9 @@ def resolve(given: Config) -> Config:
             "a mixture is fit by its exact log p(x)",
         )
         refuse(given, ("eval_K",), "the log p(x) of a mixture is exact")
-        for name in ("elbo", "K", "M", "latent_dim", "eval_K"):
+        refuse(given, ("particle_chunk",), "a mixture has no particles")
+        refuse(given, ("precision",), "a mixture is fit and scored in single precision")
+        for name in ("elbo", "K", "M", "latent_dim", "eval_K", "precision"):
             config[name] = None
         config["likelihood"] = choose_measure(given.get("likelihood"))
     else:
@@ -482,7 +507,7 @@ def build_rows(config: Config) -> "Rows":
 
     if config["data_root"] is not None and str(config["data"]).lower().replace("_", "-") not in DOWNLOADED:
         raise UsageError(f"--data-root: not used by --data {config['data']}; it is for {', '.join(DOWNLOADED)}")
-    data = load_data(config["data"], config["data_root"])
+    data = load_data(config["data"], config["data_root"], stream=config["stream"])
     if config["likelihood"] is None:
         binarised = config["binarize"] is not None
         measure = "mass" if binarised else default_measure(data)

@@ -18,6 +18,10 @@ never are, and neither they nor the splits depend on a global seed.
 Named sources: `digits` comes with scikit-learn; `mnist`, `fashion-mnist`, `kmnist`, `emnist` (its "balanced" split),
 `omniglot`, `cifar10`, `svhn` and `celeba` are read by torchvision; `three-gaussians`, `ring` and `pinwheel` are drawn
 in the plane. Any other source is a path: .npz, .npy, .csv, or a folder of images.
+
+The training rows of a .npy file that does not fit in memory stay in it (`pyrovae.streaming`). Nothing depends on
+whether they do: splits are a function of the number of rows, and what is found out about all rows (that they are
+finite, or binary; their hash, moments and overlap) is computed block by block, in the order of the source.
 """
 
 import csv
@@ -29,9 +33,10 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
@@ -40,9 +45,12 @@ import torch
 from torch import Tensor
 
 from pyrovae.errors import DataError, UsageError
+from pyrovae.streaming import Conversion, MappedRows, read
+from pyrovae.summary import Moments, Part, summarise
 
 SPLITS = ("train", "validation", "test")
 BINARIZE = ("dynamic", "fixed", "threshold")
+STREAM = ("auto", "on", "off")
 
 # torchvision's class for each name, and the arguments that select each split it has.
 _BY_TRAIN: dict[str, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
@@ -65,7 +73,8 @@ _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".
 # Fixed seeds, one for each use, so that no two uses share a stream.
 _SEED = {"permutation": 1, "plane": 2, "train": 3, "validation": 4, "test": 5}
 _PLANE_ROWS = 5000
-_OVERLAP_BYTES = 2**30  # above this, rows are not compared: it would take seconds, and memory for a copy
+_HELD_OUT = 10_000  # rows of validation and test at most, where they are taken off the training rows
+_POSITION = 16  # bytes of memory for each row that stays in its file: its place, and room to draw it
 
 
 @dataclass(frozen=True)
@@ -163,7 +172,8 @@ class Rows:
     """What a model of one measure trains on and is scored on.
 
     Attributes:
-        train: Compact training rows (uint8 stays uint8), shape (N, *event); index a batch, then `transform` it.
+        train: Compact training rows (uint8 stays uint8), shape (N, *event); index a batch, then `transform` it. Rows
+            that stay in their file are read when indexed, by a tensor or a slice.
         transform: A batch of `train` -> float32 x of the same shape, on the batch's device. Under dynamic
             binarisation and dequantisation every call draws anew, from torch's global generator of that device.
         validation: Fixed float32 rows.
@@ -176,7 +186,7 @@ class Rows:
         notices: Sentences for the user: those of the data, then those of the measure.
     """
 
-    train: Tensor = field(repr=False)
+    train: Tensor | MappedRows = field(repr=False)
     transform: Callable[[Tensor], Tensor]
     validation: Tensor = field(repr=False)
     test: Tensor = field(repr=False)
@@ -198,21 +208,24 @@ class Data:
 
     Attributes:
         name: The named source, or the file's name.
-        train: uint8 levels, uint8 zeros and ones, or float32; shape (N, *event), images channels first.
-        validation: Likewise.
+        train: uint8 levels, uint8 zeros and ones, or float32; shape (N, *event), images channels first. `MappedRows`
+            if they stay in their file.
+        validation: Likewise, and always in memory.
         test: Likewise.
         labels: int64 labels under "train", "validation" and "test"; None where there are none.
         levels: Number of grey levels: 256 for uint8, 17 for digits, None for binary and continuous data.
-        hash: SHA-256, in hex, over dtype, shape and bytes of the three splits.
+        moments: Range, means and deviations of continuous data; None for levels and for binary data.
+        hash: SHA-256, in hex, over the dtype, shape and bytes of what the source holds, in its order.
         notices: Sentences for the user: rows found in train and test, columns not used, ...
     """
 
     name: str
-    train: Tensor = field(repr=False)
+    train: Tensor | MappedRows = field(repr=False)
     validation: Tensor = field(repr=False)
     test: Tensor = field(repr=False)
     labels: dict[str, Tensor | None] = field(repr=False)
     levels: int | None
+    moments: Moments | None = field(repr=False)
     hash: str
     notices: tuple[str, ...]
 
@@ -257,22 +270,23 @@ class Data:
         if self.binary and binarize is not None:
             raise UsageError(f"{self.name}: binary data has nothing to binarise; leave out --binarize {binarize}")
         if not self.binary:
-            if self.levels is None:
-                self._require_probabilities(binarize)
+            if self.moments is not None:
+                self._require_probabilities(self.moments, binarize)
             binarize = binarize or "dynamic"
             transform = Threshold(self.levels) if binarize == "threshold" else Bernoulli(self.levels)
         dimensions = math.prod(self.event_shape)
         measure = Measure("mass", f"mass on {{0,1}}^{dimensions}", None, dimensions)
-        if binarize in ("fixed", "threshold"):
+        if binarize == "fixed":
+            if isinstance(self.train, MappedRows):
+                remedy = "draws the training rows once and keeps them: choose dynamic or threshold"
+                _require_memory(math.prod(self.train.shape), f"{self.name}, --binarize fixed", remedy)
             train = _drawn(self.train, transform, "train", torch.uint8)
             return self._rows(train, AsFloat(), transform, measure, binarize)
         return self._rows(self.train, transform, transform, measure, binarize)
 
-    def _require_probabilities(self, binarize: str | None) -> None:
-        splits = (self.train, self.validation, self.test)
-        low, high = min(float(x.min()) for x in splits), max(float(x.max()) for x in splits)
-        found = f"{self.name}: values in [{low:.6g}, {high:.6g}]"
-        if low < 0 or high > 1:
+    def _require_probabilities(self, moments: Moments, binarize: str | None) -> None:
+        found = f"{self.name}: values in [{moments.low:.6g}, {moments.high:.6g}]"
+        if moments.low < 0 or moments.high > 1:
             raise DataError(
                 f"{found} have no mass on {{0,1}}: save grey levels as uint8, or scale to [0,1] and choose --binarize, "
                 "or choose --likelihood gaussian"
@@ -301,14 +315,13 @@ class Data:
             measure = Measure("density", words, self.levels, dimensions)
             return self._rows(self.train, dequantize, dequantize, measure, None)
 
-        constant = (self.train == self.train[0]).all(0)
+        assert self.moments is not None
         transform: Transform = AsFloat()
         words = f"density of the data in its own units, {_count(dimensions, 'dimension')}"
         if standardize:
-            sd, mean = torch.std_mean(self.train.double(), 0, correction=0)
-            sd = sd.to(torch.float32).masked_fill(constant, 1.0)
-            transform = Standardize(mean.to(torch.float32), torch.where(sd > 0, sd, 1.0))
+            transform = Standardize(self.moments.mean, self.moments.sd)
             words = f"density of standardised data, {_count(dimensions, 'dimension')}"
+        constant = self.moments.constant
         notices: tuple[str, ...] = ()
         if constant.any():
             notices = (
@@ -320,7 +333,7 @@ class Data:
 
     def _rows(
         self,
-        train: Tensor,
+        train: Tensor | MappedRows,
         transform: Transform,
         fixed: Transform,
         measure: Measure,
@@ -344,17 +357,23 @@ def default_measure(data: Data) -> Literal["mass", "density"]:
     return "mass" if data.binary or grey else "density"
 
 
-def load_data(source: str | Path = "digits", root: str | Path | None = None, download: bool = True) -> Data:
+def load_data(
+    source: str | Path = "digits",
+    root: str | Path | None = None,
+    download: bool = True,
+    stream: Literal["auto", "on", "off"] = "auto",
+) -> Data:
     """Load a named data set or the user's own file, in splits that are the same in every run.
 
     A given test set is kept; validation is then the last min(5000, N // 10) of the N training rows after a fixed
-    permutation (at least one), unless it is given too. Without a test set the rows are permuted and split 80/10/10.
+    permutation (at least one), unless it is given too. Without a test set the rows are permuted and split 80/10/10,
+    but no more than 10,000 rows each go to validation and test, which are held in memory.
 
     Args:
         source: One of `NAMES` (in any case, with `-` or `_`), or a path to
 
             - .npz holding `x`, or `x_train` and `x_test` and perhaps `x_validation`; labels `y`, `y_train`, ...;
-            - .npy holding rows, read through a memory map;
+            - .npy holding rows; the one format whose training rows can stay in the file;
             - .csv, with or without a header, numeric; a column named `y` or `label` holds the labels;
             - a folder of 8-bit images of one size: subfolders `train` and `test` (and `validation`) are the splits,
               other subfolders the labels; one channel if all are grey, otherwise three (alpha is dropped).
@@ -364,38 +383,65 @@ def load_data(source: str | Path = "digits", root: str | Path | None = None, dow
             continuous, in float32.
         root: Directory of torchvision's data sets; by default `pyrovae` in the user's cache, `~/.cache`.
         download: Let torchvision fetch what is not under `root`.
+        stream: Whether training rows stay in their file and are read when used: "auto", if they do not fit in memory
+            and are in a .npy file; "on", always; "off", never. Splits, rows and hash are the same either way. The
+            file has to stay as it is meanwhile: one that is cut short ends the process (SIGBUS).
     Returns:
         The rows as they are. EMNIST is turned upright; Omniglot is 28x28, strokes bright, labels counted through
         from training to test alphabets; CelebA is the central 148x148 pixels at 64x64, without labels.
     Raises:
-        UsageError: `source` is neither a name nor an existing path.
+        UsageError: `source` is neither a name nor an existing path, or its training rows cannot stay in it.
         DataError: missing, damaged, empty, non-finite or non-numeric data, or too much of it for the memory;
             rows and columns in messages are counted from 0.
 
     >>> load_data("digits").event_shape
     (1, 8, 8)
     """
+    _choice("stream", stream, STREAM)
     name = str(source).lower().replace("_", "-")
     if isinstance(source, str) and name in NAMES:
-        where = name
-        found = _named(name, root, download)
+        where, path = name, None
     else:
         path = _existing(source)
         name, where = path.name, _place(source, path)
-        found = _read(path, where)
+    if stream == "on" and (path is None or path.suffix.lower() != ".npy"):
+        raise UsageError(f"stream: only the rows of a .npy file can stay in it, got {where}; save them with np.save")
+    found = _named(name, root, download) if path is None else _read(path, where, stream)
 
     x, notices = found.x, list(found.notices)
-    for split, rows in x.items():
-        _check_shape(rows, f"{where}, {split}")
+    for split, array in x.items():
+        _check_shape(array, f"{where}, {split}")
     _check_agreement(x, where)
-    x, levels = _compact(x, found.levels, where, notices)
     y = _encode(found.y, x, where, notices)
-    x, y = _split(x, y, where)
-    notices += _overlap(x, where)
-    tensors = {split: torch.from_numpy(np.require(rows, requirements=["C", "W"])) for split, rows in x.items()}
-    labels = {split: torch.from_numpy(y[split]) if split in y else None for split in SPLITS}
-    digest = _sha256(tensors.values())
-    return Data(name, **tensors, labels=labels, levels=levels, hash=digest, notices=tuple(notices))
+    parts = _split({split: len(array) for split, array in x.items()}, where, notices)
+    conversion = Conversion.of(x["train"])
+    summary = summarise(x, parts, conversion, where, found.columns)
+    levels = found.levels if _of_levels(x["train"]) and not summary.binary else None
+    if summary.binary:
+        conversion = conversion.binary()
+    elif x["train"].dtype.kind in "iu" and levels is None:
+        notices.append(
+            f"{where}: integers ({x['train'].dtype}) are read as continuous values; save grey levels as uint8"
+        )
+    notices += summary.notices
+
+    labels: dict[str, Tensor | None] = dict.fromkeys(SPLITS)
+    for split, part in parts.items():
+        if part.source in y:
+            of_source = torch.from_numpy(y[part.source])
+            labels[split] = of_source if part.positions is None else of_source[torch.from_numpy(part.positions)]
+    train, validation, test = ((x[parts[split].source], parts[split].positions, conversion) for split in SPLITS)
+    return Data(
+        name,
+        MappedRows(*train) if found.stream else read(*train),
+        read(*validation),
+        read(*test),
+        labels,
+        levels,
+        summary.moments,
+        summary.hash,
+        tuple(notices),
+    )
 
 
 # ---------------------------------------------------------------------------------------------- where rows come from
@@ -408,6 +454,8 @@ class _Found(NamedTuple):
     y: dict[str, np.ndarray]
     levels: int | None = 256  # of uint8 rows
     notices: tuple[str, ...] = ()
+    columns: Sequence[str] | None = None  # their names, for messages
+    stream: bool = False  # whether the training rows stay where they are
 
 
 def _named(name: str, root: str | Path | None, download: bool) -> _Found:
@@ -531,8 +579,12 @@ def _existing(source: str | Path) -> Path:
     raise UsageError(f"unknown data set {source!r}: {hint}Give one of {', '.join(NAMES)}, or a path to {_FORMATS}")
 
 
-def _read(path: Path, where: str) -> _Found:
-    readers = {".npz": _read_npz, ".npy": _read_npy, ".csv": _read_csv}
+def _read(path: Path, where: str, stream: str) -> _Found:
+    readers: dict[str, Callable[[Path, str], _Found]] = {
+        ".npz": _read_npz,
+        ".npy": partial(_read_npy, stream=stream),
+        ".csv": _read_csv,
+    }
     if path.is_dir():
         return _read_folder(path, where)
     reader = readers.get(path.suffix.lower())
@@ -544,14 +596,22 @@ def _read(path: Path, where: str) -> _Found:
         raise DataError(f"{where}: cannot be read ({_one_line(error)})") from error
 
 
-def _read_npy(path: Path, where: str) -> _Found:
+def _read_npy(path: Path, where: str, stream: str) -> _Found:
     size = path.stat().st_size
-    with path.open("rb") as stream:
-        header = _npy_header(stream, where)
+    with path.open("rb") as file:
+        header = _npy_header(file, where)
     if header.nbytes != size:
         raise DataError(f"{where}: expected {header.nbytes} bytes by its header, found {size}; save it again")
-    _require_memory(header.needed, where)
-    return _Found({"train": np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))}, {})
+    streamed = stream == "on" or (stream == "auto" and header.needed > _available_memory())
+    if not streamed:
+        _require_memory(header.needed, where)
+    rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    if streamed and rows.ndim > 1 and rows.size:
+        if not rows.flags.c_contiguous:
+            raise DataError(f"{where}: stored column by column, so rows cannot be read from it; save it in C order")
+        held_out = 2 * min(_HELD_OUT, len(rows)) * rows[0].size
+        _require_memory(_POSITION * len(rows) + 8 * held_out, where)
+    return _Found({"train": rows}, {}, stream=streamed)
 
 
 def _read_npz(path: Path, where: str) -> _Found:
@@ -692,10 +752,9 @@ def _read_csv(path: Path, where: str) -> _Found:
             value = f": {words.iloc[0]!r} in row {words.index[0]}" if len(words) else ""
             raise DataError(f"{where}: column {column!r} is not numeric{value}; leave it out or encode it")
     rows = table.to_numpy()
-    _require_finite(rows.astype(np.float64), rows, where, [str(column) for column in table.columns])
     notices = tuple(f"{where}: column {column!r} is read as labels" for column in labels)
     y = dict(zip(["train"], (column.to_numpy() for column in labels.values()), strict=False))
-    return _Found({"train": rows}, y, notices=notices)
+    return _Found({"train": rows}, y, notices=notices, columns=[str(column) for column in table.columns])
 
 
 def _is_number(cell: str) -> bool:
@@ -827,63 +886,26 @@ def _of_levels(rows: np.ndarray) -> bool:
     return rows.dtype in (np.uint8, np.bool_)
 
 
-def _compact(
-    x: dict[str, np.ndarray], levels: int | None, where: str, notices: list[str]
-) -> tuple[dict[str, np.ndarray], int | None]:
-    """Bring rows to uint8 or float32; return them with their number of levels, None if binary or continuous."""
-    dtype = x["train"].dtype
-    if _of_levels(x["train"]):
-        x = {split: _channels_first(rows.view(np.uint8)) for split, rows in x.items()}
-        return x, None if all(rows.max() <= 1 for rows in x.values()) else levels
-    x = {split: _float32(rows, f"{where}, {split}") for split, rows in x.items()}
-    if all(((rows == 0) | (rows == 1)).all() for rows in x.values()):
-        return {split: rows.astype(np.uint8) for split, rows in x.items()}, None
-    if dtype.kind in "iu":
-        notices.append(f"{where}: integers ({dtype}) are read as continuous values; save grey levels as uint8")
-    return x, None
-
-
-def _channels_first(rows: np.ndarray) -> np.ndarray:
-    if rows.ndim == 3:
-        return rows[:, None]
-    if rows.ndim == 4 and rows.shape[1] not in (1, 3, 4) and rows.shape[3] in (1, 3, 4):
-        return np.moveaxis(rows, 3, 1)
-    return rows
-
-
-def _float32(rows: np.ndarray, where: str) -> np.ndarray:
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found below, and named
-        cast = rows.astype(np.float32, copy=False)
-    _require_finite(cast, rows, where)
-    return cast
-
-
-def _require_finite(cast: np.ndarray, rows: np.ndarray, where: str, columns: Sequence[str] | None = None) -> None:
-    finite = np.isfinite(cast)
-    if finite.all():
-        return
-    row, *element = (int(i) for i in np.unravel_index(np.argmin(finite), finite.shape))
-    column = element[0] if len(element) == 1 else tuple(element)
-    name = f" ({columns[element[0]]!r})" if columns else ""
-    raise DataError(
-        f"{where}: {_count(finite.size - int(finite.sum()), 'value')} NaN, infinite or beyond float32, the first "
-        f"{rows[row, *element]} in row {row}, column {column}{name}; remove or fill such rows"
-    )
-
-
-def _require_memory(needed: int, where: str) -> None:
+def _require_memory(
+    needed: int, where: str, remedy: str = "give fewer rows, or save them as one array in .npy"
+) -> None:
     available = _available_memory()
     if needed > available:
         raise DataError(
             f"{where}: needs about {needed / 2**30:.3g} GiB of memory, {available / 2**30:.3g} GiB is available; "
-            "give fewer rows"
+            f"{remedy}"
         )
 
 
 def _available_memory() -> int:
+    """Bytes that the machine, and the container around this process, leave."""
     import psutil  # type: ignore[import-untyped]
 
-    return psutil.virtual_memory().available
+    available = psutil.virtual_memory().available
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # control groups, versions 2 and 1
+        with suppress(OSError, ValueError):  # there is none, or it sets no limit
+            available = min(available, int(Path("/sys/fs/cgroup", limit).read_text()))
+    return available
 
 
 def _encode(
@@ -911,45 +933,29 @@ def _encode(
     return dict(zip(y, np.split(joined.astype(np.int64), ends), strict=True))
 
 
-def _split(
-    x: dict[str, np.ndarray], y: dict[str, np.ndarray], where: str
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def _split(counts: Mapping[str, int], where: str, notices: list[str]) -> dict[str, Part]:
     """Take validation, and test where none is given, off the end of the training rows in a fixed order."""
-    count = len(x["train"])
-    missing = [split for split in ("validation", "test") if split not in x]
-    held_out = max(1, count // 10) if "test" in missing else min(5000, max(1, count // 10))
+    count = counts["train"]
+    missing = [split for split in ("validation", "test") if split not in counts]
+    tenth = max(1, count // 10)
+    held_out = min(_HELD_OUT if "test" in missing else 5000, tenth)
     first = count - held_out * len(missing)
     if count < 2 or first < 1:
         raise DataError(f"{where}: {_count(count, 'row')}, too few for training, validation and test; give more")
+    parts = {split: Part(split) for split in counts}
     if not missing:
-        return x, y
+        return parts
+    if "test" in missing and held_out < tenth:
+        notices.append(f"{where}: validation and test are {held_out} rows each, not a tenth of {count}")
     order = np.random.default_rng(_SEED["permutation"]).permutation(count)
-    parts = np.split(order, [first + held_out * i for i in range(len(missing))])
-    taken = dict(zip(["train", *missing], parts, strict=True))
-    x = x | {split: np.take(x["train"], index, axis=0) for split, index in taken.items()}
-    if "train" in y:
-        y = y | {split: y["train"][index] for split, index in taken.items()}
-    return x, y
-
-
-def _overlap(x: dict[str, np.ndarray], where: str) -> list[str]:
-    """Count the test rows that are training rows as well, byte for byte."""
-    if x["train"].nbytes + x["test"].nbytes > _OVERLAP_BYTES:
-        return [f"{where}: more than {_OVERLAP_BYTES / 2**30:.3g} GiB, so not searched for rows in both train and test"]
-    train = set(_row_bytes(x["train"]))
-    both = sum(row in train for row in _row_bytes(x["test"]))
-    return [f"{where}: {both} of {_count(len(x['test']), 'test row')} also in train"] if both else []
-
-
-def _row_bytes(rows: np.ndarray) -> list[bytes]:
-    flat = np.ascontiguousarray(rows).reshape(len(rows), -1)
-    return flat.view(f"V{flat.shape[1] * flat.itemsize}")[:, 0].tolist()
+    positions = np.split(order, [first + held_out * i for i in range(len(missing))])
+    return parts | {split: Part("train", at) for split, at in zip(["train", *missing], positions, strict=True)}
 
 
 # ------------------------------------------------------------------------------------------------------ small things
 
 
-def _drawn(rows: Tensor, transform: Transform, split: str, dtype: torch.dtype = torch.float32) -> Tensor:
+def _drawn(rows: Tensor | MappedRows, transform: Transform, split: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """Transform rows once, with the fixed generator of their split; in blocks, to bound memory."""
     generator = torch.Generator("cpu").manual_seed(_SEED[split])
     drawn = torch.empty(rows.shape, dtype=dtype, device="cpu")

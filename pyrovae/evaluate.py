@@ -232,6 +232,7 @@ def report(
     progress: bool = False,
     proposal: "Proposal | None" = None,
     store: "Scores | None" = None,
+    particle_chunk: int | None = None,
 ) -> Report:
     """Everything that is said of a model on some rows, as plain values. Nats per datum unless the name says bits."""
     import pyro
@@ -253,7 +254,7 @@ def report(
     check = check_of(model, x, num_particles, seed, proposal, store)
     judgement = verdict(result, check)
     with seeded(seed, "terms", device=x.device), evaluating(model.model, model.guide):
-        terms = measure(model.model, model.guide, x.split(200), objective)
+        terms = measure(model.model, model.guide, x.split(200), objective, particle_chunk)
         forms = {} if exact else kl_terms(draw(model.model, model.guide, x[:1]))[1]
     values: Report = {
         "verdict": judgement.kind,
@@ -508,6 +509,7 @@ def evaluate(
         progress=True,
         proposal=drawn_from,
         store=scores,
+        particle_chunk=run.config["particle_chunk"],
     ) | {"notices": run.notices}
     name = "evaluation.json" if split == "test" else f"evaluation-{split}.json"
     write_json(run.directory / name, values)

@@ -140,8 +140,6 @@ def command(words: Sequence[str]) -> int:
         if output["resume"] and not resume:
             say("note: the run was stopped before its first checkpoint, so it starts from the beginning")
         fitted, signal = train(config, rows, model, directory, resume, device)
-        for note in fitted.notices:
-            say(f"note: {note}")
         if fitted.stopped == "interrupted":
             say(f"stopped at epoch {len(fitted.history) + 1}, step {fitted.step}; the state is saved. Continue with")
             say(f"  python -m pyrovae.fit --resume {directory}")
@@ -269,13 +267,17 @@ def check_optimizer(config: Config, model: "Model") -> None:
 
 def announce(config: Config, rows: "Rows", model: "Model", directory: Path, device: str) -> None:
     """Say what is about to be trained."""
+    from torch import Tensor
+
     parameters = sum(p.numel() for p in model.parameters())
     how = f", binarisation {rows.binarize}" if rows.binarize else ""
     counts = ", ".join(f"{len(getattr(rows, split))} {split}" for split in ("train", "validation", "test"))
-    say(f"data   {config['data']}: {counts} rows")
+    streamed = "" if isinstance(rows.train, Tensor) else ", training rows read from the file at every step"
+    say(f"data   {config['data']}: {counts} rows{streamed}")
     say(f"       {rows.measure.description}{how}")
     say(f"model  {describe_model(config)}; {parameters:,} parameters")
-    say(f"bound  {describe_bound(config)}; seed {config['seed']}, on {device}")
+    precision = "" if config["precision"] in (None, "fp32") else f", {config['precision']}"
+    say(f"bound  {describe_bound(config)}; seed {config['seed']}, on {device}{precision}")
     say(f"run    {directory}")
 
 
@@ -337,9 +339,13 @@ def train(
             patience=config["patience"],
             seed=config["seed"],
             device=device,
+            compile=config["compile"],
+            precision=config["precision"] or "fp32",
+            particle_chunk=config["particle_chunk"],
             directory=directory,
             resume=resume,
             on_epoch=on_epoch,
+            on_notice=lambda text: say(f"note: {text}"),
             should_stop=lambda: bool(stopped_by()),
         )
         return fitted, stopped_by()
@@ -356,7 +362,14 @@ def conclude(
     model.eval()
     x = rows.test[: config["eval_rows"]].to(device)
     values = report(
-        model, x, rows, num_particles=config["eval_K"], objective=build_objective(config), seed=0, progress=True
+        model,
+        x,
+        rows,
+        num_particles=config["eval_K"],
+        objective=build_objective(config),
+        seed=0,
+        progress=True,
+        particle_chunk=config["particle_chunk"],
     )
     write_json(directory / "evaluation.json", values | {"notices": []})
     refuse_invalid(values)
@@ -416,6 +429,8 @@ def short_table(config: Config, values: dict[str, Any], fitted: "Fit", seconds: 
     if values["bits_per_dimension"] is not None:
         lines.append(("bits per dimension", f"{values['bits_per_dimension']:.4f}", ""))
     epochs = f"{len(fitted.history)} epochs, the best {fitted.best_epoch}; {rate:,.0f} rows/s"
+    if fitted.compile_seconds:
+        epochs += f"; {fitted.compile_seconds:.1f} s of it compiling"
     early = "; stopped early" if fitted.stopped == "early" else ""
     lines.append(("time", f"{seconds:.1f} s", epochs + early))
     head, *rest = lines

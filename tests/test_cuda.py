@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from pyrovae.data import load_data
-from pyrovae.inference import ELBO, IWAE, Renyi, fit, log_marginal
+from pyrovae.errors import NumericalError
+from pyrovae.inference import ELBO, IWAE, Fit, LinearWarmup, Renyi, fit, log_marginal
 from pyrovae.models import (
     MLP,
     VAE,
@@ -119,3 +120,77 @@ def test_resuming_on_the_gpu_is_exact(tmp_path) -> None:
     again = make()
     run(again, "broken", resume=True)
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def test_steps_as_one_cuda_graph_are_the_eager_steps_and_wait_for_nothing() -> None:
+    """With dropout, a schedule of beta and one of the rate, which is captured anew; nothing is read within an epoch."""
+    rows = load_data("digits").rows("mass")
+
+    def run(mode: str) -> tuple[VAE, Fit]:
+        torch.manual_seed(0)
+        guide = MeanFieldNormal(MLP(SHAPE, dropout=0.2), 5)
+        vae = VAE(StandardNormal(5), Bernoulli(MLP(5, SHAPE, dropout=0.2)), guide)
+        steps = 0
+
+        def watched(raw: torch.Tensor) -> torch.Tensor:
+            nonlocal steps
+            steps += 1
+            if steps > 20:  # all is compiled and captured but for the new rate, at the start of the next epoch
+                torch.cuda.set_sync_debug_mode("error")
+            return rows.transform(raw)
+
+        def rest(metrics: dict[str, float]) -> None:
+            nonlocal steps
+            steps = 0
+            torch.cuda.set_sync_debug_mode("default")
+
+        try:
+            result = fit(
+                vae.model, vae.guide, rows.train[:1408], ELBO(beta=LinearWarmup(steps=100)), epochs=4, batch_size=32,
+                transform=watched, device="cuda", progress=False, compile=mode, seed=1, on_epoch=rest,
+                schedule=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.1),
+            )  # fmt: skip
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return vae, result
+
+    (graph, fitted), (eager, wanted) = run("on"), run("off")
+    assert fitted.compiled
+    bounds = [[epoch["train_bound"] for epoch in result.history] for result in (fitted, wanted)]
+    assert bounds[0] == pytest.approx(bounds[1], rel=1e-4)
+    for p, q in zip(graph.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-2, rtol=1e-2)
+
+
+def test_a_bad_row_is_named_at_the_end_of_the_epoch_and_nothing_is_updated_from_it_on() -> None:
+    vae, x = make(density=True), torch.randn(64, *SHAPE)
+    bad = False
+
+    def transform(raw: torch.Tensor) -> torch.Tensor:
+        spoilt = (raw[:, :, :1, :1] == x[40, 0, 0, 0].to(raw.device)) & bad
+        return torch.where(spoilt, 1e30, raw)
+
+    def spoil(metrics: dict[str, float]) -> None:
+        nonlocal bad
+        bad = True
+
+    with pytest.raises(NumericalError, match=r"epoch 2, step \d+: .*rows \[40\]"):
+        fit(
+            vae.model, vae.guide, x, ELBO(), epochs=2, batch_size=8, transform=transform, device="cuda",
+            progress=False, compile="on", on_epoch=spoil,
+        )  # fmt: skip
+    assert all(p.isfinite().all() for p in vae.parameters())
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16-mixed"])
+def test_precisions_train_to_the_bound_of_fp32(precision: str) -> None:
+    rows = load_data("digits").rows("mass")
+    bounds = []
+    for chosen in ("fp32", precision):
+        vae = make()
+        history = fit(
+            vae.model, vae.guide, rows.train, IWAE(5), epochs=10, transform=rows.transform, validation=rows.validation,
+            device="cuda", progress=False, compile="on", precision=chosen,
+        ).history  # fmt: skip
+        bounds.append([history[0]["validation_bound"], history[-1]["validation_bound"]])
+    assert abs(bounds[1][1] - bounds[0][1]) < 0.1 * (bounds[0][1] - bounds[0][0])

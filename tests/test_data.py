@@ -23,6 +23,7 @@ from PIL import Image
 from pyrovae import data as data_module
 from pyrovae.data import NAMES, SPLITS, Data, Measure, default_measure, load_data
 from pyrovae.errors import DataError, UsageError
+from pyrovae.streaming import MappedRows
 
 GREY = np.random.default_rng(0).integers(0, 256, (60, 5, 4), dtype=np.uint8)
 FLOATS = np.random.default_rng(1).standard_normal((60, 3)).astype(np.float32)
@@ -552,6 +553,204 @@ def test_a_folder_of_train_and_test(tmp_path):
     assert data.labels["train"] is None
 
 
+# --------------------------------------------------------------------------------------- training rows in their file
+
+
+def both(path: Path, x: np.ndarray) -> tuple[Data, Data]:
+    """The same file, read into memory and left where it is."""
+    np.save(path, x)
+    memory, mapped = (load_data(path, stream=stream) for stream in ("off", "on"))
+    assert isinstance(memory.train, torch.Tensor)
+    assert isinstance(mapped.train, MappedRows)
+    return memory, mapped
+
+
+RANDOM = np.random.default_rng(4)
+STREAMED = {
+    "grey": RANDOM.integers(0, 256, (300, 7), dtype=np.uint8),
+    "grey images": RANDOM.integers(0, 256, (300, 5, 4), dtype=np.uint8),
+    "colour images": RANDOM.integers(0, 256, (300, 6, 5, 3), dtype=np.uint8),
+    "channels first": RANDOM.integers(0, 256, (300, 3, 5, 4), dtype=np.uint8),
+    "bool": RANDOM.integers(0, 2, (300, 5, 4)).astype(bool),
+    "binary levels": RANDOM.integers(0, 2, (300, 6), dtype=np.uint8),
+    "binary floats": RANDOM.integers(0, 2, (300, 6)).astype(np.float32),
+    "binary doubles": RANDOM.integers(0, 2, (300, 6)).astype(np.float64),
+    "probabilities": RANDOM.random((300, 6)).astype(np.float32),
+    "floats": RANDOM.standard_normal((300, 5, 2)).astype(np.float32),
+    "doubles": RANDOM.standard_normal((300, 3)) * [1, 1e3, 0] + [0, 1e6, 7],
+    "big-endian": RANDOM.standard_normal((300, 3)).astype(">f8"),
+    "integers": RANDOM.integers(-300, 300, (300, 3)),
+}
+MASS = [{"binarize": choice} for choice in (None, "dynamic", "fixed", "threshold")]
+DENSITY = [{"standardize": choice} for choice in (False, True)]
+
+
+@pytest.mark.parametrize("kind", STREAMED)
+@pytest.mark.parametrize("block", [16, 2**20])
+def test_rows_in_their_file_are_the_rows_in_memory(tmp_path, monkeypatch, kind, block):
+    monkeypatch.setattr("pyrovae.streaming._BLOCK", block)
+    memory, mapped = both(tmp_path / "x.npy", STREAMED[kind])
+    for name in ("name", "levels", "hash", "notices", "event_shape", "binary"):
+        assert getattr(mapped, name) == getattr(memory, name)
+    assert (len(mapped.train), mapped.train.shape) == (240, memory.train.shape)
+    assert (mapped.train.dtype, mapped.train.ndim) == (memory.train.dtype, memory.train.ndim)
+    assert torch.equal(mapped.validation, memory.validation)
+    assert torch.equal(mapped.test, memory.test)
+
+    compared = 0
+    for arguments in [{"measure": "mass", **a} for a in MASS] + [{"measure": "density", **a} for a in DENSITY]:
+        try:
+            expected = memory.rows(**arguments)
+        except (DataError, UsageError) as error:
+            with raises(type(error), str(error)):
+                mapped.rows(**arguments)
+            continue
+        compared += 1
+        rows = mapped.rows(**arguments)
+        for name in ("hash", "notices", "measure", "binarize", "event_shape"):
+            assert getattr(rows, name) == getattr(expected, name)
+        assert torch.equal(rows.validation, expected.validation)
+        assert torch.equal(rows.test, expected.test)
+        for index in (torch.tensor([7, 3, 3, 239, -1]), slice(5, 40), slice(None, None, 9), torch.empty(0).long()):
+            batch = rows.train[index]
+            assert torch.equal(batch, expected.train[index])
+            assert batch.is_contiguous() or rows.binarize == "fixed"  # drawn once, and so in memory
+            torch.manual_seed(0)
+            x = rows.transform(batch)
+            torch.manual_seed(0)
+            assert torch.equal(x, expected.transform(expected.train[index]))
+    assert compared
+
+
+def test_what_is_summarised_does_not_depend_on_the_blocks(tmp_path, monkeypatch):
+    """But for rounding: moments of the last block alone, or of it left out, would be far off."""
+    path = saved(tmp_path / "x.npy", x=STREAMED["doubles"])
+    whole = load_data(path)
+    monkeypatch.setattr("pyrovae.streaming._BLOCK", 16)
+    parts = load_data(path)
+    assert (parts.hash, parts.notices) == (whole.hash, whole.notices)
+    assert (parts.moments.low, parts.moments.high) == (whole.moments.low, whole.moments.high)
+    assert torch.allclose(parts.moments.mean, whole.moments.mean, rtol=1e-6)
+    assert torch.allclose(parts.moments.sd, whole.moments.sd, rtol=1e-6)
+    assert parts.moments.constant.tolist() == whole.moments.constant.tolist() == [False, False, True]
+    train = whole.train.double()
+    assert torch.allclose(whole.moments.mean.double(), train.mean(0), rtol=1e-6)
+    assert torch.allclose(whole.moments.sd.double()[:2], train.std(0, correction=0)[:2], rtol=1e-6)
+
+
+def test_binary_data_of_any_type_have_one_hash(tmp_path):
+    hashes = {load_data(saved(tmp_path / "x.npy", x=BITS.astype(t))).hash for t in (np.uint8, bool, np.int64, "f4")}
+    assert len(hashes) == 1
+
+
+def test_rows_in_their_file_are_copies(tmp_path):
+    path = Path(saved(tmp_path / "x.npy", x=FLOATS))
+    path.chmod(0o444)
+    before = path.read_bytes()
+    train = load_data(path, stream="on").train
+    rows = train[torch.arange(5)]
+    expected = rows.clone()
+    rows.fill_(0)
+    assert torch.equal(train[torch.arange(5)], expected)
+    assert path.read_bytes() == before
+
+
+def test_a_file_larger_than_memory_is_read_where_it_is(tmp_path, monkeypatch):
+    x = RANDOM.integers(0, 256, (4000, 100), dtype=np.uint8)
+    path = saved(tmp_path / "x.npy", x=x)
+    monkeypatch.setattr("pyrovae.data._HELD_OUT", 10)
+    memory = load_data(path)
+    monkeypatch.setattr(data_module, "_available_memory", lambda: 3980 * 100 - 1)
+    mapped = load_data(path)
+    assert isinstance(mapped.train, MappedRows)
+    assert mapped.hash == memory.hash
+    assert torch.equal(mapped.train[:], memory.train)
+    with raises(DataError, "--binarize fixed", "choose dynamic or threshold"):
+        mapped.rows("mass", "fixed")
+    monkeypatch.setattr(data_module, "_available_memory", lambda: 10_000)
+    with raises(DataError, "GiB of memory"):  # not even for the places of the rows
+        load_data(path)
+
+
+def test_a_file_that_fits_is_read_into_memory(tmp_path):
+    assert isinstance(load_data(saved(tmp_path / "x.npy", x=GREY)).train, torch.Tensor)
+
+
+def test_validation_and_test_are_10_000_rows_at_most(tmp_path):
+    data = load_data(saved(tmp_path / "x.npy", x=np.arange(200_000, dtype=np.float32)[:, None]))
+    assert [len(getattr(data, split)) for split in SPLITS] == [180_000, 10_000, 10_000]
+    assert any("10000 rows each, not a tenth of 200000" in notice for notice in data.notices)
+    assert len(torch.cat([data.train, data.validation, data.test]).unique()) == 200_000
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".csv", "", "digits"])
+def test_sources_whose_rows_cannot_stay_in_them(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    if suffix == ".npz":
+        np.savez(path, x=FLOATS)
+    elif suffix == ".csv":
+        np.savetxt(path, FLOATS, delimiter=",")
+    elif suffix == "":
+        write_images(path, 10)
+    with raises(UsageError, "stream", ".npy", "np.save"):
+        load_data("digits" if suffix == "digits" else path, stream="on")
+    with raises(UsageError, "stream", "did you mean 'auto'"):
+        load_data("digits", stream="aut")
+
+
+def test_columns_cannot_be_streamed(tmp_path):
+    path = saved(tmp_path / "x.npy", x=np.asfortranarray(FLOATS))
+    with raises(DataError, path, "column by column", "C order"):
+        load_data(path, stream="on")
+
+
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (37, 2), (59, 1)])
+def test_not_finite_in_a_file_is_named_by_its_place_there(tmp_path, monkeypatch, row, column):
+    monkeypatch.setattr("pyrovae.streaming._BLOCK", 12)
+    x = FLOATS.copy()
+    x[row, column] = x[59, 2] = np.nan
+    with raises(DataError, "2 values", f"nan in row {row}, column {column};"):
+        load_data(saved(tmp_path / "x.npy", x=x), stream="on")
+
+
+def test_rows_in_their_file_that_are_in_train_and_test(tmp_path, monkeypatch):
+    monkeypatch.setattr("pyrovae.streaming._BLOCK", 40)
+    memory, mapped = both(tmp_path / "x.npy", np.tile(np.arange(50, dtype=np.uint8)[:, None], (4, 3)))
+    train = rows_of(memory.train)
+    count = sum(row.numpy().tobytes() in train for row in memory.test)
+    assert count
+    assert mapped.notices == memory.notices
+    assert any(f"{count} of 20 test rows also in train" in notice for notice in mapped.notices)
+
+
+def test_rows_in_their_file_are_indexed_by_tensors_and_slices(tmp_path):
+    train = load_data(saved(tmp_path / "x.npy", x=FLOATS), stream="on").train
+    for index in (3, [1, 2], None):
+        with pytest.raises(TypeError, match="tensor or a slice"):
+            train[index]
+    assert "x.npy" in repr(train)
+    assert "(48, 3)" in repr(train)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory that leave out mapped files are Linux's")
+@pytest.mark.parametrize("stream", ["on", "off"])
+def test_rows_in_their_file_take_no_memory(tmp_path, stream):
+    path = tmp_path / "x.npy"
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(100_000, 1000)).flush()  # 100 MB, a hole on disk
+    code = f"""
+import resource, torch
+from pathlib import Path
+from pyrovae.data import load_data
+load_data("ring").rows("density")
+used = int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + 70 * 10**6,) * 2)
+data = load_data({str(path)!r}, stream={stream!r})
+assert data.train[torch.arange(0, 80_000, 400)].sum() == 0
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode == 0) == (stream == "on"), result.stderr  # the copy in memory fails, so the limit works
+
+
 # --------------------------------------------------------------------------------------------------------- torchvision
 
 
@@ -986,8 +1185,8 @@ def test_data_larger_than_memory(tmp_path, monkeypatch, suffix):
         np.savetxt(path, x, delimiter=",")
     else:
         write_images(path, 10, size=(80, 90))
-    with raises(DataError, str(path), "GiB of memory", "is available"):
-        load_data(path)
+    with raises(DataError, str(path), "GiB of memory", "is available", ".npy"):
+        load_data(path, stream="off")
 
 
 def test_importing_data_imports_nothing_heavy():

@@ -303,10 +303,9 @@ from pyrovae.fit import command
 
 take_step = svi.Trainer.take_step
 
-def note(self, rows):
-    total = take_step(self, rows)
+def note(self, *arguments):
+    take_step(self, *arguments)
     print("step", self.progress.step, flush=True)
-    return total
 
 svi.Trainer.take_step = note
 sys.exit(command(sys.argv[1:]))

@@ -47,7 +47,13 @@ MOST_DIMENSIONS = 1024
 
 
 @torch.no_grad()
-def measure(model: Callable, guide: Callable, batches: Iterable[Tensor], objective: PyroELBO) -> dict[str, float]:
+def measure(
+    model: Callable,
+    guide: Callable,
+    batches: Iterable[Tensor],
+    objective: PyroELBO,
+    particle_chunk: int | None = None,
+) -> dict[str, float]:
     """Means over the rows of all batches, in nats per datum.
 
     Args:
@@ -55,6 +61,8 @@ def measure(model: Callable, guide: Callable, batches: Iterable[Tensor], objecti
         guide: Pyro guide.
         batches: Tensors of shape (n, *event).
         objective: Its own bound is measured unscaled, whatever its beta. For an objective of Pyro's own, only -loss/n.
+        particle_chunk: Draw so many particles at a time, for memory. The bound is that of all of them, the rest is
+            measured on the first chunk.
 
     Returns:
         "bound", and for a pair with latent sites "elbo", "reconstruction", "kl", "kl_SITE[d]", "active_units" and
@@ -75,10 +83,12 @@ def measure(model: Callable, guide: Callable, batches: Iterable[Tensor], objecti
         if not isinstance(objective, Objective):
             totals["bound"] = totals.get("bound", 0.0) - float(objective.loss(model, guide, x))
             continue
-        particles = draw(model, guide, x, objective.num_averages * objective.num_particles)
+        size, *sizes = objective.chunks(particle_chunk)
+        particles = draw(model, guide, x, size)
+        terms = [objective.terms(particles), *(objective.draw(model, guide, x, k) for k in sizes)]
         kl = torch.stack([value.mean(0) for value in kl_terms(particles)[0].values()]).sum(0)
         reconstruction = particles.log_likelihood.mean(0)
-        add("bound", objective.of(particles))
+        add("bound", objective.combine(torch.cat(terms, 1)))
         add("elbo", reconstruction - kl)
         add("reconstruction", reconstruction)
         add("kl", kl)

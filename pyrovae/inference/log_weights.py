@@ -27,6 +27,8 @@ from pyrovae.errors import PairError
 from pyrovae.inference.checks import check_count, check_rows
 
 PARTICLES = "_particles"
+# exp(-60) is 1e-26, far below the rounding of double precision.
+NEGLIGIBLE = 60.0
 
 
 @dataclass
@@ -241,5 +243,11 @@ def log_prob(site: dict, where: str, shape: tuple[int, int]) -> Tensor:
 
 
 def log_mean_exp(values: Tensor, dim: int = 0) -> Tensor:
-    """log of the mean of exp(values) along one dimension."""
-    return torch.logsumexp(values, dim) - math.log(values.shape[dim])
+    """log of the mean of exp(values) along one dimension.
+
+    A term less than exp(-`NEGLIGIBLE`) times the largest gets a gradient of exactly 0. It is far below the rounding
+    error of the others, but as a denormal number it makes processors several times slower.
+    """
+    largest = values.detach().amax(dim, keepdim=True)
+    kept = values.masked_fill(values < largest - NEGLIGIBLE, -math.inf)
+    return torch.logsumexp(kept, dim) - math.log(values.shape[dim])

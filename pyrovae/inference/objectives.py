@@ -55,7 +55,8 @@ class Bound(nn.Module):
 class Objective(PyroELBO):
     """A bound that averages M independent K-sample bounds.
 
-    To write a new one, subclass and return the (N,) bound of an array of log-weights from `reduce`.
+    To write a new one, subclass and return the (N,) bound of an array of log-weights from `reduce`; if it depends on
+    the gradient step, return the numbers that change from `schedule` and take them from `combine`.
 
     Args:
         num_particles: K.
@@ -77,14 +78,22 @@ class Objective(PyroELBO):
     def reduce(self, log_weights: Tensor) -> Tensor:
         """The bound of K log-weights along dimension 1 of (M, K, N), shape (M, N)."""
 
-    def of(self, particles: Particles) -> Tensor:
-        """The bound on log p(x) from M * K particles, shape (N,); no beta in it."""
-        log_weights = particles.log_weights
+    def schedule(self) -> dict[str, float]:
+        """The numbers that depend on `step`, such as beta: a compiled training step takes them as inputs."""
+        return {}
+
+    def terms(self, particles: Particles) -> Tensor:
+        """What the bound is made of, for each particle by itself: shape (T, M * K, N). Here the log-weights, T = 1."""
+        return particles.log_weights.unsqueeze(0)
+
+    def combine(self, terms: Tensor, **settings: Tensor | float) -> Tensor:
+        """From `terms`, the bound on log p(x), shape (N,); with the settings of `schedule`, what is maximised."""
+        (log_weights,) = terms
         return self.reduce(log_weights.unflatten(0, (self.num_averages, self.num_particles))).mean(0)
 
-    def trained(self, particles: Particles) -> Tensor:
-        """What is maximised, shape (N,): the bound, unless a subclass weighs its terms."""
-        return self.of(particles)
+    def of(self, particles: Particles) -> Tensor:
+        """The bound on log p(x) from M * K particles, shape (N,); no beta in it."""
+        return self.combine(self.terms(particles))
 
     def bound(self, model: Callable, guide: Callable, x: Tensor) -> Tensor:
         """An estimate of what is maximised, per datum.
@@ -101,10 +110,21 @@ class Objective(PyroELBO):
             PairError: the bound would not be per datum, or a gradient is asked for through a latent site that has no
                 reparameterised sampler.
         """
-        particles = draw(model, guide, x, self.num_averages * self.num_particles)
+        return self.combine(self.draw(model, guide, x, self.num_averages * self.num_particles), **self.schedule())
+
+    def draw(self, model: Callable, guide: Callable, x: Tensor, num_particles: int) -> Tensor:
+        """`terms` of that many draws, shape (T, num_particles, N); arguments and errors as for `bound`."""
+        particles = draw(model, guide, x, num_particles)
         if torch.is_grad_enabled():
             check_reparameterised(particles)
-        return self.trained(particles)
+        return self.terms(particles)
+
+    def chunks(self, most: int | None = None) -> list[int]:
+        """The M * K particles in parts of at most `most`, as even as can be; None: in one."""
+        total = self.num_averages * self.num_particles
+        size = math.ceil(total / math.ceil(total / (most or total)))
+        whole, rest = divmod(total, size)
+        return [size] * whole + [rest] * (rest > 0)
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Tensor) -> Tensor:
         """-bound summed over the batch, a differentiable scalar in nats."""
@@ -184,13 +204,13 @@ class Schedule:
         """beta after `step` gradient steps."""
         return self.end
 
-    def penalty(self, kl: Tensor, step: int) -> Tensor:
-        """What is subtracted from E log p(x|z), given KL of shape (N,)."""
-        return self.beta(step) * kl
-
     def values(self, step: int) -> dict[str, float]:
-        """The schedule's state, for the record."""
+        """The numbers that change, after `step` gradient steps: what `penalty` takes, and the record shows."""
         return {"beta": self.beta(step)}
+
+    def penalty(self, kl: Tensor, beta: Tensor | float) -> Tensor:
+        """What is subtracted from E log p(x|z), given KL of shape (N,) and `values`, as tensor operations."""
+        return beta * kl
 
 
 @dataclass(frozen=True)
@@ -230,11 +250,11 @@ class Capacity(Schedule):
         """C in nats after `step` gradient steps."""
         return self.end * min(1.0, step / max(1, self.steps))
 
-    def penalty(self, kl: Tensor, step: int) -> Tensor:
-        return (self.gamma * (kl.mean() - self.capacity(step)).abs()).expand_as(kl)
-
     def values(self, step: int) -> dict[str, float]:
         return {"beta": self.gamma, "capacity": self.capacity(step)}
+
+    def penalty(self, kl: Tensor, beta: Tensor | float, capacity: Tensor | float = 0.0) -> Tensor:
+        return (beta * (kl.mean() - capacity).abs()).expand_as(kl)
 
 
 class ELBO(Objective):
@@ -263,16 +283,17 @@ class ELBO(Objective):
     def reduce(self, log_weights: Tensor) -> Tensor:
         return log_weights.mean(1)
 
-    def of(self, particles: Particles) -> Tensor:
-        return particles.log_likelihood.mean(0) - self.total_kl(particles)
+    def schedule(self) -> dict[str, float]:
+        return self.beta.values(self.step)
 
-    def trained(self, particles: Particles) -> Tensor:
-        return particles.log_likelihood.mean(0) - self.beta.penalty(self.total_kl(particles), self.step)
-
-    def total_kl(self, particles: Particles) -> Tensor:
-        """KL(q(z|x) || p(z)) of all sites, shape (N,)."""
+    def terms(self, particles: Particles) -> Tensor:
+        """log p(x|z) and KL(q(z|x) || p(z)) of all sites, shape (2, K, N)."""
         values, self.kl_forms = kl_terms(particles, self.kl == "auto")
-        return sum((value.mean(0) for value in values.values()), torch.zeros_like(particles.log_prior[0]))
+        return torch.stack([particles.log_likelihood, sum(values.values(), torch.zeros_like(particles.log_likelihood))])
+
+    def combine(self, terms: Tensor, **settings: Tensor | float) -> Tensor:
+        log_likelihood, kl = terms.mean(1)
+        return log_likelihood - (self.beta.penalty(kl, **settings) if settings else kl)
 
 
 def kl_terms(particles: Particles, analytic: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,7 +1,8 @@
 """The training loop: any pair, any objective, on one device or several processes.
 
 What makes a run repeatable and resumable bit for bit: the rows of epoch e come from a permutation seeded by (seed, e),
-and the noise of step t from a generator seeded by (seed, t, process). Nothing random has to be saved.
+and the noise of step t from a generator seeded by (seed, t, process). Nothing random has to be saved. Steps are
+compiled where that pays (see `steps`), which is decided from the number of steps and operations, never from a clock.
 """
 
 import hashlib
@@ -9,8 +10,9 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,18 +24,25 @@ from pyro.infer import ELBO as PyroELBO
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.flop_counter import FlopCounterMode
 
 from pyrovae.errors import CheckpointError, DataError, NumericalError, OutputError, PyrovaeError, UsageError
 from pyrovae.inference import checkpoint as checkpoints
+from pyrovae.inference.batches import RowSource, gather
 from pyrovae.inference.checks import check_count, check_rows
 from pyrovae.inference.diagnostics import measure
+from pyrovae.inference.graphs import CompileWarning
 from pyrovae.inference.log_weights import draw, sample_sites
-from pyrovae.inference.objectives import ELBO, Bound, Objective
+from pyrovae.inference.objectives import ELBO, Objective, Renyi
 from pyrovae.inference.pair import Pair, Program, evaluating
 from pyrovae.inference.seeding import derive_seed, seeded
+from pyrovae.inference.steps import NotFinite, Step, arithmetic, check_chunk, check_precision, flushing, unchanged
 
 if TYPE_CHECKING:
     import pandas as pd
+
+# Compiling takes 5 to 20 s: less than this is not worth it.
+COMPILING_SECONDS = 20.0
 
 Factory = Callable[[list[Tensor]], Optimizer]
 Metrics = dict[str, float]
@@ -41,7 +50,8 @@ Metrics = dict[str, float]
 
 def adam(parameters: list[Tensor], lr: float = 1e-3, eps: float = 1e-8) -> Optimizer:
     """Adam in its fused form, the default optimiser."""
-    return torch.optim.Adam(parameters, lr=lr, eps=eps, fused=True)
+    on_gpu = parameters[0].is_cuda  # where steps are captured as a CUDA graph
+    return torch.optim.Adam(parameters, lr=lr, eps=eps, fused=True, capturable=on_gpu)
 
 
 def staged(optimizer: Optimizer, stages: int = 8) -> LRScheduler:
@@ -67,6 +77,8 @@ class Fit:
         best_epoch: Epoch (from 1) of the best validation bound, or the last one without validation data.
         stopped: "finished", "early" (patience ran out) or "interrupted".
         step: Gradient steps taken.
+        compiled: Whether steps were compiled.
+        compile_seconds: What compiling them took; not part of the epochs' `seconds`.
         notices: What the user should read.
     """
 
@@ -74,6 +86,8 @@ class Fit:
     best_epoch: int = 0
     stopped: str = "finished"
     step: int = 0
+    compiled: bool = False
+    compile_seconds: float = 0.0
     notices: list[str] = field(default_factory=list)
 
     @property
@@ -97,13 +111,14 @@ class Progress:
     best_bound: float = -math.inf
     best_epoch: int = 0
     best_step: int | None = None
+    compiled: list[int] | None = None  # numbers of rows for which steps are compiled, once that is decided
     history: list[Metrics] = field(default_factory=list)
 
 
 def fit(
     model: Program,
     guide: Program,
-    data: Tensor,
+    data: "Tensor | RowSource",
     objective: PyroELBO | None = None,
     *,
     epochs: int = 100,
@@ -115,10 +130,14 @@ def fit(
     patience: int | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
+    compile: str = "auto",
+    precision: str = "fp32",
+    particle_chunk: int | None = None,
     directory: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
     on_epoch: Callable[[Metrics], None] | None = None,
+    on_notice: Callable[[str], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Fit:
     """Train a pair.
@@ -126,7 +145,8 @@ def fit(
     Args:
         model: Pyro model, called as model(x), with all its sites inside one `pyro.plate("data", len(x))`.
         guide: Pyro guide, called as guide(x).
-        data: Training rows, shape (N, *event), or whatever `transform` takes.
+        data: Training rows, shape (N, *event), or whatever `transform` takes: a tensor, or an object that reads rows
+            when it is indexed, such as `pyrovae.streaming.MappedRows`, from a file larger than memory.
         objective: Any `pyro.infer.ELBO` with a differentiable loss; `ELBO()` when None. Its loss, summed over the
             batch, is what is minimised.
         epochs: Passes over the data, counted from the start also when resuming.
@@ -140,10 +160,17 @@ def fit(
         seed: Of the order of rows and all noise. The caller's random state is restored.
         device: "cpu", "cuda", ...; None: where the pair's parameters are, or with several processes where Accelerate
             puts each. The pair is moved there and stays there.
+        compile: "auto", where the run is long enough to repay 5 to 20 s of compiling; "on"; "off". Compiled steps give
+            the numbers of the pair itself to rounding. A pair that is more than tensor operations is run as it is.
+        precision: "fp32"; "tf32", on CUDA devices; "bf16-mixed", with matrix products and convolutions in bfloat16 and
+            everything else, the bound above all, in single precision. Validation is in single precision.
+        particle_chunk: Draw so many particles at a time. The gradient is that of all of them; the memory that of a
+            chunk, for a third more time.
         directory: Where to keep metrics.csv, TensorBoard records and checkpoints; None: nowhere.
         resume: Continue from the newest whole checkpoint in `directory`.
         progress: Show a progress bar when the output is a terminal.
         on_epoch: Called with the measurements of each epoch.
+        on_notice: Called with what the user should read, when it comes up. They are in `Fit.notices` as well.
         should_stop: Asked after every step; True saves the state and returns.
 
     Returns:
@@ -172,12 +199,36 @@ def fit(
         )
     if resume and directory is None:
         raise UsageError("resume: needs the directory of the run to continue")
+    if compile not in ("auto", "on", "off"):
+        raise UsageError(f"compile: expected auto, on or off, got {compile!r}")
+    check_chunk(objective, particle_chunk)
     trainer = Trainer(
-        model, guide, data, objective, batch_size, optimizer, schedule, validation, transform, seed, device
+        model,
+        guide,
+        data,
+        objective,
+        epochs,
+        batch_size,
+        optimizer,
+        schedule,
+        validation,
+        transform,
+        seed,
+        device,
+        precision,
+        particle_chunk,
+        on_notice,
     )
-    with seeded(seed, "fit", device=trainer.device), trainer.accelerated():
-        trainer.start(Path(directory) if directory is not None else None, resume)
-        return trainer.run(epochs, patience, progress, on_epoch, should_stop)
+    check_precision(precision, trainer.device)
+    underflows = isinstance(objective, Renyi) and objective.num_particles > 1
+    with (
+        seeded(seed, "fit", device=trainer.device),
+        trainer.accelerated(),
+        arithmetic(precision, trainer.device),
+        flushing(underflows),
+    ):
+        trainer.start(Path(directory) if directory is not None else None, resume, compile)
+        return trainer.run(patience, progress, on_epoch, should_stop)
 
 
 class Trainer:
@@ -187,8 +238,9 @@ class Trainer:
         self,
         model: Program,
         guide: Program,
-        data: Tensor,
+        data: "Tensor | RowSource",
         objective: PyroELBO,
+        epochs: int,
         batch_size: int,
         optimizer: Factory,
         schedule: Callable[[Optimizer], LRScheduler] | None,
@@ -196,8 +248,12 @@ class Trainer:
         transform: Callable[[Tensor], Tensor] | None,
         seed: int,
         device: str | torch.device | None,
+        precision: str,
+        particle_chunk: int | None,
+        on_notice: Callable[[str], None] | None,
     ) -> None:
-        self.objective, self.batch_size, self.seed = objective, batch_size, seed
+        self.objective, self.epochs, self.batch_size, self.seed = objective, epochs, batch_size, seed
+        self.precision, self.particle_chunk, self.on_notice = precision, particle_chunk, on_notice
         self.make_optimizer, self.make_schedule = optimizer, schedule
         self.transform = transform or (lambda rows: rows)
         self.requested = None if device is None else torch.device(device)
@@ -208,6 +264,7 @@ class Trainer:
         here = next((p.device for p in self.pair.parameters()), torch.device("cpu"))
         self.device = self.requested or here
         self.progress = Progress()
+        self.step: Step  # made by `start`
         self.notices: list[str] = []
         self.best_weights: dict[str, Tensor] | None = None
         self.kept_best: int | None = None  # best step as of the checkpoint before
@@ -232,11 +289,12 @@ class Trainer:
             if alone:
                 AcceleratorState._reset_state(reset_partial_state=True)
 
-    def start(self, directory: Path | None, resume: bool) -> None:
+    def start(self, directory: Path | None, resume: bool, compile: str) -> None:
         """Put everything on the device, check the pair, and restore a checkpoint if asked."""
         self.directory = directory
         self.pair.to(self.device)
-        self.data = self.data.to(self.device)
+        if isinstance(self.data, Tensor):
+            self.data = self.data.to(self.device)
         self.validation = None if self.validation is None else self.validation.to(self.device)
         if self.validation is not None and not self.validation.isfinite().all():
             bad = (~self.validation.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
@@ -258,32 +316,96 @@ class Trainer:
             raise UsageError("schedule: ReduceLROnPlateau needs a metric; use one that is stepped by the epoch alone")
         if resume:
             self.restore()
-        bound = Bound(self.objective, self.pair)
-        self.loss = self.accelerator.prepare_model(bound) if self.world > 1 else bound
+        if self.world > 1:
+            self.spread()
+        before = self.progress.compiled
+        if before is None or compile != "auto":
+            self.progress.compiled = self.worth_compiling(compile)
+        if before is not None and before != self.progress.compiled:
+            self.notice(f"resumed with --compile {compile}, so not bit-exact")
+        self.step = Step(
+            self.objective,
+            self.pair,
+            self.optimizer,
+            compiled=set(self.progress.compiled or ()),
+            particle_chunk=self.particle_chunk,
+            precision=self.precision,
+            together=(lambda vector: self.accelerator.reduce(vector, "sum")) if self.world > 1 else None,
+            on_notice=self.notice,
+        )
+        if self.progress.compiled:
+            self.inspect()
+
+    def notice(self, text: str) -> None:
+        """Keep a sentence for the user, and say it if there is somebody to say it to."""
+        self.notices.append(text)
+        if self.on_notice is not None:
+            self.on_notice(text)
+        elif text.startswith("not compiled"):
+            warnings.warn(text, CompileWarning, stacklevel=2)
+
+    def spread(self) -> None:
+        """Give all processes the tensors of the first one."""
+        from accelerate.utils import broadcast
+
+        with torch.no_grad():
+            for tensor in self.pair.tensors().values():
+                tensor.copy_(broadcast(tensor.detach().clone()))
+
+    def worth_compiling(self, compile: str) -> list[int]:
+        """The numbers of rows for which steps are to be compiled.
+
+        Decided from counts alone, so that it comes out the same when a run is repeated or resumed.
+        """
+        if compile == "off":
+            return []
+        whole, rest = divmod(len(self.data), self.batch_size)
+        counts = {self.batch_size: whole, rest: 1} if rest else {self.batch_size: whole}
+        found: dict[int, float] = {}
+        for rows, steps in counts.items():
+            for mine in {max(1, len(range(rank, rows, self.world))) for rank in range(self.world)}:
+                seconds = self.epochs * steps * saved_seconds(self.flops * mine, self.device)
+                found[mine] = found.get(mine, 0.0) + seconds
+        return [rows for rows, seconds in found.items() if compile == "on" or seconds > COMPILING_SECONDS]
+
+    @torch.no_grad()
+    def inspect(self) -> None:
+        """Run the pair on all rows once: compiled code validates nothing, so what it has to say, it says here."""
+        torch.manual_seed(derive_seed(self.seed, "inspect"))
+        batches = torch.arange(self.rank, len(self.data), self.world).split(1000)
+        with unchanged(self.pair.buffers()):
+            for rows, raw in zip(batches, gather(self.data, batches, self.device), strict=True):
+                x = self.transform(raw)
+                with self.diagnosing(x, rows):
+                    if isinstance(self.objective, Objective):
+                        draw(self.pair.model, self.pair.guide, x, 1)
+                    else:
+                        self.objective.loss(self.pair.model, self.pair.guide, x)
 
     def discover(self) -> None:
         """Run the pair once with a gradient: it must work, and every parameter should get one."""
-        rows = torch.arange(min(2, self.batch_size), device=self.device)
-        x = self.transform(self.data[rows])
+        rows = torch.arange(min(2, self.batch_size))
+        x = self.transform(self.data[rows].to(self.device))
         if self.validation is not None and self.validation.shape[1:] != x.shape[1:]:
             raise UsageError(
                 f"validation: expected event shape {tuple(x.shape[1:])}, that of the training rows, got "
                 f"{tuple(self.validation.shape[1:])}"
             )
         before = getattr(self.objective, "step", 0)
-        with self.diagnosing(x, rows), poutine.trace(param_only=True) as declared:
+        with (
+            self.diagnosing(x, rows),
+            poutine.trace(param_only=True) as declared,
+            unchanged(self.pair.buffers()),
+            FlopCounterMode(display=False) as counter,
+        ):
             loss = self.objective.differentiable_loss(self.pair.model, self.pair.guide, x)
             depends_on = leaves(loss)
             if not depends_on:
                 raise UsageError("fit: found no parameters to train in the model and the guide")
             loss.backward()
+        self.flops = counter.get_total_flops() / len(x)
         self.objective.step = before
         self.pair.adopt(declared.trace)
-        if self.pair.stored and self.world > 1:
-            raise UsageError(
-                f"fit: pyro.param {', '.join(self.pair.stored)}: several processes train torch modules only; declare "
-                "parameters in a module"
-            )
         known = {id(p) for p in self.pair.trainable().values()}
         lost = [tuple(leaf.shape) for leaf in depends_on if id(leaf) not in known]
         if lost:
@@ -294,20 +416,19 @@ class Trainer:
             )
         idle = [name for name, p in self.pair.trainable().items() if p.grad is None]
         if idle:
-            self.notices.append(f"no gradient reaches {', '.join(idle)}: the loss does not depend on them")
+            self.notice(f"no gradient reaches {', '.join(idle)}: the loss does not depend on them")
         for p in self.pair.trainable().values():
             p.grad = None
 
     def run(
         self,
-        epochs: int,
         patience: int | None,
         progress: bool,
         on_epoch: Callable[[Metrics], None] | None,
         should_stop: Callable[[], bool] | None,
     ) -> Fit:
-        """Train until `epochs` are done, patience runs out or somebody asks to stop."""
-        state = self.progress
+        """Train until all epochs are done, patience runs out or somebody asks to stop."""
+        state, epochs = self.progress, self.epochs
         record = Record(self.directory if self.rank == 0 else None)
         stopped = "finished"
         with Bar(progress and self.rank == 0, epochs, state.epoch) as bar:
@@ -326,59 +447,66 @@ class Trainer:
         record.close()
         if stopped != "interrupted" and self.best_weights is not None:
             checkpoints.assign(self.pair.tensors(), self.best_weights, "best epoch")
-        return Fit(state.history, state.best_epoch, stopped, state.step, self.notices)
+        compiled = bool(self.step.codes)
+        return Fit(
+            state.history, state.best_epoch, stopped, state.step, compiled, self.step.compile_seconds, self.notices
+        )
 
     def epoch(self, bar: "Bar", should_stop: Callable[[], bool] | None) -> bool:
         """Train on the batches of the current epoch that are left; False if asked to stop before its end."""
         state = self.progress
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", state.epoch))
-        order = torch.randperm(len(self.data), generator=generator).to(self.device)
-        batches = order.split(self.batch_size)
+        batches = torch.randperm(len(self.data), generator=generator).split(self.batch_size)
+        left = batches[state.batch :]
+        # A process without rows of its own still has to take part: it does so with rows that do not count.
+        mine = [rows[self.rank :: self.world] if len(rows) > self.rank else rows[:1] for rows in left]
         self.pair.train()
-        started = time.perf_counter()
-        for rows in batches[state.batch :]:
-            total = self.take_step(rows)
-            state.step += 1
-            state.batch += 1
-            state.total += total
-            state.rows += len(rows)
-            bar.show(state, len(batches))
-            if should_stop is not None and should_stop():
-                if state.batch < len(batches):
-                    state.seconds += time.perf_counter() - started
-                    return False
-                break
-        state.seconds += time.perf_counter() - started
-        return True
+        self.step.recheck()
+        first = state.batch
+        started, compiling = time.perf_counter(), self.step.compile_seconds
+        try:
+            with closing(gather(self.data, mine, self.device)) as coming:
+                for rows, own, raw in zip(left, mine, coming, strict=True):
+                    self.take_step(raw, own, len(rows) <= self.rank)
+                    state.rows += len(rows)
+                    bar.show(state, len(batches))
+                    if should_stop is not None and should_stop():
+                        break
+            self.settle(batches, first)
+        finally:
+            if self.step.refused:
+                state.compiled = []
+            state.seconds += time.perf_counter() - started - (self.step.compile_seconds - compiling)
+        return state.batch == len(batches)
 
-    def take_step(self, rows: Tensor) -> float:
-        """One gradient step on some rows; returns the objective summed over them."""
+    def take_step(self, raw: Tensor, rows: Tensor, absent: bool) -> None:
+        """One gradient step on the batch that some rows make."""
         state = self.progress
-        mine = rows[self.rank :: self.world]
-        # A process without rows of its own still has to take part: it does so with a loss of nothing.
-        share = float(len(mine) > 0) * self.world
-        mine = mine if len(mine) else rows[:1]
         torch.manual_seed(derive_seed(self.seed, "step", state.step, self.rank))
-        x = self.transform(self.data[mine])
+        x = self.transform(raw)
         self.objective.step = state.step
-        with self.diagnosing(x, mine):
-            # Processes' gradients are averaged; times their number, that is the gradient of the sum over all rows.
-            loss = self.loss(x) * share
-            loss.backward()
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        # One transfer from the device for both.
-        value, size = torch.stack([loss.detach().double() / self.world, norm.double()]).tolist()
-        if not (math.isfinite(value) and math.isfinite(size)):
-            what = f"the loss is {value}" if not math.isfinite(value) else "a gradient is not finite"
-            message = self.diagnose(x, mine, what)
-            self.optimizer.zero_grad(set_to_none=True)
-            raise NumericalError(message)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.world > 1:
-            value = self.accelerator.reduce(torch.tensor(value, dtype=torch.float64, device=self.device), "sum").item()
-        return -value
+        with self.diagnosing(x, rows):
+            try:
+                loss = self.step(x, absent)
+            except NotFinite as error:
+                raise NumericalError(self.diagnose(x, rows, str(error))) from None
+        state.total -= loss or 0.0
+        state.step += 1
+        state.batch += 1
+
+    def settle(self, batches: Sequence[Tensor], first: int) -> None:
+        """Take over what a GPU has added up since batch `first` of the epoch."""
+        state = self.progress
+        try:
+            state.total -= self.step.settle()
+        except NotFinite as error:
+            # Nothing has been updated from the first such step on: go back to it.
+            failed = first + error.taken
+            state.step, state.batch = state.step - (state.batch - failed), failed
+            rows = batches[failed][self.rank :: self.world]
+            torch.manual_seed(derive_seed(self.seed, "step", state.step, self.rank))
+            x = self.transform(next(gather(self.data, [rows], self.device)))
+            raise NumericalError(self.diagnose(x, rows, str(error))) from None
 
     @contextmanager
     def diagnosing(self, x: Tensor, rows: Tensor) -> Iterator[None]:
@@ -400,11 +528,10 @@ class Trainer:
         wrong = (~x.isfinite()).flatten(1).any(1)
         sites: list[str] = []
         if isinstance(self.objective, Objective):
-            torch.manual_seed(derive_seed(self.seed, "step", state.step, self.rank))
-            self.transform(self.data[rows])
+            self.repeat_noise(rows)
             k = self.objective.num_averages * self.objective.num_particles
             with torch.no_grad(), suppress(ValueError), pyro.validation_enabled(False):
-                particles = draw(self.pair.model, self.pair.guide, x, k)
+                particles = draw(self.pair.model, self.pair.guide, x, min(k, self.particle_chunk or k))
                 bad = (~particles.log_weights.isfinite()).any(0)
                 wrong = wrong if wrong.any() else bad
                 latents = particles.latents
@@ -412,9 +539,14 @@ class Trainer:
                 observed = [name for name in sample_sites(particles.model_trace) if name not in latents]
                 terms[", ".join(observed)] = particles.log_likelihood
                 sites = [name for name, term in terms.items() if not term.isfinite().all()]
-        named = self.pair.trainable().items()
-        parameters = [name for name, p in named if not p.isfinite().all()]
-        gradients = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
+        named = self.pair.trainable()
+        parameters = [name for name, p in named.items() if not p.isfinite().all()]
+        gradients: list[str] = []
+        if hasattr(self, "step"):
+            self.repeat_noise(rows)
+            with suppress(ValueError):
+                found = zip(named, self.step.gradient(x)[2], strict=True)
+                gradients = [name for name, g in found if g is not None and not g.isfinite().all()]
         where = f" in rows {rows[wrong][:5].tolist()}" if wrong.any() else ""
         for kind, names in (("site", sites), ("parameter", parameters), ("gradient of", gradients)):
             shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
@@ -426,6 +558,11 @@ class Trainer:
             "Lower the learning rate, or look at these rows"
         )
 
+    def repeat_noise(self, rows: Tensor) -> None:
+        """Bring the random state to where it was when the current step began on these rows."""
+        torch.manual_seed(derive_seed(self.seed, "step", self.progress.step, self.rank))
+        self.transform(next(gather(self.data, [rows], self.device)))
+
     def finish_epoch(self, record: "Record") -> None:
         """Measure, record and count an epoch, and keep it if it is the best so far."""
         state = self.progress
@@ -435,6 +572,8 @@ class Trainer:
             "train_bound": state.total / max(1, state.rows),
         }
         if self.validation is not None:
+            if self.world > 1 and any(True for _ in self.pair.buffers()):
+                self.spread()  # moments of batch normalisation are each process's own
             metrics |= self.validate()
         beta = getattr(self.objective, "beta", None)
         metrics |= beta.values(state.step) if beta is not None else {"beta": 1.0}
@@ -449,7 +588,7 @@ class Trainer:
         bound = metrics.get("validation_bound", math.inf)
         improved = self.validation is None or bound > state.best_bound
         if not math.isfinite(bound) and self.validation is not None:
-            self.notices.append(f"epoch {state.epoch}: the validation bound is {bound}, so it cannot be the best")
+            self.notice(f"epoch {state.epoch}: the validation bound is {bound}, so it cannot be the best")
         if improved:
             state.best_bound, state.best_epoch, state.best_step = bound, state.epoch, state.step
             if self.validation is not None:
@@ -463,7 +602,7 @@ class Trainer:
         batches = self.validation.split(max(self.batch_size, 100))
         with evaluating(self.pair.model, self.pair.guide):
             try:
-                report = measure(self.pair.model, self.pair.guide, batches, self.objective)
+                report = measure(self.pair.model, self.pair.guide, batches, self.objective, self.particle_chunk)
             except ValueError as error:
                 if isinstance(error, PyrovaeError) or "Expected parameter" not in str(error):
                     raise
@@ -494,7 +633,8 @@ class Trainer:
         """Take over the newest whole checkpoint of the directory."""
         assert self.directory is not None
         saved = checkpoints.load_latest(self.directory)
-        self.notices += saved.notices
+        for notice in saved.notices:
+            self.notice(notice)
         theirs, ours = saved.training["run"], self.identity()
         differing = [
             f"{key} {theirs.get(key)!r} then, {ours[key]!r} now" for key in ours if theirs.get(key) != ours[key]
@@ -504,9 +644,12 @@ class Trainer:
         then, now = saved.training["environment"], self.environment()
         changed = [f"{key} {then.get(key)} then, {now[key]} now" for key in now if then.get(key) != now[key]]
         if changed:
-            self.notices.append(f"resumed in another environment, so not bit-exact: {'; '.join(changed)}")
+            self.notice(f"resumed in another environment, so not bit-exact: {'; '.join(changed)}")
         checkpoints.assign(self.pair.tensors(), saved.weights, f"{self.directory}, step {saved.step}")
+        forms = [{k: v for k, v in g.items() if k in ("fused", "capturable")} for g in self.optimizer.param_groups]
         self.optimizer.load_state_dict(saved.training["optimizer"])
+        for group, form in zip(self.optimizer.param_groups, forms, strict=True):
+            group.update(form)  # that of this device
         if self.scheduler is not None and saved.training["scheduler"] is not None:
             self.scheduler.load_state_dict(saved.training["scheduler"])
         self.progress = Progress(**saved.training["progress"])
@@ -515,7 +658,7 @@ class Trainer:
             try:
                 weights = saved.weights if best == saved.step else checkpoints.load(self.directory, best).weights
             except CheckpointError as error:
-                self.notices.append(f"{error}; the best epoch so far is lost, and is chosen anew from here on")
+                self.notice(f"{error}; the best epoch so far is lost, and is chosen anew from here on")
                 weights, self.progress.best_bound = saved.weights, -math.inf
             self.best_weights = {name: t.to(self.device) for name, t in weights.items()}
 
@@ -529,6 +672,7 @@ class Trainer:
             "processes": self.world,
             "rows": len(self.data),
             "data": self.fingerprint,
+            "precision": self.precision,
         }
 
     def environment(self) -> dict[str, Any]:
@@ -538,7 +682,17 @@ class Trainer:
             "device": self.device.type,
             "threads": torch.get_num_threads(),
             "machine": platform.machine(),
+            "particle_chunk": self.particle_chunk,
         }
+
+
+def saved_seconds(flops: float, device: torch.device) -> float:
+    """What compiling saves of a step of so many floating-point operations, roughly.
+
+    Measured on two CPU cores: the Python of a pair, and its passes over memory, which grow with its products. On a GPU
+    it is nearly all Python.
+    """
+    return 4e-3 if device.type == "cuda" else 1e-3 + 5e-12 * flops
 
 
 def leaves(loss: Tensor) -> list[Tensor]:
@@ -625,5 +779,5 @@ class Bar:
         self.drawn = time.monotonic()
         self.bar.n = round(state.epoch + state.batch / batches, 2)
         last = state.history[-1].get("validation_bound") if state.history else None
-        text = f"train bound {state.total / state.rows:.2f}"
+        text = f"train bound {state.total / state.rows:.2f}" if state.total else "training"
         self.bar.set_postfix_str(text + (f", validation {last:.2f} nats" if last is not None else " nats"))

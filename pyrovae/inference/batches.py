@@ -1,0 +1,73 @@
+"""How a training loop gets its batches: on its device, in order, and before it has to wait for them."""
+
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+AHEAD = 2  # batches that are read, or waiting, while the caller works on another
+ANNOUNCED = 4  # batches that their source is told of before they are read
+
+
+class RowSource(Protocol):
+    """Rows that are elsewhere than in memory: `source[index]` reads some of them.
+
+    `source.announce(index)` says that some will be read soon, and returns at once.
+    """
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Tensor | slice, /) -> Tensor: ...
+
+    def announce(self, index: Tensor, /) -> None: ...
+
+
+def gather(
+    data: Tensor | RowSource, batches: Sequence[Tensor], device: str | torch.device
+) -> Generator[Tensor, None, None]:
+    """Yield data[rows], on the device, for each tensor of row numbers in `batches`.
+
+    A tensor on the device is indexed. What has to be read from a file or copied to a GPU is read ahead by one thread,
+    which ends when the iteration does, also early: close the iterator (`contextlib.closing`) where an exception could
+    keep it alive. The thread draws no random numbers.
+
+    Args:
+        data: Rows, or an object that gives rows on the host when indexed, such as `pyrovae.streaming.MappedRows`.
+        batches: Row numbers of each batch, best on the host.
+        device: Where the batches are wanted.
+    Raises:
+        Exception: whatever reading raises, when its batch is due.
+    """
+    device = torch.device(device)
+    if isinstance(data, Tensor) and (data.device.type != "cpu" or device.type == "cpu"):
+        for rows in batches:
+            yield data[rows.to(data.device)].to(device)
+        return
+
+    def announce(numbers: range) -> None:
+        if not isinstance(data, Tensor):
+            for rows in batches[numbers.start : numbers.stop]:
+                data.announce(rows.cpu())
+
+    def read(number: int) -> Tensor:
+        announce(range(number + ANNOUNCED, number + ANNOUNCED + 1))
+        batch = data[batches[number].cpu()]
+        return batch.pin_memory() if device.type == "cuda" else batch
+
+    reader = ThreadPoolExecutor(1, "pyrovae-batches")
+    try:
+        reader.submit(announce, range(ANNOUNCED))
+        coming = deque(reader.submit(read, number) for number in range(min(AHEAD, len(batches))))
+        for number in range(len(batches)):
+            batch = coming.popleft().result()
+            if number + AHEAD < len(batches):
+                coming.append(reader.submit(read, number + AHEAD))
+            yield batch.to(device, non_blocking=device.type == "cuda")
+    finally:
+        reader.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,580 @@
+r"""Steps: the loss of a pair on a batch, its gradient, and the update of the parameters.
+
+The loss is -sum_n L_n, with the bound L_n of an objective. Its gradient is taken by autograd in a run of the pair, or
+by the same operations as one compiled graph (see `graphs`):
+
+    graph(parameters and buffers, x, beta, ...)  ->  loss, largest gradient, gradients
+
+What changes between steps is an input of the graph (the parameters, the batch, the objective's `schedule`) or a random
+operation in it (noise, dropout). On a CUDA device the whole step, update included, is then captured as one CUDA graph.
+
+In chunks of particles, with t_kn the `terms` of particle k and datum n, of which L_n is a function,
+
+    1. t_kn chunk by chunk, keeping nothing else;
+    2. s_kn = -dL_n / dt_kn;
+    3. chunk by chunk again, on the same noise, the gradient of sum_kn s_kn t_kn, and the sum of these gradients.
+
+By the chain rule that is the gradient of the loss, in the memory of one chunk, for one more evaluation of the terms.
+"""
+
+import math
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from pyro.infer import ELBO as PyroELBO
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from pyrovae.errors import UsageError
+from pyrovae.inference.checks import check_count
+from pyrovae.inference.graphs import (
+    HalfProducts,
+    Refused,
+    Stored,
+    compile_graph,
+    fast_tanh,
+    log_of_products,
+    reason,
+    rewrite,
+    same_noise,
+    trace,
+)
+from pyrovae.inference.objectives import Objective
+from pyrovae.inference.pair import Pair
+
+PRECISIONS = ("fp32", "tf32", "bf16-mixed")
+# By how much the loss, and the gradient as a whole, of compiled code may differ from autograd's, as a share.
+TOLERANCE = {torch.float32: (1e-4, 1e-2), torch.float64: (1e-9, 1e-6)}
+TOLERANCE_BF16 = (1e-2, 0.2)
+# Steps on a CUDA device before one is captured, in which libraries allocate what they keep.
+WARM_UP = 3
+
+
+class NotFinite(ArithmeticError):
+    """A loss or a gradient is NaN or infinite; no update was made from it on.
+
+    Attributes:
+        taken: On a GPU, steps taken since `Step.settle` was last asked, before this one.
+    """
+
+    def __init__(self, what: str, taken: int = 0) -> None:
+        super().__init__(what)
+        self.taken = taken
+
+
+# -- Parts of a step ---------------------------------------------------------------------------------------------------
+
+
+class Part(nn.Module):
+    """Something computed of a pair and a batch, as a module whose parameters and buffers are all that it depends on.
+
+    Args:
+        objective: The objective.
+        pair: The pair.
+        precision: One of `PRECISIONS`.
+    """
+
+    def __init__(self, objective: PyroELBO, pair: Pair, precision: str = "fp32") -> None:
+        super().__init__()
+        self.objective, self.pair, self.precision = objective, pair, precision
+        self.names = [name for name, p in pair.parts.named_parameters() if p.requires_grad]
+        self.settings = list(objective.schedule()) if isinstance(objective, Objective) else []
+        for i, value in enumerate(pair.stored.values()):
+            self.register_buffer(f"stored{i}", value)
+
+    @property
+    def trainable(self) -> list[Tensor]:
+        """What gradients are taken of, in the order of `Pair.trainable`."""
+        named = dict(self.pair.parts.named_parameters())
+        stored = [getattr(self, f"stored{i}") for i in range(len(self.pair.stored))]
+        return [named[name] for name in self.names] + stored
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """What `compute` returns, with gradients where it takes them."""
+        leaves = [tensor.requires_grad_() for tensor in self.trainable]
+        with ExitStack() as context:
+            if self.pair.stored:
+                known = map(id, self.pair.stored.values())
+                context.enter_context(Stored(dict(zip(known, leaves[len(self.names) :], strict=True))))
+            if self.precision == "bf16-mixed":
+                context.enter_context(HalfProducts())
+            return self.compute(leaves, *inputs)
+
+    def compute(self, leaves: Sequence[Tensor], *inputs: Any) -> Any:
+        """The computation itself."""
+        raise NotImplementedError
+
+    def draw(self, x: Tensor, num_particles: int) -> Tensor:
+        """The objective's terms of draws for x, shape (T, num_particles, N)."""
+        assert isinstance(self.objective, Objective)
+        return self.objective.draw(self.pair.model, self.pair.guide, x, num_particles)
+
+
+class Gradient(Part):
+    """(x, *settings) -> loss, size, gradients, with `size` the largest absolute value in any gradient.
+
+    Parameters that the loss does not depend on have the gradient None, and none in a graph.
+    """
+
+    def compute(self, leaves: Sequence[Tensor], *inputs: Any) -> Any:
+        x, *settings = inputs
+        with torch.enable_grad():
+            if isinstance(self.objective, Objective):
+                named = dict(zip(self.settings, settings, strict=True))
+                terms = self.draw(x, self.objective.num_averages * self.objective.num_particles)
+                loss = -self.objective.combine(terms, **named).sum()
+            else:
+                loss = self.objective.differentiable_loss(self.pair.model, self.pair.guide, x)
+            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        return loss.detach(), largest(gradients), *gradients
+
+
+class Terms(Part):
+    """x -> the terms of K' particles, shape (T, K', N)."""
+
+    def __init__(self, objective: PyroELBO, pair: Pair, precision: str, num_particles: int) -> None:
+        super().__init__(objective, pair, precision)
+        self.num_particles = num_particles
+
+    def compute(self, leaves: Sequence[Tensor], *inputs: Any) -> Any:
+        with torch.no_grad():
+            return self.draw(inputs[0], self.num_particles)
+
+
+class Pullback(Terms):
+    """(x, s) -> the gradients of sum s t, with t the terms of K' particles and s of their shape."""
+
+    def compute(self, leaves: Sequence[Tensor], *inputs: Any) -> Any:
+        x, slope = inputs
+        with torch.enable_grad():
+            total = (self.draw(x, self.num_particles) * slope).sum()
+            return torch.autograd.grad(total, leaves, allow_unused=True)
+
+
+def largest(gradients: Sequence[Tensor | None]) -> Tensor:
+    """The largest absolute value in any of some tensors: NaN or infinite where one of them is."""
+    return get_total_norm([g.detach() for g in gradients if g is not None], math.inf)
+
+
+class Code:
+    """A part compiled for inputs of one shape.
+
+    Args:
+        part: What to compile.
+        inputs: Of which shape, type and device matter.
+
+    Raises:
+        Refused: the part is more than tensor operations.
+    """
+
+    def __init__(self, part: Part, *inputs: Tensor) -> None:
+        self.part = part
+        self.state = [t.detach() for t in (*part.parameters(), *part.buffers())]
+        with unknown_step(part.objective):
+            graph = trace(part, *inputs)
+        rewrite(graph, log_of_products, *[fast_tanh] * (inputs[0].device.type == "cpu"))
+        self.code = compile_graph(graph)
+        self.checked = False
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """What the part returns, without the gradients that are None."""
+        if not self.checked:
+            self.check(*inputs)
+            self.checked = True
+        return self.code(*self.state, *inputs)
+
+    def check(self, *inputs: Tensor) -> None:
+        """Compare with the part itself on the same noise.
+
+        Raises:
+            Refused: they differ by more than rounding.
+        """
+        device = inputs[0].device
+        with same_noise(device), unchanged(self.part.buffers()):
+            wanted = self.part(*inputs)
+        with same_noise(device), unchanged(self.part.buffers()):
+            got = self.code(*self.state, *inputs)
+        compare(flat(got), flat(wanted), self.part.precision == "bf16-mixed")
+
+
+class Unknown:
+    """The number of the step while a step is traced: a graph would freeze what is computed from it."""
+
+    def refuse(self, *_: Any) -> Any:
+        """Whatever is asked of it."""
+        raise Refused("the objective reads `step`; return what depends on it from `schedule`")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = refuse
+    __floordiv__ = __mod__ = __pow__ = __rpow__ = __neg__ = __lt__ = __le__ = __gt__ = __ge__ = refuse
+    __bool__ = __int__ = __float__ = __index__ = __hash__ = __eq__ = __ne__ = refuse
+
+
+@contextmanager
+def unknown_step(objective: PyroELBO) -> Iterator[None]:
+    """Hide an objective's number of the step."""
+    step = getattr(objective, "step", None)
+    if isinstance(objective, Objective):
+        objective.step = cast(Any, Unknown())
+    try:
+        yield
+    finally:
+        if isinstance(objective, Objective):
+            objective.step = cast(Any, step)
+
+
+@contextmanager
+def unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Put back what a run of the pair does to its buffers, such as the moments of batch normalisation."""
+    kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in kept:
+                tensor.copy_(value)
+
+
+def flat(outputs: Any) -> list[Tensor]:
+    """The outputs of a part as tensors: a loss or terms first."""
+    outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
+    return [value.detach() for value in outputs if value is not None]
+
+
+def compare(got: Sequence[Tensor], wanted: Sequence[Tensor], half: bool) -> None:
+    """Refuse outputs that differ by more than rounding from the part's own; what is not finite is left to others."""
+    of_value, of_gradient = TOLERANCE_BF16 if half else TOLERANCE.get(wanted[0].dtype, TOLERANCE_BF16)
+    if not all(value.isfinite().all() for value in wanted):
+        return
+
+    def share(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+        difference = [p.double() - q.double() for p, q in zip(a, b, strict=True)]
+        return (get_total_norm(difference) / get_total_norm([q.double() for q in b])).nan_to_num(0.0).item()
+
+    for name, tolerance, part in (("loss", of_value, slice(1)), ("gradient", of_gradient, slice(1, None))):
+        if wanted[part] and not (off := share(got[part], wanted[part])) <= tolerance:
+            raise Refused(
+                f"the compiled {name} differs by {100 * off:.2g} % from the pair's own on the same noise, so the pair "
+                "depends on something that is no tensor operation (numpy, Python's random, a changed attribute)"
+            )
+
+
+# -- Whole steps -------------------------------------------------------------------------------------------------------
+
+
+class Step:
+    """Gradient steps on a pair.
+
+    Args:
+        objective: Any `pyro.infer.ELBO` with a differentiable loss.
+        pair: The pair, on its device, with the parameters to train.
+        optimizer: Of the pair's trainable parameters.
+        compiled: For which numbers of rows the step is compiled; True: for all.
+        particle_chunk: Particles at a time, for memory; None: all.
+        precision: "fp32"; "tf32", which the caller sets in torch; "bf16-mixed", with matrix products in bfloat16.
+        together: Sums a vector over processes, each of which steps on rows of its own.
+        on_notice: Called with a sentence when something was compiled, or could not be.
+
+    Attributes:
+        compile_seconds: Time spent on tracing, compiling and checking.
+        refused: Why nothing is compiled, once that was tried in vain.
+    """
+
+    def __init__(
+        self,
+        objective: PyroELBO,
+        pair: Pair,
+        optimizer: Optimizer,
+        *,
+        compiled: bool | set[int] = False,
+        particle_chunk: int | None = None,
+        precision: str = "fp32",
+        together: Callable[[Tensor], Tensor] | None = None,
+        on_notice: Callable[[str], None] | None = None,
+    ) -> None:
+        check_chunk(objective, particle_chunk)
+        check_precision(precision, next(iter(pair.trainable().values())).device)
+        self.objective, self.pair, self.optimizer = objective, pair, optimizer
+        self.compiled, self.precision, self.together = compiled, precision, together
+        self.on_notice = on_notice or (lambda text: None)
+        self.parameters = list(pair.trainable().values())
+        self.sizes = objective.chunks(particle_chunk) if isinstance(objective, Objective) else [1]
+        self.compile_seconds = 0.0
+        self.refused: str | None = None
+        self.parts: dict[tuple, Part] = {}
+        self.codes: dict[tuple, Code] = {}
+        self.ready: set[torch.Size] = set()  # shapes compiled and checked in this epoch
+        self.taken_on: dict[torch.Size, int] = {}
+        self.captured: dict[torch.Size, Captured] = {}
+        device = self.parameters[0].device
+        # On a GPU nothing is read back within an epoch: the optimiser itself leaves out what is not finite.
+        self.deferred = device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False)
+        capturable = all(group.get("capturable", False) for group in optimizer.param_groups)
+        self.capturing = self.deferred and capturable and together is None and len(self.sizes) == 1
+        self.total = torch.zeros((), dtype=torch.float64, device=device)
+        self.failed = torch.zeros((), device=device)  # 1 after a step that was not finite, else 0
+        self.taken = torch.zeros((), device=device)
+        if self.deferred:
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, self.failed  # type: ignore[attr-defined]
+
+    def __call__(self, x: Tensor, absent: bool = False) -> float | None:
+        """Take a step on x (N, *event).
+
+        Args:
+            x: Data, shape (N, *event).
+            absent: This process has no rows in this step; x only shows their shape.
+
+        Returns:
+            The loss in nats, over the rows of all processes; None on a GPU, see `settle`.
+
+        Raises:
+            NotFinite: the loss or a gradient is not; no update was made. On a GPU `settle` raises it.
+        """
+        if self.is_compiled(x):
+            self.prepare(x)
+        if self.capturing and self.replay(x):
+            return None
+        loss, size, gradients = self.gradient(x)
+        if absent:
+            loss, gradients = loss * 0, [None if g is None else g * 0 for g in gradients]
+        if self.together is not None:
+            loss, size, gradients = self.summed(loss, gradients)
+        return self.update(loss, size, gradients)
+
+    def settings(self, x: Tensor) -> list[Tensor]:
+        """The numbers of the objective that change from step to step, in the precision of x."""
+        dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+        numbers = self.objective.schedule().values() if isinstance(self.objective, Objective) else ()
+        return [torch.tensor(number, dtype=dtype, device=x.device) for number in numbers]
+
+    def is_compiled(self, x: Tensor) -> bool:
+        """Whether steps on as many rows are compiled."""
+        wanted = self.compiled if isinstance(self.compiled, bool) else len(x) in self.compiled
+        return wanted and self.refused is None
+
+    def prepare(self, x: Tensor) -> None:
+        """Compile for the shape of x if it is new, and compare with the pair itself if that is due."""
+        if x.shape in self.ready:
+            return
+        before, started = len(self.codes), time.perf_counter()
+        try:
+            with same_noise(x.device), unchanged(self.pair.buffers()):
+                self.gradient(x)
+        except Exception as error:
+            # If x is at fault, the pair itself says so next.
+            self.refused = reason(error)
+            self.codes.clear()
+            self.captured.clear()
+            self.on_notice(f"not compiled, so slower: {self.refused}")
+        self.ready.add(x.shape)
+        if len(self.codes) > before:
+            seconds = time.perf_counter() - started
+            self.compile_seconds += seconds
+            self.on_notice(f"compiled the training step for {len(x)} rows in {seconds:.1f} s")
+
+    def gradient(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """The loss of x, the largest absolute gradient, and the gradients of `parameters`; all in one, or in chunks."""
+        make = self.code if self.is_compiled(x) else self.part
+        settings = self.settings(x)
+        if len(self.sizes) == 1:
+            loss, size, *gradients = make(Gradient, x, *settings)(x, *settings)
+            return loss, size, gradients
+        assert isinstance(self.objective, Objective)
+        # From torch's generator on the CPU, which waits for no device.
+        seed = int(torch.randint(2**62, ()).item())
+        pieces = []
+        for i, k in enumerate(self.sizes):
+            torch.manual_seed(seed + i)
+            pieces.append(make(Terms, x, num_particles=k)(x))
+        terms = torch.cat(pieces, 1).requires_grad_()
+        with torch.enable_grad():
+            named = dict(zip(self.objective.schedule(), settings, strict=True))
+            loss = -self.objective.combine(terms, **named).sum()
+            (slope,) = torch.autograd.grad(loss, terms)
+        sums: list[Tensor | None] = []
+        for i, (k, piece) in enumerate(zip(self.sizes, slope.split(self.sizes, 1), strict=True)):
+            torch.manual_seed(seed + i)
+            inputs = (x, piece.contiguous())
+            gradients = list(make(Pullback, *inputs, num_particles=k)(*inputs))
+            for total, gradient in zip(sums, gradients, strict=bool(sums)):
+                if total is not None:
+                    total += gradient
+            sums = sums or gradients
+        return loss.detach(), largest(sums), sums
+
+    def part(self, kind: type[Part], *inputs: Tensor, **arguments: Any) -> Part:
+        """A part, to be run as it is."""
+        key = (kind, *arguments.values())
+        if key not in self.parts:
+            self.parts[key] = kind(self.objective, self.pair, self.precision, **arguments)
+        return self.parts[key]
+
+    def code(self, kind: type[Part], *inputs: Tensor, **arguments: Any) -> "Code":
+        """A part as compiled code, compiled when its shape is seen first."""
+        key = (kind, *(t.shape for t in inputs), *arguments.values())
+        if key not in self.codes:
+            with same_noise(inputs[0].device):
+                self.codes[key] = Code(self.part(kind, **arguments), *inputs)
+        return self.codes[key]
+
+    def recheck(self) -> None:
+        """Compare compiled code with the pair itself again when it is next used."""
+        self.ready.clear()
+        for code in self.codes.values():
+            code.checked = False
+
+    def replay(self, x: Tensor) -> bool:
+        """Take the step as one CUDA graph, capturing it first if it is time to; whether it was taken."""
+        self.taken_on[x.shape] = self.taken_on.get(x.shape, 0) + 1
+        if not self.is_compiled(x) or self.taken_on[x.shape] <= WARM_UP:
+            return False
+        if x.shape not in self.captured or self.captured[x.shape].outdated:
+            self.captured[x.shape] = Captured(self, x)
+        self.captured[x.shape](x, self.objective)
+        return True
+
+    def summed(self, loss: Tensor, gradients: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """The sums over processes."""
+        assert self.together is not None
+        own = [loss.reshape(1), *(g.flatten() for g in gradients if g is not None)]
+        total, *pieces = self.together(torch.cat(own)).split([len(piece) for piece in own])
+        rest = iter(pieces)
+        sums = [None if g is None else next(rest).reshape(g.shape) for g in gradients]
+        return total[0], largest(sums), sums
+
+    def update(self, loss: Tensor, size: Tensor, gradients: Sequence[Tensor | None]) -> float | None:
+        """Let the optimiser take a step, unless a number is not finite; the loss, where it can be read."""
+        value = None
+        if self.deferred:
+            # Once 1 it stays 1, so that nothing is updated any more.
+            self.failed.copy_(torch.maximum(self.failed, (~(loss.isfinite() & size.isfinite())).float()))
+            self.total += torch.where(self.failed > 0, 0.0, loss.double())
+            self.taken += 1 - self.failed
+        else:
+            value, greatest = loss.item(), size.item()
+            if not (math.isfinite(value) and math.isfinite(greatest)):
+                raise NotFinite("a gradient is not finite" if math.isfinite(value) else f"the loss is {value}")
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+        for parameter in self.parameters:
+            parameter.grad = None
+        return value
+
+    def settle(self) -> float:
+        """On a GPU, the sum of losses since this was last asked, for which it waits; elsewhere 0.
+
+        Raises:
+            NotFinite: a loss or a gradient was not, and nothing was updated from then on.
+        """
+        if not self.deferred:
+            return 0.0
+        total, taken, failed = torch.stack([self.total, self.taken.double(), self.failed.double()]).tolist()
+        for tensor in (self.total, self.taken, self.failed):
+            tensor.zero_()
+        if failed:
+            raise NotFinite("the loss or a gradient is not finite", int(taken))
+        return total
+
+
+class Captured:
+    """A step on x of one shape, gradient and update, as one CUDA graph.
+
+    Random operations in it draw from torch's generator as it is when the graph is replayed.
+    """
+
+    def __init__(self, step: Step, x: Tensor) -> None:
+        self.optimizer, self.hyperparameters = step.optimizer, hyperparameters(step.optimizer)
+        self.x, self.settings = x.clone(), step.settings(x)
+        code = step.code(Gradient, self.x, *self.settings)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            loss, size, *gradients = code(self.x, *self.settings)
+            step.update(loss, size, gradients)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the optimiser has other settings, such as a learning rate, than those in the graph."""
+        return self.hyperparameters != hyperparameters(self.optimizer)
+
+    def __call__(self, x: Tensor, objective: PyroELBO) -> None:
+        self.x.copy_(x)
+        numbers = objective.schedule().values() if isinstance(objective, Objective) else ()
+        for tensor, number in zip(self.settings, numbers, strict=True):
+            tensor.fill_(number)
+        self.graph.replay()
+
+
+def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The settings of an optimiser, one dictionary for each group of parameters."""
+    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+
+# -- What steps run in -------------------------------------------------------------------------------------------------
+
+
+def check_chunk(objective: PyroELBO, particle_chunk: int | None) -> None:
+    """Refuse chunks of an objective that is not made of particles."""
+    if particle_chunk is None:
+        return
+    check_count("particle_chunk", particle_chunk)
+    if not isinstance(objective, Objective):
+        raise UsageError(
+            f"particle_chunk: {type(objective).__name__} is not made of terms of single particles; use an objective of "
+            "pyrovae.inference, or leave it out"
+        )
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuse a precision that the device does not have."""
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if precision == "tf32" and device.type != "cuda":
+        raise UsageError(f"precision: tf32 is for CUDA devices, got {device}; use fp32 or bf16-mixed")
+    if precision == "bf16-mixed" and not has_bfloat16(device):
+        raise UsageError(f"precision: this {device.type} does not compute in bfloat16; use fp32")
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies matrices of bfloat16 numbers by instructions of its own."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@contextmanager
+def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
+    """Products of single-precision matrices on a CUDA device as `precision` says, and as before at the end."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@contextmanager
+def flushing(wanted: bool) -> Iterator[None]:
+    """Where wanted, take denormal numbers for zero in this thread, and as before at the end.
+
+    Normalised importance weights underflow, and processors take many times longer over denormal numbers. Threads that
+    torch has started before are not reached, which is why `log_mean_exp` gives negligible weights no gradient at all.
+    """
+    before = bool(torch.tensor(1e-40) == 0)
+    if wanted:
+        torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
