@@ -62,10 +62,14 @@ def pick_device(name: str) -> "torch.device":
 
 def rows_of(rows: "Rows", split: str, limit: int | None = None) -> "Tensor":
     """The first rows of a split as x; training rows are transformed with fixed noise."""
+    from torch import Tensor
+
     from pyrovae.inference.seeding import seeded
 
     if split != "train":
         return getattr(rows, split)[:limit]
+    if limit is None and not isinstance(rows.train, Tensor):
+        raise UsageError("--rows: say how many of the training rows, which are streamed from a file; all may not fit")
     with seeded("training rows for evaluation"):
         return rows.transform(rows.train[:limit])
 

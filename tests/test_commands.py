@@ -206,7 +206,7 @@ def test_resume_with_another_configuration(capsys, trained):
     assert "lr: 0.001 then, 0.1 now" in message
     assert "network" in message
     assert "epochs" not in message.split("only")[0]
-    assert "only --epochs, --patience, --eval-K, --eval-rows, --device may differ" in message
+    assert "--eval-rows, --device, --compile, --particle-chunk, --stream may differ" in message
 
 
 @pytest.mark.parametrize(
@@ -400,8 +400,8 @@ def test_debug_shows_the_traceback():
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
-        (MemoryError(), 4, "Lower --K or --batch-size"),
-        (RuntimeError("CUDA out of memory. Tried to"), 4, "Lower --K or --batch-size"),
+        (MemoryError(), 4, "fit --particle-chunk"),
+        (RuntimeError("CUDA out of memory. Tried to"), 4, "fit --particle-chunk"),
         (
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
             4,

@@ -487,7 +487,7 @@ def test_nan_in_a_compiled_step_names_the_row_and_takes_no_step() -> None:
     data = X.clone() + 0.1
 
     def transform(rows: Tensor) -> Tensor:
-        return torch.where(rows == data[11, 3], torch.tensor(1e200).double(), rows) if poisoned else rows
+        return torch.where(rows == data[11, 3], torch.tensor(1e200, dtype=rows.dtype), rows) if poisoned else rows
 
     poisoned = False
     before: list[Tensor] = []

@@ -365,10 +365,11 @@ class Step:
             with same_noise(x.device), unchanged(self.pair.buffers()):
                 self.gradient(x)
         except Exception as error:
-            # If x is at fault, the pair itself says so next.
             self.refused = reason(error)
             self.codes.clear()
             self.captured.clear()
+            with same_noise(x.device), unchanged(self.pair.buffers()):
+                self.gradient(x)  # by the pair itself: if x or a parameter is at fault, it says so here
             self.on_notice(f"not compiled, so slower: {self.refused}")
         self.ready.add(x.shape)
         if len(self.codes) > before:
