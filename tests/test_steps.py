@@ -82,12 +82,10 @@ def step_of(pair: nn.Module, objective, **options) -> Step:
 def gradients(step: Step, x: Tensor, seed: int = 5) -> tuple[Tensor, list[Tensor]]:
     """The loss and the gradients that reach anything, on noise of a seed."""
     if step.is_compiled(x):
-        step.prepare(x)
+        step.checked_gradient(x)
     torch.manual_seed(seed)
-    loss, size, found = step.gradient(x)
-    kept = [g for g in found if g is not None]
-    assert size.item() == pytest.approx(max(g.abs().max().item() for g in kept))
-    return loss, kept
+    loss, found = step.gradient(x)
+    return loss, [g for g in found if g is not None]
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ References:
     Ansel et al. 2024, PyTorch 2, https://docs.pytorch.org/assets/pytorch2-2.pdf
 """
 
+import copy
 import logging
 import operator
 import os
@@ -157,14 +158,26 @@ def compile_graph(graph: fx.GraphModule) -> Callable[..., Any]:
     @torch.no_grad()
     def call(*inputs: Tensor) -> Any:
         if not compiled:
-            with quiet("torch.utils.cpp_extension"):
-                import torch._inductor  # takes a second
-
-                # Inductor's own generator is no faster on a GPU, and 15 times slower on a CPU.
-                compiled.append(torch._inductor.compile(graph, list(inputs), {"fallback_random": True}))
+            with quiet("torch.utils.cpp_extension"), same_noise(inputs[0].device):
+                compiled.append(inductor(graph, list(inputs)))
         return compiled[0](*inputs)
 
     return call
+
+
+def inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """A graph compiled by torch's compiler."""
+    import torch._inductor  # takes a second
+    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+
+    # Inductor's own generator is no faster on a GPU, and 15 times slower on a CPU.
+    options = {"fallback_random": True}
+    try:
+        # Takes the processor's word for what it can do: trying all of it takes 8 s, the first time on a machine.
+        return torch._inductor.compile(copy.deepcopy(graph), inputs, {**options, "cpp.vec_isa_ok": True})
+    except Exception:
+        valid_vec_isa_list.cache_clear()  # the C++ compiler may be too old for the processor
+        return torch._inductor.compile(graph, inputs, options)
 
 
 @contextmanager

@@ -3,7 +3,7 @@ r"""Steps: the loss of a pair on a batch, its gradient, and the update of the pa
 The loss is -sum_n L_n, with the bound L_n of an objective. Its gradient is taken by autograd in a run of the pair, or
 by the same operations as one compiled graph (see `graphs`):
 
-    graph(parameters and buffers, x, beta, ...)  ->  loss, largest gradient, gradients
+    graph(parameters and buffers, x, beta, ...)  ->  loss, gradients
 
 What changes between steps is an input of the graph (the parameters, the batch, the objective's `schedule`) or a random
 operation in it (noise, dropout). On a CUDA device the whole step, update included, is then captured as one CUDA graph.
@@ -20,7 +20,7 @@ By the chain rule that is the gradient of the loss, in the memory of one chunk, 
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -46,6 +46,7 @@ from pyrovae.inference.graphs import (
 )
 from pyrovae.inference.objectives import Objective
 from pyrovae.inference.pair import Pair
+from pyrovae.inference.seeding import reseed
 
 PRECISIONS = ("fp32", "tf32", "bf16-mixed")
 # By how much the loss, and the gradient as a whole, of compiled code may differ from autograd's, as a share.
@@ -116,22 +117,28 @@ class Part(nn.Module):
 
 
 class Gradient(Part):
-    """(x, *settings) -> loss, size, gradients, with `size` the largest absolute value in any gradient.
-
-    Parameters that the loss does not depend on have the gradient None, and none in a graph.
-    """
+    """(x, *settings) -> loss, gradients; None for parameters on which the loss does not depend."""
 
     def compute(self, leaves: Sequence[Tensor], *inputs: Any) -> Any:
-        x, *settings = inputs
         with torch.enable_grad():
-            if isinstance(self.objective, Objective):
-                named = dict(zip(self.settings, settings, strict=True))
-                terms = self.draw(x, self.objective.num_averages * self.objective.num_particles)
-                loss = -self.objective.combine(terms, **named).sum()
-            else:
-                loss = self.objective.differentiable_loss(self.pair.model, self.pair.guide, x)
+            loss = self.loss(*inputs)
             gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-        return loss.detach(), largest(gradients), *gradients
+        return loss.detach(), *gradients
+
+    def loss(self, x: Tensor, *settings: Tensor) -> Tensor:
+        """-bound summed over the rows of x, with the settings in the order of the objective's schedule."""
+        if not isinstance(self.objective, Objective):
+            return self.objective.differentiable_loss(self.pair.model, self.pair.guide, x)
+        terms = self.draw(x, self.objective.num_averages * self.objective.num_particles)
+        return -self.objective.combine(terms, **dict(zip(self.settings, settings, strict=True))).sum()
+
+
+class Loss(Gradient):
+    """(x, *settings) -> the loss alone."""
+
+    def compute(self, leaves: Sequence[Tensor], *inputs: Any) -> Any:
+        with torch.no_grad():
+            return self.loss(*inputs)
 
 
 class Terms(Part):
@@ -156,11 +163,6 @@ class Pullback(Terms):
             return torch.autograd.grad(total, leaves, allow_unused=True)
 
 
-def largest(gradients: Sequence[Tensor | None]) -> Tensor:
-    """The largest absolute value in any of some tensors: NaN or infinite where one of them is."""
-    return get_total_norm([g.detach() for g in gradients if g is not None], math.inf)
-
-
 class Code:
     """A part compiled for inputs of one shape.
 
@@ -175,31 +177,14 @@ class Code:
     def __init__(self, part: Part, *inputs: Tensor) -> None:
         self.part = part
         self.state = [t.detach() for t in (*part.parameters(), *part.buffers())]
-        with unknown_step(part.objective):
+        with unknown_step(part.objective), same_noise(inputs[0].device):
             graph = trace(part, *inputs)
         rewrite(graph, log_of_products, *[fast_tanh] * (inputs[0].device.type == "cpu"))
         self.code = compile_graph(graph)
-        self.checked = False
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """What the part returns, without the gradients that are None."""
-        if not self.checked:
-            self.check(*inputs)
-            self.checked = True
+        """What the part returns."""
         return self.code(*self.state, *inputs)
-
-    def check(self, *inputs: Tensor) -> None:
-        """Compare with the part itself on the same noise.
-
-        Raises:
-            Refused: they differ by more than rounding.
-        """
-        device = inputs[0].device
-        with same_noise(device), unchanged(self.part.buffers()):
-            wanted = self.part(*inputs)
-        with same_noise(device), unchanged(self.part.buffers()):
-            got = self.code(*self.state, *inputs)
-        compare(flat(got), flat(wanted), self.part.precision == "bf16-mixed")
 
 
 class Unknown:
@@ -227,36 +212,40 @@ def unknown_step(objective: PyroELBO) -> Iterator[None]:
             objective.step = cast(Any, step)
 
 
-@contextmanager
-def unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Put back what a run of the pair does to its buffers, such as the moments of batch normalisation."""
-    kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in kept:
-                tensor.copy_(value)
+class Before:
+    """The random state and the buffers of a pair (such as moments of batch normalisation), to go back to."""
 
+    def __init__(self, pair: nn.Module, device: torch.device) -> None:
+        self.device = device
+        self.noise = torch.get_rng_state()
+        self.noise_on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self.buffers = [(buffer, buffer.detach().clone()) for buffer in pair.buffers()]
 
-def flat(outputs: Any) -> list[Tensor]:
-    """The outputs of a part as tensors: a loss or terms first."""
-    outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
-    return [value.detach() for value in outputs if value is not None]
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Go back."""
+        torch.set_rng_state(self.noise)
+        if self.noise_on_gpu is not None:
+            torch.cuda.set_rng_state(self.noise_on_gpu, self.device)
+        for buffer, value in self.buffers:
+            buffer.copy_(value)
 
 
 def compare(got: Sequence[Tensor], wanted: Sequence[Tensor], half: bool) -> None:
-    """Refuse outputs that differ by more than rounding from the part's own; what is not finite is left to others."""
-    of_value, of_gradient = TOLERANCE_BF16 if half else TOLERANCE.get(wanted[0].dtype, TOLERANCE_BF16)
+    """Refuse a loss, and gradients if there are any, that differ from the pair's own by more than rounding.
+
+    What is not finite is left to others.
+    """
+    of_loss, of_gradient = TOLERANCE_BF16 if half else TOLERANCE.get(wanted[0].dtype, TOLERANCE_BF16)
     if not all(value.isfinite().all() for value in wanted):
         return
-
-    def share(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-        difference = [p.double() - q.double() for p, q in zip(a, b, strict=True)]
-        return (get_total_norm(difference) / get_total_norm([q.double() for q in b])).nan_to_num(0.0).item()
-
-    for name, tolerance, part in (("loss", of_value, slice(1)), ("gradient", of_gradient, slice(1, None))):
-        if wanted[part] and not (off := share(got[part], wanted[part])) <= tolerance:
+    for name, tolerance, part in (("loss", of_loss, slice(1)), ("gradient", of_gradient, slice(1, len(wanted)))):
+        if not wanted[part]:
+            continue
+        difference = [p.double() - q.double() for p, q in zip(got[part], wanted[part], strict=True)]
+        size = get_total_norm([q.double() for q in wanted[part]])
+        off = (get_total_norm(difference) / size).nan_to_num(0.0).item()
+        if not off <= tolerance:
             raise Refused(
                 f"the compiled {name} differs by {100 * off:.2g} % from the pair's own on the same noise, so the pair "
                 "depends on something that is no tensor operation (numpy, Python's random, a changed attribute)"
@@ -307,7 +296,8 @@ class Step:
         self.refused: str | None = None
         self.parts: dict[tuple, Part] = {}
         self.codes: dict[tuple, Code] = {}
-        self.ready: set[torch.Size] = set()  # shapes compiled and checked in this epoch
+        self.known: set[torch.Size] = set()  # shapes for which there is compiled code
+        self.checked: set[torch.Size] = set()  # shapes compared with the pair itself since `recheck`
         self.taken_on: dict[torch.Size, int] = {}
         self.captured: dict[torch.Size, Captured] = {}
         device = self.parameters[0].device
@@ -334,16 +324,15 @@ class Step:
         Raises:
             NotFinite: the loss or a gradient is not; no update was made. On a GPU `settle` raises it.
         """
-        if self.is_compiled(x):
-            self.prepare(x)
-        if self.capturing and self.replay(x):
+        due = self.is_compiled(x) and x.shape not in self.checked
+        if self.capturing and not due and self.replay(x):
             return None
-        loss, size, gradients = self.gradient(x)
+        loss, gradients = self.checked_gradient(x) if due else self.gradient(x)
         if absent:
             loss, gradients = loss * 0, [None if g is None else g * 0 for g in gradients]
         if self.together is not None:
-            loss, size, gradients = self.summed(loss, gradients)
-        return self.update(loss, size, gradients)
+            loss, gradients = self.summed(loss, gradients)
+        return self.update(loss, gradients)
 
     def settings(self, x: Tensor) -> list[Tensor]:
         """The numbers of the objective that change from step to step, in the precision of x."""
@@ -356,56 +345,82 @@ class Step:
         wanted = self.compiled if isinstance(self.compiled, bool) else len(x) in self.compiled
         return wanted and self.refused is None
 
-    def prepare(self, x: Tensor) -> None:
-        """Compile for the shape of x if it is new, and compare with the pair itself if that is due."""
-        if x.shape in self.ready:
-            return
-        before, started = len(self.codes), time.perf_counter()
+    def checked_gradient(self, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """`gradient` by compiled code, compiled if it is new, and compared with the pair itself on the same noise.
+
+        Where that cannot be had, from here on everything is computed by the pair itself, on the same noise as well.
+        """
+        new, before, started = x.shape not in self.known, Before(self.pair, x.device), time.perf_counter()
+        if new:
+            loss, gradients = self.gradient(x, compiled=False)
+            wanted = [loss, *(g for g in gradients if g is not None)]
+        else:
+            wanted = [self.loss(x)]
+        before.restore()
         try:
-            with same_noise(x.device), unchanged(self.pair.buffers()):
-                self.gradient(x)
+            result = self.gradient(x)
+            compare([result[0], *(g for g in result[1] if g is not None)], wanted, self.precision == "bf16-mixed")
         except Exception as error:
+            before.restore()
             self.refused = reason(error)
             self.codes.clear()
             self.captured.clear()
-            with same_noise(x.device), unchanged(self.pair.buffers()):
-                self.gradient(x)  # by the pair itself: if x or a parameter is at fault, it says so here
             self.on_notice(f"not compiled, so slower: {self.refused}")
-        self.ready.add(x.shape)
-        if len(self.codes) > before:
+            return self.gradient(x)
+        self.known.add(x.shape)
+        self.checked.add(x.shape)
+        if new:
             seconds = time.perf_counter() - started
             self.compile_seconds += seconds
             self.on_notice(f"compiled the training step for {len(x)} rows in {seconds:.1f} s")
+        return result
 
-    def gradient(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """The loss of x, the largest absolute gradient, and the gradients of `parameters`; all in one, or in chunks."""
-        make = self.code if self.is_compiled(x) else self.part
+    def gradient(self, x: Tensor, compiled: bool = True) -> tuple[Tensor, list[Tensor | None]]:
+        """The loss of x and the gradients of `parameters`; of all particles in one, or in chunks.
+
+        Args:
+            x: Data, shape (N, *event).
+            compiled: By compiled code, for as many rows as are compiled; False: by the pair itself.
+        """
+        make = self.code if compiled and self.is_compiled(x) else self.part
         settings = self.settings(x)
         if len(self.sizes) == 1:
-            loss, size, *gradients = make(Gradient, x, *settings)(x, *settings)
-            return loss, size, gradients
-        assert isinstance(self.objective, Objective)
+            loss, *gradients = make(Gradient, x, *settings)(x, *settings)
+            return loss, gradients
         # From torch's generator on the CPU, which waits for no device.
         seed = int(torch.randint(2**62, ()).item())
-        pieces = []
-        for i, k in enumerate(self.sizes):
-            torch.manual_seed(seed + i)
-            pieces.append(make(Terms, x, num_particles=k)(x))
-        terms = torch.cat(pieces, 1).requires_grad_()
+        terms = self.terms(x, seed, make).requires_grad_()
         with torch.enable_grad():
-            named = dict(zip(self.objective.schedule(), settings, strict=True))
-            loss = -self.objective.combine(terms, **named).sum()
+            loss = self.loss_of(terms, settings)
             (slope,) = torch.autograd.grad(loss, terms)
         sums: list[Tensor | None] = []
         for i, (k, piece) in enumerate(zip(self.sizes, slope.split(self.sizes, 1), strict=True)):
-            torch.manual_seed(seed + i)
+            reseed(seed + i, x.device)
             inputs = (x, piece.contiguous())
             gradients = list(make(Pullback, *inputs, num_particles=k)(*inputs))
-            for total, gradient in zip(sums, gradients, strict=bool(sums)):
-                if total is not None:
-                    total += gradient
-            sums = sums or gradients
-        return loss.detach(), largest(sums), sums
+            sums = gradients if i == 0 else [a if b is None else a + b for a, b in zip(sums, gradients, strict=True)]
+        return loss.detach(), sums
+
+    @torch.no_grad()
+    def loss(self, x: Tensor) -> Tensor:
+        """The loss of x by the pair itself, without a gradient; its noise is that of `gradient`."""
+        settings = self.settings(x)
+        if len(self.sizes) == 1:
+            return self.part(Loss)(x, *settings)
+        return self.loss_of(self.terms(x, int(torch.randint(2**62, ()).item()), self.part), settings)
+
+    def terms(self, x: Tensor, seed: int, make: Callable[..., Callable[..., Tensor]]) -> Tensor:
+        """The terms of all particles, chunk by chunk, each chunk on noise of its own seed."""
+        pieces = []
+        for i, k in enumerate(self.sizes):
+            reseed(seed + i, x.device)
+            pieces.append(make(Terms, x, num_particles=k)(x))
+        return torch.cat(pieces, 1)
+
+    def loss_of(self, terms: Tensor, settings: Sequence[Tensor]) -> Tensor:
+        """The loss of all particles' terms."""
+        assert isinstance(self.objective, Objective)
+        return -self.objective.combine(terms, **dict(zip(self.objective.schedule(), settings, strict=True))).sum()
 
     def part(self, kind: type[Part], *inputs: Tensor, **arguments: Any) -> Part:
         """A part, to be run as it is."""
@@ -415,18 +430,15 @@ class Step:
         return self.parts[key]
 
     def code(self, kind: type[Part], *inputs: Tensor, **arguments: Any) -> "Code":
-        """A part as compiled code, compiled when its shape is seen first."""
+        """A part as compiled code, for the shapes of these inputs."""
         key = (kind, *(t.shape for t in inputs), *arguments.values())
         if key not in self.codes:
-            with same_noise(inputs[0].device):
-                self.codes[key] = Code(self.part(kind, **arguments), *inputs)
+            self.codes[key] = Code(self.part(kind, **arguments), *inputs)
         return self.codes[key]
 
     def recheck(self) -> None:
         """Compare compiled code with the pair itself again when it is next used."""
-        self.ready.clear()
-        for code in self.codes.values():
-            code.checked = False
+        self.checked.clear()
 
     def replay(self, x: Tensor) -> bool:
         """Take the step as one CUDA graph, capturing it first if it is time to; whether it was taken."""
@@ -438,26 +450,26 @@ class Step:
         self.captured[x.shape](x, self.objective)
         return True
 
-    def summed(self, loss: Tensor, gradients: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    def summed(self, loss: Tensor, gradients: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
         """The sums over processes."""
         assert self.together is not None
         own = [loss.reshape(1), *(g.flatten() for g in gradients if g is not None)]
         total, *pieces = self.together(torch.cat(own)).split([len(piece) for piece in own])
         rest = iter(pieces)
         sums = [None if g is None else next(rest).reshape(g.shape) for g in gradients]
-        return total[0], largest(sums), sums
+        return total[0], sums
 
-    def update(self, loss: Tensor, size: Tensor, gradients: Sequence[Tensor | None]) -> float | None:
+    def update(self, loss: Tensor, gradients: Sequence[Tensor | None]) -> float | None:
         """Let the optimiser take a step, unless a number is not finite; the loss, where it can be read."""
-        value = None
+        value, size = None, get_total_norm([g for g in gradients if g is not None])
         if self.deferred:
             # Once 1 it stays 1, so that nothing is updated any more.
             self.failed.copy_(torch.maximum(self.failed, (~(loss.isfinite() & size.isfinite())).float()))
             self.total += torch.where(self.failed > 0, 0.0, loss.double())
             self.taken += 1 - self.failed
         else:
-            value, greatest = loss.item(), size.item()
-            if not (math.isfinite(value) and math.isfinite(greatest)):
+            value = loss.item()
+            if not (math.isfinite(value) and math.isfinite(size.item())):
                 raise NotFinite("a gradient is not finite" if math.isfinite(value) else f"the loss is {value}")
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
@@ -494,8 +506,8 @@ class Captured:
         code = step.code(Gradient, self.x, *self.settings)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            loss, size, *gradients = code(self.x, *self.settings)
-            step.update(loss, size, gradients)
+            loss, *gradients = code(self.x, *self.settings)
+            step.update(loss, gradients)
 
     @property
     def outdated(self) -> bool:

@@ -35,8 +35,8 @@ from pyrovae.inference.graphs import CompileWarning
 from pyrovae.inference.log_weights import draw, sample_sites
 from pyrovae.inference.objectives import ELBO, Objective, Renyi
 from pyrovae.inference.pair import Pair, Program, evaluating
-from pyrovae.inference.seeding import derive_seed, seeded
-from pyrovae.inference.steps import NotFinite, Step, arithmetic, check_chunk, check_precision, flushing, unchanged
+from pyrovae.inference.seeding import derive_seed, reseed, seeded
+from pyrovae.inference.steps import Before, NotFinite, Step, arithmetic, check_chunk, check_precision, flushing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -371,16 +371,16 @@ class Trainer:
     @torch.no_grad()
     def inspect(self) -> None:
         """Run the pair on all rows once: compiled code validates nothing, so what it has to say, it says here."""
-        torch.manual_seed(derive_seed(self.seed, "inspect"))
+        state = Before(self.pair, self.device)
         batches = torch.arange(self.rank, len(self.data), self.world).split(1000)
-        with unchanged(self.pair.buffers()):
-            for rows, raw in zip(batches, gather(self.data, batches, self.device), strict=True):
-                x = self.transform(raw)
-                with self.diagnosing(x, rows):
-                    if isinstance(self.objective, Objective):
-                        draw(self.pair.model, self.pair.guide, x, 1)
-                    else:
-                        self.objective.loss(self.pair.model, self.pair.guide, x)
+        for rows, raw in zip(batches, gather(self.data, batches, self.device), strict=True):
+            x = self.transform(raw)
+            with self.diagnosing(x, rows):
+                if isinstance(self.objective, Objective):
+                    draw(self.pair.model, self.pair.guide, x, 1)
+                else:
+                    self.objective.loss(self.pair.model, self.pair.guide, x)
+        state.restore()
 
     def discover(self) -> None:
         """Run the pair once with a gradient: it must work, and every parameter should get one."""
@@ -392,10 +392,10 @@ class Trainer:
                 f"{tuple(self.validation.shape[1:])}"
             )
         before = getattr(self.objective, "step", 0)
+        state = Before(self.pair, self.device)
         with (
             self.diagnosing(x, rows),
             poutine.trace(param_only=True) as declared,
-            unchanged(self.pair.buffers()),
             FlopCounterMode(display=False) as counter,
         ):
             loss = self.objective.differentiable_loss(self.pair.model, self.pair.guide, x)
@@ -403,6 +403,7 @@ class Trainer:
             if not depends_on:
                 raise UsageError("fit: found no parameters to train in the model and the guide")
             loss.backward()
+        state.restore()
         self.flops = counter.get_total_flops() / len(x)
         self.objective.step = before
         self.pair.adopt(declared.trace)
@@ -482,7 +483,7 @@ class Trainer:
     def take_step(self, raw: Tensor, rows: Tensor, absent: bool) -> None:
         """One gradient step on the batch that some rows make."""
         state = self.progress
-        torch.manual_seed(derive_seed(self.seed, "step", state.step, self.rank))
+        reseed(derive_seed(self.seed, "step", state.step, self.rank), self.device)
         x = self.transform(raw)
         self.objective.step = state.step
         with self.diagnosing(x, rows):
@@ -504,7 +505,7 @@ class Trainer:
             failed = first + error.taken
             state.step, state.batch = state.step - (state.batch - failed), failed
             rows = batches[failed][self.rank :: self.world]
-            torch.manual_seed(derive_seed(self.seed, "step", state.step, self.rank))
+            reseed(derive_seed(self.seed, "step", state.step, self.rank), self.device)
             x = self.transform(next(gather(self.data, [rows], self.device)))
             raise NumericalError(self.diagnose(x, rows, str(error))) from None
 
@@ -545,7 +546,7 @@ class Trainer:
         if hasattr(self, "step"):
             self.repeat_noise(rows)
             with suppress(ValueError):
-                found = zip(named, self.step.gradient(x)[2], strict=True)
+                found = zip(named, self.step.gradient(x, compiled=False)[1], strict=True)
                 gradients = [name for name, g in found if g is not None and not g.isfinite().all()]
         where = f" in rows {rows[wrong][:5].tolist()}" if wrong.any() else ""
         for kind, names in (("site", sites), ("parameter", parameters), ("gradient of", gradients)):
@@ -560,7 +561,7 @@ class Trainer:
 
     def repeat_noise(self, rows: Tensor) -> None:
         """Bring the random state to where it was when the current step began on these rows."""
-        torch.manual_seed(derive_seed(self.seed, "step", self.progress.step, self.rank))
+        reseed(derive_seed(self.seed, "step", self.progress.step, self.rank), self.device)
         self.transform(next(gather(self.data, [rows], self.device)))
 
     def finish_epoch(self, record: "Record") -> None:
@@ -598,7 +599,7 @@ class Trainer:
     def validate(self) -> Metrics:
         """Bounds and their terms on the validation rows, with the same noise at every epoch."""
         assert self.validation is not None
-        torch.manual_seed(derive_seed(self.seed, "validation"))
+        reseed(derive_seed(self.seed, "validation"), self.device)
         batches = self.validation.split(max(self.batch_size, 100))
         with evaluating(self.pair.model, self.pair.guide):
             try:
