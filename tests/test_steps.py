@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.testing import assert_close
 
+from pyrovae.data import load_data
 from pyrovae.errors import DataError, NumericalError, UsageError
 from pyrovae.inference import ELBO, IWAE, Capacity, LinearWarmup, Renyi, adam, fit, measure, steps
 from pyrovae.inference.graphs import HalfProducts
@@ -248,6 +250,22 @@ def test_compiled_and_resumed_equals_never_stopped(tmp_path, stop: int) -> None:
     again = trained(vae(0.3), IWAE(4), compile="auto", directory=tmp_path, resume=True)
     assert again[0] == never[0]
     assert all(torch.equal(a, b) for a, b in zip(again[1], never[1], strict=True))
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+@pytest.mark.usefixtures("uncompiled")
+def test_rows_streamed_from_a_file_train_as_rows_in_memory(tmp_path, mode: str) -> None:
+    levels = torch.randint(0, 256, (60, D), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
+    np.save(tmp_path / "levels.npy", levels.numpy())
+    runs = []
+    for stream in ("on", "off"):
+        rows = load_data(tmp_path / "levels.npy", stream=stream).rows("mass")
+        assert isinstance(rows.train, Tensor) == (stream == "off")
+        pair = vae().float()
+        fit(pair.model, pair.guide, rows.train, IWAE(3), epochs=2, batch_size=7, transform=rows.transform,
+            validation=rows.validation, compile=mode, seed=2)  # fmt: skip
+        runs.append([p.detach().clone() for p in pair.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------- what is not compiled

@@ -46,8 +46,10 @@ def gather(
     """
     device = torch.device(device)
     if isinstance(data, Tensor) and (data.device.type != "cpu" or device.type == "cpu"):
-        for rows in batches:
-            yield data[rows.to(data.device)].to(device)
+        # All row numbers at once: a GPU would be waited for at every batch.
+        order = torch.cat(list(batches)).to(data.device) if batches else torch.zeros(0, dtype=torch.long)
+        for rows in order.split([len(rows) for rows in batches]):
+            yield data[rows].to(device)
         return
 
     def announce(numbers: range) -> None:

@@ -187,9 +187,10 @@ def fit(
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
         if value is not None:
             check_count(name, value)
-    for name, rows in (("data", data), ("validation", validation)):
-        if rows is not None or name == "data":
-            check_rows(name, rows)
+    # What is no tensor may read its rows from elsewhere, by announcing them first.
+    check_rows("data", data[:1] if hasattr(data, "announce") else data)
+    if validation is not None:
+        check_rows("validation", validation)
     if batch_size > len(data):
         raise UsageError(f"batch_size: {batch_size} is more than the {len(data)} training rows")
     if not hasattr(objective, "differentiable_loss"):
