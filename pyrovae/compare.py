@@ -140,7 +140,7 @@ def fit_baseline(
 
     binary = rows.measure.kind == "mass"
     with seeded(seed, "baseline rows"):
-        train = rows.transform(rows.train[:MOST_ROWS]).to(device)
+        train = rows.transform(rows.train[:: -(-len(rows.train) // MOST_ROWS)]).to(device)
     # Nats per datum gained by an iteration below which EM ends: far below what models of so many dimensions differ by.
     # Those of full covariances are dearer, and densities spread more widely than masses.
     tolerance = rows.measure.dimensions * (1e-5 if binary else 1e-4)

@@ -135,14 +135,13 @@ def unwatched() -> Iterator[None]:
 
 def place_of(error: BaseException) -> str:
     """Where an error comes from: " in guide, line 12 of pair.py; use torch.where", or Pyro's own function."""
+    torch_, pyro_, here = (os.path.dirname(file) + os.sep for file in (torch.__file__, pyro.__file__, __file__))
+    libraries = (torch_, pyro_, here, sysconfig.get_path("stdlib"), "<")
     frames = traceback.extract_tb(error.__traceback__)
-    torch_, pyro_, here = (os.path.dirname(file) for file in (torch.__file__, pyro.__file__, __file__))
-    libraries = (torch_, sysconfig.get_path("stdlib"), "<")
-    outside = [frame for frame in frames if not frame.filename.startswith(libraries)]
-    own = [frame for frame in outside if not frame.filename.startswith((pyro_, here))]
+    own = [frame for frame in frames if not frame.filename.startswith(libraries)]
     if own:
         return f" in {own[-1].name}, line {own[-1].lineno} of {os.path.basename(own[-1].filename)}; use torch.where"
-    in_pyro = [frame for frame in outside if frame.filename.startswith(pyro_)]
+    in_pyro = [frame for frame in frames if frame.filename.startswith(pyro_)]
     return f" in Pyro's {in_pyro[-1].name}" if in_pyro else ""
 
 
@@ -154,15 +153,33 @@ def reason(error: BaseException) -> str:
 def compile_graph(graph: fx.GraphModule) -> Callable[..., Any]:
     """A graph as compiled code that draws the very random numbers of eager torch. Compiled at the first call."""
     compiled: list[Callable[..., Any]] = []
+    constants = lifted(graph)
 
     @torch.no_grad()
     def call(*inputs: Tensor) -> Any:
         if not compiled:
             with quiet("torch.utils.cpp_extension"), same_noise(inputs[0].device):
-                compiled.append(inductor(graph, list(inputs)))
-        return compiled[0](*inputs)
+                compiled.append(inductor(graph, [*constants, *inputs]))
+        return compiled[0](*constants, *inputs)
 
     return call
+
+
+def lifted(graph: fx.GraphModule) -> list[Tensor]:
+    """Make inputs, the first ones, of the tensors that a graph holds, which compiled code would take for constants."""
+    found: dict[str, list[fx.Node]] = {}
+    for node in graph.graph.find_nodes(op="get_attr"):
+        found.setdefault(str(node.target), []).append(node)
+    values = {name: operator.attrgetter(name)(graph) for name in found}
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    for number, name in reversed(list(enumerate(tensors))):
+        with graph.graph.inserting_before(next(iter(graph.graph.nodes))):
+            given = graph.graph.placeholder(f"held{number}")
+        for node in found[name]:
+            node.replace_all_uses_with(given)
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return [tensor.detach() for tensor in tensors.values()]
 
 
 def inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -249,6 +266,7 @@ def rewrite(graph: fx.GraphModule, *rules: Rule) -> None:
                 node.replace_all_uses_with(new.node)
                 graph.graph.erase_node(node)
         graph.graph.eliminate_dead_code()
+    graph.recompile()
 
 
 def proxies(args: Any, tracer: Any) -> Any:

@@ -122,9 +122,8 @@ class Objective(PyroELBO):
     def chunks(self, most: int | None = None) -> list[int]:
         """The M * K particles in parts of at most `most`, as even as can be; None: in one."""
         total = self.num_averages * self.num_particles
-        size = math.ceil(total / math.ceil(total / (most or total)))
-        whole, rest = divmod(total, size)
-        return [size] * whole + [rest] * (rest > 0)
+        parts = math.ceil(total / (most or total))
+        return [total // parts + (i < total % parts) for i in range(parts)]
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Tensor) -> Tensor:
         """-bound summed over the batch, a differentiable scalar in nats."""

@@ -27,6 +27,7 @@ from typing import Any, cast
 import torch
 from pyro.infer import ELBO as PyroELBO
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
@@ -42,6 +43,7 @@ from pyrovae.inference.graphs import (
     reason,
     rewrite,
     same_noise,
+    state,
     trace,
 )
 from pyrovae.inference.objectives import Objective
@@ -52,6 +54,8 @@ PRECISIONS = ("fp32", "tf32", "bf16-mixed")
 # By how much the loss, and the gradient as a whole, of compiled code may differ from autograd's, as a share.
 TOLERANCE = {torch.float32: (1e-4, 1e-2), torch.float64: (1e-9, 1e-6)}
 ROUGH = (1e-2, 0.2)  # for products with factors of 8 or 10 bits
+# Steps of a shape after which, in another epoch, its code is compared with the pair again.
+RECHECK = 100
 # Steps on a CUDA device before one is captured, in which libraries allocate what they keep.
 WARM_UP = 3
 
@@ -69,6 +73,13 @@ class NotFinite(ArithmeticError):
 
 
 # -- Parts of a step ---------------------------------------------------------------------------------------------------
+
+
+def has_terms(objective: PyroELBO) -> bool:
+    """Whether an objective's loss is what it combines from terms of single particles."""
+    own = type(objective)
+    whole = ("bound", "differentiable_loss")
+    return isinstance(objective, Objective) and all(getattr(own, f) is getattr(Objective, f) for f in whole)
 
 
 class Part(nn.Module):
@@ -97,7 +108,10 @@ class Part(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         """What `compute` returns, with gradients where it takes them."""
-        leaves = [tensor.requires_grad_() for tensor in self.trainable]
+        leaves = self.trainable
+        for tensor in leaves:
+            if isinstance(tensor, FakeTensor):  # in a trace, where tensors do not ask for gradients by themselves
+                tensor.requires_grad_()
         with ExitStack() as context:
             if self.pair.stored:
                 known = map(id, self.pair.stored.values())
@@ -109,6 +123,12 @@ class Part(nn.Module):
     def compute(self, leaves: Sequence[Tensor], *inputs: Any) -> Any:
         """The computation itself."""
         raise NotImplementedError
+
+    def gradients(self, value: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+        """The gradients of a scalar by what asks for one; None for what does not, or is not used."""
+        asking = [leaf for leaf in leaves if leaf.requires_grad]
+        found = iter(torch.autograd.grad(value, asking, allow_unused=True))
+        return [next(found) if leaf.requires_grad else None for leaf in leaves]
 
     def draw(self, x: Tensor, num_particles: int) -> Tensor:
         """The objective's terms of draws for x, shape (T, num_particles, N)."""
@@ -122,23 +142,16 @@ class Gradient(Part):
     def compute(self, leaves: Sequence[Tensor], *inputs: Any) -> Any:
         with torch.enable_grad():
             loss = self.loss(*inputs)
-            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+            gradients = self.gradients(loss, leaves)
         return loss.detach(), *gradients
 
     def loss(self, x: Tensor, *settings: Tensor) -> Tensor:
         """-bound summed over the rows of x, with the settings in the order of the objective's schedule."""
-        if not isinstance(self.objective, Objective):
+        if not has_terms(self.objective):
             return self.objective.differentiable_loss(self.pair.model, self.pair.guide, x)
+        assert isinstance(self.objective, Objective)
         terms = self.draw(x, self.objective.num_averages * self.objective.num_particles)
         return -self.objective.combine(terms, **dict(zip(self.settings, settings, strict=True))).sum()
-
-
-class Loss(Gradient):
-    """(x, *settings) -> the loss alone."""
-
-    def compute(self, leaves: Sequence[Tensor], *inputs: Any) -> Any:
-        with torch.no_grad():
-            return self.loss(*inputs)
 
 
 class Terms(Part):
@@ -159,8 +172,7 @@ class Pullback(Terms):
     def compute(self, leaves: Sequence[Tensor], *inputs: Any) -> Any:
         x, slope = inputs
         with torch.enable_grad():
-            total = (self.draw(x, self.num_particles) * slope).sum()
-            return torch.autograd.grad(total, leaves, allow_unused=True)
+            return self.gradients((self.draw(x, self.num_particles) * slope).sum(), leaves)
 
 
 class Code:
@@ -176,7 +188,7 @@ class Code:
 
     def __init__(self, part: Part, *inputs: Tensor) -> None:
         self.part = part
-        self.state = [t.detach() for t in (*part.parameters(), *part.buffers())]
+        self.state = [t.detach() for t in state(part).values()]
         with unknown_step(part.objective), same_noise(inputs[0].device):
             graph = trace(part, *inputs)
         rewrite(graph, log_of_products, *[fast_tanh] * (inputs[0].device.type == "cpu"))
@@ -231,26 +243,68 @@ class Before:
             buffer.copy_(value)
 
 
-def compare(got: Sequence[Tensor], wanted: Sequence[Tensor], precision: str) -> None:
-    """Refuse a loss, and gradients if there are any, that differ from the pair's own by more than rounding.
+def compare(got: Sequence[Tensor], wanted: Sequence[Tensor], precision: str, numbers: int) -> None:
+    """Refuse a loss and gradients that differ from the pair's own by more than rounding.
 
-    What is not finite is left to others.
+    Where the pair's own are not finite, that is left to others.
+
+    Args:
+        got: Loss and gradients by compiled code.
+        wanted: Those of the pair.
+        precision: One of `PRECISIONS`.
+        numbers: How many are added up to the loss, each with a rounding error.
     """
-    full = TOLERANCE.get(wanted[0].dtype, ROUGH)
-    of_loss, of_gradient = full if precision == "fp32" else ROUGH
     if not all(value.isfinite().all() for value in wanted):
         return
-    for name, tolerance, part in (("loss", of_loss, slice(1)), ("gradient", of_gradient, slice(1, len(wanted)))):
-        if not wanted[part]:
-            continue
-        difference = [p.double() - q.double() for p, q in zip(got[part], wanted[part], strict=True)]
+    if len(got) != len(wanted):
+        raise Refused(f"the compiled code gives {len(got) - 1} gradients, the pair itself {len(wanted) - 1}")
+    exact = TOLERANCE.get(wanted[0].dtype, ROUGH)
+    tolerances = exact if precision == "fp32" else ROUGH
+    slack = numbers * torch.finfo(wanted[0].dtype).eps * 10
+    for name, tolerance, part in zip(("loss", "gradient"), tolerances, (slice(1), slice(1, None)), strict=True):
+        difference = get_total_norm([p.double() - q.double() for p, q in zip(got[part], wanted[part], strict=True)])
         size = get_total_norm([q.double() for q in wanted[part]])
-        off = (get_total_norm(difference) / size).nan_to_num(0.0).item()
-        if not off <= tolerance:
+        if not difference <= tolerance * size + slack:
             raise Refused(
-                f"the compiled {name} differs by {100 * off:.2g} % from the pair's own on the same noise, so the pair "
-                "depends on something that is no tensor operation (numpy, Python's random, a changed attribute)"
+                f"the compiled {name} differs by {difference.item():.2g} from the pair's own of {size.item():.2g} on "
+                "the same noise, so the pair depends on something that is no tensor operation (numpy, Python's random)"
             )
+
+
+def held_by(pair: Pair) -> dict[str, Any]:
+    """What a pair's modules and objects hold besides the values of parameters and buffers: a graph freezes it."""
+    owners: dict[str, Any] = dict(pair.parts.named_modules())
+    for program in (pair.model, pair.guide):
+        owner = getattr(program, "__self__", None)
+        if owner is not None and not isinstance(owner, nn.Module):
+            owners[type(owner).__name__] = owner
+    found: dict[str, Any] = {}
+    for where, owner in owners.items():
+        of_torch = isinstance(owner, nn.Module)
+        values = {k: v for k, v in getattr(owner, "__dict__", {}).items() if not (of_torch and k.startswith("_"))}
+        if of_torch:
+            values |= owner._buffers
+            found |= {
+                f"{where}.{k}.requires_grad": p.requires_grad for k, p in owner._parameters.items() if p is not None
+            }
+        for name, value in values.items():
+            if value is None or isinstance(value, bool | int | float | str):
+                found[f"{where}.{name}"] = value
+            elif isinstance(value, Tensor):
+                found[f"{where}.{name}"] = value
+                if name not in getattr(owner, "_buffers", {}):
+                    found[f"{where}.{name} in place"] = value._version
+    return found
+
+
+def changed(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+    """The name of something that two answers of `held_by` differ in."""
+    for name in {**before, **after}:
+        a, b = before.get(name), after.get(name)
+        same = a is b if isinstance(a, Tensor) or isinstance(b, Tensor) else a == b or (a != a and b != b)
+        if not same:
+            return name.strip(".").replace("..", ".")
+    return None
 
 
 # -- Whole steps -------------------------------------------------------------------------------------------------------
@@ -292,13 +346,17 @@ class Step:
         self.compiled, self.precision, self.together = compiled, precision, together
         self.on_notice = on_notice or (lambda text: None)
         self.parameters = list(pair.trainable().values())
-        self.sizes = objective.chunks(particle_chunk) if isinstance(objective, Objective) else [1]
+        self.sizes = objective.chunks(particle_chunk) if has_terms(objective) else [1]
+        self.particles = sum(self.sizes)
+        if precision == "bf16-mixed" and any(p.dtype != torch.float32 for p in self.parameters):
+            raise UsageError("precision: bf16-mixed is for pairs in single precision; use fp32")
         self.compile_seconds = 0.0
         self.refused: str | None = None
         self.parts: dict[tuple, Part] = {}
         self.codes: dict[tuple, Code] = {}
-        self.known: set[torch.Size] = set()  # shapes for which there is compiled code
-        self.checked: set[torch.Size] = set()  # shapes compared with the pair itself since `recheck`
+        self.steps_since: dict[torch.Size, int] = {}  # by shape, since its code was compared with the pair
+        self.stale: set[torch.Size] = set()
+        self.held: dict[str, Any] | None = None  # by the pair, when it was compiled
         self.taken_on: dict[torch.Size, int] = {}
         self.captured: dict[torch.Size, Captured] = {}
         device = self.parameters[0].device
@@ -307,7 +365,7 @@ class Step:
         capturable = all(group.get("capturable", False) for group in optimizer.param_groups)
         self.capturing = self.deferred and capturable and together is None and len(self.sizes) == 1
         self.total = torch.zeros((), dtype=torch.float64, device=device)
-        self.failed = torch.zeros((), device=device)  # 1 after a step that was not finite, else 0
+        self.failed = torch.zeros((), dtype=torch.float32, device=device)  # 1 after a step that was not finite, else 0
         self.taken = torch.zeros((), device=device)
         if self.deferred:
             self.optimizer.grad_scale, self.optimizer.found_inf = None, self.failed  # type: ignore[attr-defined]
@@ -325,15 +383,20 @@ class Step:
         Raises:
             NotFinite: the loss or a gradient is not; no update was made. On a GPU `settle` raises it.
         """
-        due = self.is_compiled(x) and x.shape not in self.checked
+        due = self.is_compiled(x) and self.is_due(x)
         if self.capturing and not due and self.replay(x):
             return None
         loss, gradients = self.checked_gradient(x) if due else self.gradient(x)
         if absent:
             loss, gradients = loss * 0, [None if g is None else g * 0 for g in gradients]
         if self.together is not None:
-            loss, gradients = self.summed(loss, gradients)
+            loss, gradients = self.summed(loss, gradients, due)
         return self.update(loss, gradients)
+
+    def is_due(self, x: Tensor) -> bool:
+        """Whether compiled code for the shape of x has to be compared with the pair, or made."""
+        count = self.steps_since[x.shape] = self.steps_since.get(x.shape, -1) + 1
+        return count == 0 or (x.shape in self.stale and count >= RECHECK)
 
     def settings(self, x: Tensor) -> list[Tensor]:
         """The numbers of the objective that change from step to step, in the precision of x."""
@@ -351,30 +414,39 @@ class Step:
 
         Where that cannot be had, from here on everything is computed by the pair itself, on the same noise as well.
         """
-        new, before, started = x.shape not in self.known, Before(self.pair, x.device), time.perf_counter()
-        if new:
-            loss, gradients = self.gradient(x, compiled=False)
-            wanted = [loss, *(g for g in gradients if g is not None)]
-        else:
-            wanted = [self.loss(x)]
-        before.restore()
+        before, held, started = Before(self.pair, x.device), held_by(self.pair), time.perf_counter()
+        new, known = self.held is None, len(self.codes)
+        loss, gradients = self.gradient(x, compiled=False)
+        wanted = [loss, *(g for g in gradients if g is not None)]
         try:
-            result = self.gradient(x)
-            compare([result[0], *(g for g in result[1] if g is not None)], wanted, self.precision)
+            if name := changed(held, held_by(self.pair)):
+                raise Refused(f"running the pair changes {name}, which a graph would not")
+            before.restore()
+            loss, gradients = self.gradient(x)
+            compare(
+                [loss, *(g for g in gradients if g is not None)], wanted, self.precision, x.numel() * self.particles
+            )
         except Exception as error:
             before.restore()
-            self.refused = reason(error)
-            self.codes.clear()
-            self.captured.clear()
-            self.on_notice(f"not compiled, so slower: {self.refused}")
+            self.refuse(reason(error))
             return self.gradient(x)
-        self.known.add(x.shape)
-        self.checked.add(x.shape)
-        if new:
+        finally:
             seconds = time.perf_counter() - started
-            self.compile_seconds += seconds
+            if new or len(self.codes) > known:
+                self.compile_seconds += seconds
+        if len(self.codes) > known:
             self.on_notice(f"compiled the training step for {len(x)} rows in {seconds:.1f} s")
-        return result
+        self.held = held if self.held is None else self.held
+        self.steps_since[x.shape] = 0
+        self.stale.discard(x.shape)
+        return loss, gradients
+
+    def refuse(self, why: str) -> None:
+        """Compute everything by the pair itself from here on."""
+        self.refused = why
+        self.codes.clear()
+        self.captured.clear()
+        self.on_notice(f"not compiled, so slower: {why}")
 
     def gradient(self, x: Tensor, compiled: bool = True) -> tuple[Tensor, list[Tensor | None]]:
         """The loss of x and the gradients of `parameters`; of all particles in one, or in chunks.
@@ -401,14 +473,6 @@ class Step:
             gradients = list(make(Pullback, *inputs, num_particles=k)(*inputs))
             sums = gradients if i == 0 else [a if b is None else a + b for a, b in zip(sums, gradients, strict=True)]
         return loss.detach(), sums
-
-    @torch.no_grad()
-    def loss(self, x: Tensor) -> Tensor:
-        """The loss of x by the pair itself, without a gradient; its noise is that of `gradient`."""
-        settings = self.settings(x)
-        if len(self.sizes) == 1:
-            return self.part(Loss)(x, *settings)
-        return self.loss_of(self.terms(x, int(torch.randint(2**62, ()).item()), self.part), settings)
 
     def terms(self, x: Tensor, seed: int, make: Callable[..., Callable[..., Tensor]]) -> Tensor:
         """The terms of all particles, chunk by chunk, each chunk on noise of its own seed."""
@@ -438,8 +502,10 @@ class Step:
         return self.codes[key]
 
     def recheck(self) -> None:
-        """Compare compiled code with the pair itself again when it is next used."""
-        self.checked.clear()
+        """Look whether the pair holds what it held when it was compiled, and compare codes with it again soon."""
+        if self.held is not None and self.refused is None and (name := changed(self.held, held_by(self.pair))):
+            self.refuse(f"{name} has changed since")
+        self.stale.update(self.steps_since)
 
     def replay(self, x: Tensor) -> bool:
         """Take the step as one CUDA graph, capturing it first if it is time to; whether it was taken."""
@@ -447,17 +513,30 @@ class Step:
         if not self.is_compiled(x) or self.taken_on[x.shape] <= WARM_UP:
             return False
         if x.shape not in self.captured or self.captured[x.shape].outdated:
-            self.captured[x.shape] = Captured(self, x)
+            self.captured.pop(x.shape, None)  # its memory first
+            try:
+                self.captured[x.shape] = Captured(self, x)
+            except RuntimeError as error:
+                self.capturing = False
+                self.on_notice(f"not captured as a CUDA graph, so slower: {reason(error)}")
+                return False
         self.captured[x.shape](x, self.objective)
         return True
 
-    def summed(self, loss: Tensor, gradients: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
-        """The sums over processes."""
+    def summed(self, loss: Tensor, gradients: Sequence[Tensor | None], due: bool) -> tuple[Tensor, list[Tensor | None]]:
+        """The sums over processes; a gradient is None if it is None in all of them."""
         assert self.together is not None
-        own = [loss.reshape(1), *(g.flatten() for g in gradients if g is not None)]
-        total, *pieces = self.together(torch.cat(own)).split([len(piece) for piece in own])
-        rest = iter(pieces)
-        sums = [None if g is None else next(rest).reshape(g.shape) for g in gradients]
+        have = torch.tensor([float(self.refused is not None), *(g is not None for g in gradients)])
+        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, gradients, strict=True)]
+        own = [loss.reshape(1), have.to(loss), *(g.flatten() for g in filled)]
+        total, had, *pieces = self.together(torch.cat(own)).split([len(piece) for piece in own])
+        if self.refused is None and (due or not self.deferred) and had[0] > 0:
+            self.refuse("another process could not compile it")
+        sums: list[Tensor | None] = [
+            piece.reshape(p.shape).to(p.dtype) for piece, p in zip(pieces, self.parameters, strict=True)
+        ]
+        if any(g is None for g in gradients):
+            sums = [g if count else None for g, count in zip(sums, had[1:].tolist(), strict=True)]
         return total[0], sums
 
     def update(self, loss: Tensor, gradients: Sequence[Tensor | None]) -> float | None:
@@ -506,7 +585,10 @@ class Captured:
         self.x, self.settings = x.clone(), step.settings(x)
         code = step.code(Gradient, self.x, *self.settings)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        stream = torch.cuda.Stream(x.device)
+        # Other threads, which read rows ahead, may use the device meanwhile.
+        whole = torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local")
+        with torch.cuda.device(x.device), whole:
             loss, *gradients = code(self.x, *self.settings)
             step.update(loss, gradients)
 
@@ -536,7 +618,7 @@ def check_chunk(objective: PyroELBO, particle_chunk: int | None) -> None:
     if particle_chunk is None:
         return
     check_count("particle_chunk", particle_chunk)
-    if not isinstance(objective, Objective):
+    if not has_terms(objective):
         raise UsageError(
             f"particle_chunk: {type(objective).__name__} is not made of terms of single particles; use an objective of "
             "pyrovae.inference, or leave it out"
@@ -568,14 +650,13 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    products, convolutions = torch.backends.cuda.matmul, cast(Any, torch.backends.cudnn).conv
+    before = products.fp32_precision, convolutions.fp32_precision
+    products.fp32_precision = convolutions.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+        products.fp32_precision, convolutions.fp32_precision = before
 
 
 @contextmanager
@@ -585,7 +666,7 @@ def flushing(wanted: bool) -> Iterator[None]:
     Normalised importance weights underflow, and processors take many times longer over denormal numbers. Threads that
     torch has started before are not reached, which is why `log_mean_exp` gives negligible weights no gradient at all.
     """
-    before = bool(torch.tensor(1e-40) == 0)
+    before = bool(torch.tensor(1e-40, dtype=torch.float32) == 0)
     if wanted:
         torch.set_flush_denormal(True)
     try:

@@ -112,6 +112,7 @@ class Progress:
     best_epoch: int = 0
     best_step: int | None = None
     compiled: list[int] | None = None  # numbers of rows for which steps are compiled, once that is decided
+    refused: str | None = None  # why they could not be
     history: list[Metrics] = field(default_factory=list)
 
 
@@ -220,7 +221,8 @@ def fit(
         particle_chunk,
         on_notice,
     )
-    check_precision(precision, trainer.device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # of several, each is told its device later
+        check_precision(precision, trainer.device)
     underflows = isinstance(objective, Renyi) and objective.num_particles > 1
     with (
         seeded(seed, "fit", device=trainer.device),
@@ -328,13 +330,13 @@ class Trainer:
             self.objective,
             self.pair,
             self.optimizer,
-            compiled=set(self.progress.compiled or ()),
+            compiled=set(() if self.progress.refused else self.progress.compiled or ()),
             particle_chunk=self.particle_chunk,
             precision=self.precision,
             together=(lambda vector: self.accelerator.reduce(vector, "sum")) if self.world > 1 else None,
             on_notice=self.notice,
         )
-        if self.progress.compiled:
+        if self.step.compiled:
             self.inspect()
 
     def notice(self, text: str) -> None:
@@ -373,14 +375,15 @@ class Trainer:
     def inspect(self) -> None:
         """Run the pair on all rows once: compiled code validates nothing, so what it has to say, it says here."""
         state = Before(self.pair, self.device)
-        batches = torch.arange(self.rank, len(self.data), self.world).split(1000)
-        for rows, raw in zip(batches, gather(self.data, batches, self.device), strict=True):
-            x = self.transform(raw)
-            with self.diagnosing(x, rows):
-                if isinstance(self.objective, Objective):
-                    draw(self.pair.model, self.pair.guide, x, 1)
-                else:
-                    self.objective.loss(self.pair.model, self.pair.guide, x)
+        batches = torch.arange(self.rank, len(self.data), self.world).split(self.batch_size)
+        with closing(gather(self.data, batches, self.device)) as coming:
+            for rows, raw in zip(batches, coming, strict=True):
+                x = self.transform(raw)
+                with self.diagnosing(x, rows):
+                    if isinstance(self.objective, Objective):
+                        draw(self.pair.model, self.pair.guide, x, 1)
+                    else:
+                        self.objective.loss(self.pair.model, self.pair.guide, x)
         state.restore()
 
     def discover(self) -> None:
@@ -476,8 +479,7 @@ class Trainer:
                         break
             self.settle(batches, first)
         finally:
-            if self.step.refused:
-                state.compiled = []
+            state.refused = self.step.refused
             state.seconds += time.perf_counter() - started - (self.step.compile_seconds - compiling)
         return state.batch == len(batches)
 
@@ -602,7 +604,7 @@ class Trainer:
         assert self.validation is not None
         reseed(derive_seed(self.seed, "validation"), self.device)
         batches = self.validation.split(max(self.batch_size, 100))
-        with evaluating(self.pair.model, self.pair.guide):
+        with evaluating(self.pair.model, self.pair.guide), arithmetic("fp32", self.device):
             try:
                 report = measure(self.pair.model, self.pair.guide, batches, self.objective, self.particle_chunk)
             except ValueError as error:
