@@ -106,8 +106,10 @@ def command(words: Sequence[str]) -> int:
         say(f"note: {note}")
 
     from pyrovae.evaluate import pick_device
+    from pyrovae.inference.steps import check_precision
 
     device = pick_device(config["device"])
+    check_precision(config["precision"] or "fp32", device)
     expected = config.get("data_hash")
     rows = build_rows(config)
     for note in rows.notices:

@@ -392,6 +392,14 @@ def test_cuda_without_one_is_never_a_silent_cpu(capsys):
         assert (code, "--device cuda: not available here" in message) == (2, True)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_precision_that_the_device_does_not_have_leaves_nothing_behind(capsys, tmp_path):
+    out = tmp_path / "run"
+    code, message = fails(capsys, f"--precision tf32 --out {out}", fit.command, "fit")
+    assert (code, out.exists()) == (2, False)
+    assert "precision: tf32 is for CUDA devices, got cpu; use fp32 or bf16-mixed" in message
+
+
 def test_debug_shows_the_traceback():
     with pytest.raises(UsageError):
         main("fit", fit.command, ["--K", "0", "--debug"])
