@@ -337,6 +337,35 @@ def test_an_attribute_changed_between_epochs_is_seen() -> None:
     assert len(heard) == 3  # two shapes were compiled
 
 
+OUTSIDE = {"shift": 0.0}
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_what_no_attribute_shows_is_found_in_a_later_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "RECHECK", 3)
+    step, x = step_of(Looking(lambda pair, x, z: OUTSIDE["shift"]), IWAE(3), compiled=True), bits(7)
+    step(x)
+    monkeypatch.setitem(OUTSIDE, "shift", 1.0)
+    step.recheck()
+    refused = []
+    for _ in range(4):
+        step(x)
+        refused.append(step.refused is not None)
+    assert refused == [False, False, True, True]
+    assert "differs by" in step.refused
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_pair_that_is_given_up_goes_on_with_the_noise_of_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*arguments: object) -> None:
+        raise Refused("said the test")
+
+    monkeypatch.setattr(steps, "compare", never)
+    runs = [trained(vae(0.3), IWAE(3), compile=mode, on_notice=lambda text: None) for mode in ("on", "off")]
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+
+
 def counted(pair: Looking, x: Tensor, z: Tensor) -> float:
     pair.calls = getattr(pair, "calls", 0) + 1
     return 1e-7 * pair.calls  # far below what a loss could tell
