@@ -22,10 +22,19 @@ from torch.testing import assert_close
 from pyrovae.data import load_data
 from pyrovae.errors import DataError, NumericalError, UsageError
 from pyrovae.inference import ELBO, IWAE, Capacity, LinearWarmup, Renyi, adam, fit, measure, steps
-from pyrovae.inference.graphs import HalfProducts, Refused
+from pyrovae.inference.graphs import (
+    HalfProducts,
+    Refused,
+    is_view,
+    lifted,
+    log_of_products,
+    of_particles,
+    rewrite,
+    trace,
+)
 from pyrovae.inference.log_weights import NEGLIGIBLE, log_mean_exp
 from pyrovae.inference.pair import Pair
-from pyrovae.inference.steps import NotFinite, Step, compare, flushing
+from pyrovae.inference.steps import Gradient, NotFinite, Step, compare, flushing
 from pyrovae.models import (
     MLP,
     VAE,
@@ -393,6 +402,36 @@ def test_a_tensor_held_by_the_pair_is_seen_when_it_is_changed_in_place() -> None
     assert graph.refused == "looking.shift in place has changed since"
 
 
+def test_tensors_that_a_graph_holds_become_its_inputs() -> None:
+    """Compiled code takes small ones for constants."""
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x + self.shift[0]) * self.shift[1]
+
+    module, x = Shifted(), torch.tensor([5.0, 6.0])
+    graph = trace(module, x)
+    held = lifted(graph)
+    assert not graph.graph.find_nodes(op="get_attr")
+    assert_close(graph(*held, x), module(x))
+    module.shift[0].add_(1.0)
+    assert_close(graph(*held, x), module(x))
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_run_that_was_given_up_is_resumed_without_trying_again(tmp_path) -> None:
+    heard: list[str] = []
+    options = {"directory": tmp_path, "compile": "on", "on_notice": heard.append}
+    trained(Looking(branch), IWAE(3), **options, epochs=1)
+    assert len(heard) == 1
+    trained(Looking(branch), IWAE(3), **options, resume=True)
+    assert len(heard) == 1
+
+
 @pytest.mark.usefixtures("uncompiled")
 def test_parameters_that_are_frozen_between_epochs_stay_as_they_are() -> None:
     pair, kept = vae(), []
@@ -495,6 +534,20 @@ def steps_of_trainer(pair: nn.Module, data: Tensor, objective, epochs: int, batc
     trainer.rank, trainer.world = 0, 1
     trainer.discover()
     return trainer
+
+
+def test_x_is_not_expanded_to_all_particles() -> None:
+    """Whatever has the size of all particles' pixels is made of the particles, or a view."""
+    pair, x, k = VAE(StandardNormal(2), Bernoulli(MLP(2, 200)), MeanFieldNormal(MLP(200), 2)), torch.zeros(3, 200), 7
+    graph = trace(Gradient(IWAE(k), Pair(pair.model, pair.guide)), x)
+    whole = [n for n in graph.graph.nodes if isinstance(n.meta.get("val"), Tensor) and n.meta["val"].numel() == 4200]
+    before = [node for node in whole if node not in of_particles(graph.graph) and not is_view(node)]
+    rewrite(graph, log_of_products)
+    assert len(whole) > 3
+    assert not before
+    assert not graph.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.binary_cross_entropy_with_logits.default
+    )
 
 
 # ------------------------------------------------------------------------------------------------- chunks of particles
