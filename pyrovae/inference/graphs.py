@@ -27,7 +27,7 @@ import operator
 import os
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 from unittest.mock import patch
@@ -63,15 +63,14 @@ def state(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def trace(module: nn.Module, *inputs: Tensor, stored: Sequence[Tensor] = ()) -> fx.GraphModule:
-    """The tensor operations of `module(*inputs)`, as graph(*state(module).values(), *stored, *inputs).
+def trace(module: nn.Module, *inputs: Tensor) -> fx.GraphModule:
+    """The tensor operations of `module(*inputs)`, as graph(*state(module).values(), *inputs).
 
     It holds for the shapes of these inputs. Distributions do not validate their arguments in it.
 
     Args:
         module: Anything whose operations do not depend on the values of tensors.
         inputs: Of which shape, type and device matter.
-        stored: Unconstrained parameters in Pyro's parameter store that the module reads by `pyro.param`.
 
     Raises:
         Refused: Python asks for a tensor's values, so that the operations depend on them.
@@ -79,11 +78,9 @@ def trace(module: nn.Module, *inputs: Tensor, stored: Sequence[Tensor] = ()) -> 
     names = list(state(module))
 
     def run(*tensors: Tensor) -> Any:
-        mine, theirs, given = tensors[: len(names)], tensors[len(names) : -len(inputs)], tensors[-len(inputs) :]
-        with Stored(dict(zip(map(id, stored), theirs, strict=True))):
-            return functional_call(module, dict(zip(names, mine, strict=True)), given)
+        return functional_call(module, dict(zip(names, tensors, strict=False)), tensors[len(names) :])
 
-    values = [t.detach().clone() for t in (*state(module).values(), *stored, *inputs)]
+    values = [t.detach().clone() for t in (*state(module).values(), *inputs)]
     # Fake tensors have no values that Python could look at.
     tracer = make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)
     with pyro.validation_enabled(False), unwatched():
