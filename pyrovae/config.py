@@ -275,8 +275,8 @@ OPTIONS: dict[str, dict[str, Setting]] = {
         "beta": Setting(
             beta,
             None,
-            "weight of the KL, only with elbo: a number, warmup:EPOCHS, cyclical:EPOCHS or capacity:NATS:EPOCHS "
-            "(default 1)",
+            "weight of the KL, only with elbo: a number, warmup:EPOCHS, cyclical:EPOCHS or capacity:NATS:EPOCHS; above "
+            "1 a looser lower bound is maximised, below 1 what may exceed log p(x) (default 1)",
             "BETA",
         ),
     },
@@ -494,6 +494,10 @@ def warnings(config: Config) -> list[str]:
         notes.append(f"alpha = {config['alpha']:g} is negative: an upper bound on log p(x) as K grows, not a lower one")
     if config.get("beta") == 0:
         notes.append("beta = 0: no KL term, so nothing draws the guide to the prior")
+    elif isinstance(config.get("beta"), float) and config["beta"] < 1:
+        notes.append(
+            f"beta = {config['beta']:g} is below 1: what is maximised may exceed log p(x); what is reported is unscaled"
+        )
     return notes
 
 

@@ -381,7 +381,9 @@ def conclude(
     say(short_table(config, values, fitted, seconds))
     if plots:
         write_plots(config, model, rows, directory, fitted, values)
-        say(f"\nplots in {directory / 'plots'}; python -m pyrovae.evaluate {directory} for a larger K")
+        # Where log p(x) is exact there is nothing that more draws would raise.
+        more = "" if values["verdict"] == "exact" else f"; python -m pyrovae.evaluate {directory} for a larger K"
+        say(f"\nplots in {directory / 'plots'}{more}")
 
 
 def observations(model: "Model", fitted: "Fit", rows: "Rows", device: Any) -> list[str]:
@@ -469,8 +471,11 @@ def write_plots(
     save_figure(plots.training_curves(fitted.metrics, title=name), folder, "training_curves")
     device = next(model.parameters()).device
     with torch.no_grad(), seeded(config["seed"], "plots", device=device):
-        drawn = "means of p(x|z) with z from the prior" if isinstance(model, HierarchicalVAE) else "drawn from p(x)"
-        save_figure(plots.samples(model.sample(64), title=f"{name}, {drawn}"), folder, "samples")
+        # Of pictures the means are shown, without the noise of single pixels; points and profiles need their noise.
+        pictures = isinstance(model, HierarchicalVAE) and len(rows.event_shape) > 1
+        drawn = "means of p(x|z), z from the prior" if pictures else "draws from p(x)"
+        count = 1000 if rows.event_shape == (2,) else 64
+        save_figure(plots.samples(model.sample(count, mean=pictures), title=f"{name}, {drawn}"), folder, "samples")
         if not isinstance(model, HierarchicalVAE):
             return
         x = rows.test[:1000].to(device)

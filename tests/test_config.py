@@ -279,7 +279,8 @@ def test_combinations_that_make_no_sense(given, words):
 def test_what_is_allowed_but_said():
     assert "upper bound" in warnings(resolve({"elbo": "renyi", "alpha": -1}))[0]
     assert "no KL term" in warnings(resolve({"beta": 0}))[0]
-    assert warnings(resolve({})) == []
+    assert "may exceed log p(x)" in warnings(resolve({"beta": 0.5}))[0]
+    assert warnings(resolve({})) == warnings(resolve({"beta": 4})) == warnings(resolve({"beta": "warmup:3"})) == []
 
 
 def test_the_batch_is_at_most_the_data():

@@ -190,6 +190,21 @@ def test_exact_guide_elbo_with_analytic_kl(exact: LinearGaussian, noise) -> None
     assert_close(elbo.bound(exact.model, exact.guide, x), exact.log_prob(x), **SOLVED)
 
 
+def test_beta_above_one_bounds_log_p_from_below_and_beta_below_one_does_not(exact: LinearGaussian, noise) -> None:
+    """With the posterior as guide the beta-ELBO is log p(x) - (beta - 1) KL: below it, above it, by that KL."""
+    x = exact.sample(6)
+    truth = exact.log_prob(x).detach()
+    q = MultivariateNormal((x - exact.mu) @ exact.gain.T, exact.covariance)
+    kl = kl_divergence(q, MultivariateNormal(torch.zeros(Q).double(), torch.eye(Q).double())).detach()
+    noise(sigma_points(Q))
+    with torch.no_grad():
+        values = {beta: ELBO(2 * Q, beta).bound(exact.model, exact.guide, x) for beta in (0.5, 1.0, 2.0)}
+    for beta, value in values.items():
+        assert_close(value, truth - (beta - 1) * kl, **SOLVED)
+    assert (values[2.0] < values[1.0]).all()  # a lower bound, and the looser one
+    assert (values[0.5] > truth).any()  # no bound
+
+
 @pytest.mark.parametrize("num_particles", [1, 7, 30])
 def test_exact_guide_log_marginal(exact: LinearGaussian, num_particles: int) -> None:
     """The estimate of log p(x) is exact at every K, without spread, and so is its whole curve."""

@@ -154,6 +154,14 @@ def test_sampler_follows_the_density(build):
         assert_mean(draws, expected, least=0.1)
 
 
+@pytest.mark.parametrize("build", EVERY)
+def test_means_of_samples_are_those_of_the_components_by_their_weights(build):
+    mixture = build((2,))
+    drawn = mixture.sample(20_000, mean=True)
+    for mean, weight in zip(mixture.means.detach(), mixture.weights.detach(), strict=True):
+        assert_mean((drawn == mean).all(1).double(), weight, least=0.1)
+
+
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("build", EVERY)
 def test_state_dict_round_trip(build, event):

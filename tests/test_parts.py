@@ -23,6 +23,7 @@ from pyrovae.models import (
     MLP,
     VAE,
     Bernoulli,
+    BernoulliMixture,
     ConvDecoder,
     ConvEncoder,
     FullCovarianceNormal,
@@ -484,20 +485,38 @@ def hierarchy() -> HierarchicalVAE:
     ).double()
 
 
-def test_sampling_is_ancestral_and_decodes_means() -> None:
-    """E of `sample` is E p(x) by hand: top layer, conditional, decoder mean."""
+def test_samples_are_draws_of_x_and_their_means_on_demand() -> None:
+    """E of `sample` is E p(x) by hand: top layer, conditional, decoder mean, and noise of p(x|z) unless left out."""
     vae = hierarchy()
     n = 20_000
     with torch.no_grad():
         z2 = torch.randn(n, 2, dtype=torch.float64)
         z1 = vae.conditionals[0](z2).sample()
         byhand = vae.likelihood.decoder(z1)
-        samples = vae.sample(n)
-    assert samples.shape == (n, 4)
-    for f in (lambda v: v, torch.square):
-        difference = f(samples) - f(byhand)
-        assert_mean(difference, 0.0, least=0.1)
+        noisy = byhand + vae.likelihood(z1).stddev * torch.randn_like(byhand)
+    for samples, expected in ((vae.sample(n, mean=True), byhand), (vae.sample(n), noisy)):
+        assert samples.shape == (n, 4)
+        for f in (lambda v: v, torch.square):
+            assert_mean(f(samples) - f(expected), 0.0, least=0.1)
+    assert noisy.var() > 2 * byhand.var()  # so that one cannot pass for the other
     assert vae.latent_sites == ["z1", "z2"]
+
+
+def test_samples_of_bits_are_bits_with_the_probabilities_of_their_means() -> None:
+    vae = VAE(StandardNormal(2), Bernoulli(MLP(2, (1, 3))), MeanFieldNormal(MLP((1, 3)), 2)).double()
+    draws, means = vae.sample(20_000), vae.sample(20_000, mean=True)
+    assert set(draws.unique().tolist()) == {0.0, 1.0}
+    assert ((means > 0) & (means < 1)).all()
+    assert_mean(draws - means, 0.0, least=0.1)
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.0, True, "5", None])
+def test_samples_are_counted_by_whole_numbers(count) -> None:
+    mixture = BernoulliMixture((3,), 2)
+    for model in (hierarchy(), mixture):
+        with pytest.raises(UsageError, match=r"num_samples: expected a whole number of at least 1, got") as caught:
+            model.sample(count)
+        assert "\n" not in str(caught.value)
 
 
 def test_encode_decode_reconstruct() -> None:

@@ -3,13 +3,14 @@ r"""Objectives: lower bounds on log p(x), per datum, in nats.
 With log-weights log w_k = log p(x, z_k) - log q(z_k|x), z_k ~ q(z|x):
 
     ELBO            E log w  =  E log p(x|z) - KL(q(z|x) || p(z))
-    beta-ELBO       E log p(x|z) - beta KL(q(z|x) || p(z))
+    beta-ELBO       E log p(x|z) - beta KL(q(z|x) || p(z))  =  ELBO - (beta - 1) KL(q(z|x) || p(z))
     IWAE            E log (1/K) sum_k w_k
     Renyi(alpha)    E 1/(1-alpha) log (1/K) sum_k w_k^(1-alpha)
 
-Renyi(0) is the IWAE bound, alpha -> 1 is the ELBO. Each is a `pyro.infer.ELBO`: it plugs into `pyro.infer.SVI`, and
-`objective(model, guide)` is a torch module whose forward(x) is the loss, -bound summed over the batch. The value
-reported is the bound itself, never a surrogate for its gradient.
+A KL is never negative: with beta > 1 the beta-ELBO is a lower bound still, looser than the ELBO by (beta - 1) KL; with
+beta < 1 it may exceed log p(x). Renyi(0) is the IWAE bound, alpha -> 1 is the ELBO. Each is a `pyro.infer.ELBO`: it
+plugs into `pyro.infer.SVI`, and `objective(model, guide)` is a torch module whose forward(x) is the loss, -bound summed
+over the batch. The value reported is the bound itself, never a surrogate for its gradient.
 
 References:
     Burda, Grosse and Salakhutdinov 2016, Importance Weighted Autoencoders, https://arxiv.org/abs/1509.00519
@@ -260,7 +261,8 @@ class ELBO(Objective):
     """The evidence lower bound E log p(x|z) - beta KL(q(z|x) || p(z)).
 
     The KL of a site is analytic where it exists (see `analytic_kl`), else log q - log p at the draw; `kl_forms` tells
-    which, once a loss has been computed. With beta other than 1 it is a bound on log p(x) no more; `of` still is.
+    which, once a loss has been computed. With beta > 1 the value is a looser lower bound on log p(x); with beta < 1 it
+    may exceed log p(x), as it may under a `Capacity` while the KL is near C. `of` is the ELBO, whatever beta is.
 
     Args:
         num_particles: Number of draws averaged.

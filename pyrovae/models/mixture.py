@@ -45,6 +45,7 @@ from torch.distributions.transforms import ReshapeTransform
 from torch.nn import functional as F
 
 from pyrovae.errors import DataError, NumericalError, UsageError
+from pyrovae.models.networks import check_samples
 
 COVARIANCES = ("full", "diagonal", "tied", "spherical")
 WEIGHTS = ("trainable", "uniform")
@@ -72,6 +73,7 @@ class Mixture(nn.Module, ABC):
     measure: ClassVar[str]  # of p(x): "density" or "mass"
     support: ClassVar[constraints.Constraint]  # of one number of x
     mixing_logits: Tensor
+    means: Tensor  # of p(x | c), shape (C, *event)
 
     def __init__(self, event_shape: int | Sequence[int], components: int, weights: str) -> None:
         super().__init__()
@@ -139,10 +141,24 @@ class Mixture(nn.Module, ABC):
         return self._joint(x).softmax(-1)
 
     @torch.no_grad()
-    def sample(self, n: int) -> Tensor:
-        """Draw n data from p(x) with torch's random state, shape (n, *event)."""
-        c = dist.Categorical(logits=self.mixing_logits).sample((n,))
-        x = self.mixing_logits.new_empty(n, *self.event_shape)
+    def sample(self, num_samples: int, mean: bool = False) -> Tensor:
+        """Draws of x from p(x): a component c by its weight, then x from p(x | c), with torch's random state.
+
+        Args:
+            num_samples: How many, at least 1.
+            mean: The mean of p(x | c) for each c in place of a draw.
+
+        Returns:
+            Shape (num_samples, *event).
+
+        Raises:
+            UsageError: num_samples is no whole number of at least 1.
+        """
+        check_samples(num_samples)
+        c = dist.Categorical(logits=self.mixing_logits).sample((num_samples,))
+        if mean:
+            return self.means[c]
+        x = self.mixing_logits.new_empty(num_samples, *self.event_shape)
         # One component at a time: indexing by all of c would copy a (D, D) factor for every draw.
         for k in c.unique():
             rows = c == k
@@ -443,7 +459,7 @@ class BernoulliMixture(Mixture):
         self.logits = nn.Parameter(0.1 * torch.randn(components, *self.event_shape))
 
     @property
-    def means(self) -> Tensor:
+    def means(self) -> Tensor:  # type: ignore[override]
         """Probabilities pi of a one, shape (C, *event)."""
         return self.logits.sigmoid()
 

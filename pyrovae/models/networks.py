@@ -222,6 +222,12 @@ def check_event(x: Tensor, shape: tuple[int, ...]) -> None:
         raise UsageError(f"x: expected floating-point numbers, got {x.dtype}; pass x.float(), or fit(transform=...)")
 
 
+def check_samples(num_samples: object) -> None:
+    """Refuse a number of samples that is no whole number of at least 1."""
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+        raise UsageError(f"num_samples: expected a whole number of at least 1, got {num_samples!r}")
+
+
 def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """(channels, height, width) of an event shape (..., H, W).
 

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from pyrovae.errors import UsageError
 from pyrovae.models.guides import Guide
 from pyrovae.models.likelihoods import Likelihood
+from pyrovae.models.networks import check_samples
 from pyrovae.models.priors import Prior
 
 
@@ -145,10 +146,23 @@ class HierarchicalVAE(nn.Module):
         return self.guides[0](x)
 
     @torch.no_grad()
-    def sample(self, num_samples: int) -> Tensor:
-        """Means of p(x|z) at z drawn from the prior, shape (num_samples, *event)."""
+    def sample(self, num_samples: int, mean: bool = False) -> Tensor:
+        """Draws of x: z from the prior, then x from p(x|z), with torch's random state.
+
+        Args:
+            num_samples: How many, at least 1.
+            mean: The mean of p(x|z) at each z in place of a draw: without the noise of x, as pictures are shown.
+
+        Returns:
+            Shape (num_samples, *event).
+
+        Raises:
+            UsageError: num_samples is no whole number of at least 1.
+        """
+        check_samples(num_samples)
         with pyro.poutine.block(), pyro.plate("samples", num_samples):
-            return self.decode(self.latent(self.latent_sites))
+            likelihood = self.likelihood(self.latent(self.latent_sites))
+            return likelihood.mean if mean else likelihood.sample()
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
