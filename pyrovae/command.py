@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pyrovae.errors import OutputError, PyrovaeError, UsageError
+from pyrovae.errors import OutputError, PyrovaeError, UsageError, one_line
 
 if TYPE_CHECKING:
     from pyrovae.config import Choice
@@ -138,7 +138,7 @@ LESS_MEMORY = (
 
 def explain(error: Exception) -> tuple[int, str]:
     """Exit code and one line for an error."""
-    line = re.sub(r"\s*\n\s*", " ", str(error)).strip() or type(error).__name__
+    line = one_line(str(error)) or type(error).__name__
     if isinstance(error, PyrovaeError):
         return error.code, line
     memory = ("out of memory", "can't allocate memory", "not enough memory")

@@ -4,11 +4,31 @@ Every message is one line that says what was wanted, what came, and the remedy. 
 the built-in exceptions they derive from; a command prints the message, without a traceback, and exits with `code`.
 """
 
+import re
+
+# Characters of a message: names and values in it may come from a file, and be of any length.
+LONGEST = 2000
+
+
+def one_line(text: str) -> str:
+    """Text as one line of at most `LONGEST` characters, without any that a terminal would act on.
+
+    >>> one_line("\x1b[31mred\n  and bell\a")
+    '\\x1b[31mred and bell\\x07'
+    """
+    if len(text) > LONGEST:  # what to do about it comes last
+        text = f"{text[: LONGEST - 505]} ... {text[-500:]}"
+    text = re.sub(r"\s*\n\s*", " ", text).strip()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)[: 2 * LONGEST]
+
 
 class PyrovaeError(Exception):
     """Base of the library's own errors; `code` is the exit code of a command that ends with it."""
 
     code = 1
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class UsageError(PyrovaeError, ValueError):

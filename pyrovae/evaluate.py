@@ -245,7 +245,7 @@ def report(
     from pyrovae import __version__
     from pyrovae.inference.bootstrap import interval
     from pyrovae.inference.compiled import Compiled
-    from pyrovae.inference.diagnostics import measure
+    from pyrovae.inference.diagnostics import KL_SHARE, kl_dimensions, measure
     from pyrovae.inference.log_marginal import FROM_GUIDE, standard_error
     from pyrovae.inference.log_weights import draw
     from pyrovae.inference.objectives import kl_terms
@@ -285,6 +285,7 @@ def report(
         of_guide = result.elbo if result.estimator.startswith(FROM_GUIDE.name) else None
         compiled = isinstance(proposal, Compiled) and any(proposal.programs.values())
         bias = proposal.bias if isinstance(proposal, Compiled) and proposal.precision == "bf16" else None
+        each = {name.removeprefix("kl_"): value for name, value in terms.items() if name.startswith("kl_")}
         elbo = terms["elbo"] if of_guide is None else of_guide.mean().item()
         values |= {
             "jackknife": result.jackknife.mean().item(),
@@ -298,6 +299,12 @@ def report(
             "kl_forms": forms,
             "active_units": int(terms["active_units"]),
             "latent_dimensions": int(terms["latent_dimensions"]),
+            # Of all dimensions or of none: their shares are of the whole.
+            "kl_dimensions": {
+                "share": KL_SHARE,
+                "count": kl_dimensions(list(each.values())) if len(each) == terms["latent_dimensions"] else None,
+            },
+            "kl_per_dimension": each,
             "ess": summary(result.ess),
             "pareto_k": {
                 **summary(known),
@@ -396,6 +403,18 @@ def in_words(forms: dict[str, str]) -> str:
     return kinds.pop() if len(kinds) == 1 else ", ".join(f"{site} {form}" for site, form in forms.items())
 
 
+def units_in_words(values: Report) -> list[tuple[str, str, str]]:
+    """How many latent dimensions are used at all, and how few carry the KL: label, number and note of each line."""
+    from pyrovae.inference.diagnostics import ACTIVE_VARIANCE
+
+    total, carrying = values["latent_dimensions"], values["kl_dimensions"]
+    lines = [("active units", f"{values['active_units']} of {total}", f"variance of E[z|x] over {ACTIVE_VARIANCE}")]
+    if carrying["count"] is not None:
+        share = f"{100 * carrying['share']:g} % of the KL"
+        lines.append((f"{share} in", f"{carrying['count']} of {total}", "latent dimensions, those with the largest"))
+    return lines
+
+
 def heading(name: str, values: Report) -> list[str]:
     """What a report is about, in two lines: the rows, and what log p(x) is of them."""
     split = values["split"]
@@ -433,7 +452,8 @@ def describe(name: str, values: Report) -> str:
         line("gap, log p(x) - ELBO", number(values["gap"], values["gap_error_over_rows"]))
         line("reconstruction", number(values["reconstruction"]), "E log p(x|z)")
         line("KL(q(z|x) || p(z))", number(values["kl"]), in_words(values["kl_forms"]))
-        line("active units", f"{values['active_units']} of {values['latent_dimensions']}")
+        for label, count, note in units_in_words(values):
+            line(label, count, note)
         ess, k_hat = values["ess"], values["pareto_k"]
         line("effective sample size", f"{ess['median']:.1f}", f"median; least {ess['min']:.1f}, of K = {values['K']}")
         if k_hat["median"] is not None and values["sandwich"] is None:

@@ -405,7 +405,7 @@ def observations(model: "Model", fitted: "Fit", rows: "Rows", device: Any) -> li
 
 def short_table(config: Config, values: dict[str, Any], fitted: "Fit", seconds: float) -> str:
     """What a run ends with."""
-    from pyrovae.evaluate import in_words, number, short
+    from pyrovae.evaluate import in_words, number, short, units_in_words
 
     exact = values["K"] is None
     rate = fitted.metrics["rows_per_second"].median()
@@ -429,7 +429,7 @@ def short_table(config: Config, values: dict[str, Any], fitted: "Fit", seconds: 
         bound = describe_bound(config).split(", beta")[0]
         lines.insert(1, (f"bound, {bound}", number(values["test_bound"]), "nats per datum"))
         lines.append(("KL(q(z|x) || p(z))", number(values["kl"]), f"nats per datum, {in_words(values['kl_forms'])}"))
-        lines.append(("active units", f"{values['active_units']} of {values['latent_dimensions']}", ""))
+        lines += units_in_words(values)
     if values["bits_per_dimension"] is not None:
         lines.append(("bits per dimension", f"{values['bits_per_dimension']:.4f}", ""))
     epochs = f"{len(fitted.history)} epochs, the best {fitted.best_epoch}; {rate:,.0f} rows/s"

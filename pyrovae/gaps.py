@@ -72,6 +72,7 @@ def analyse(
 def report(result: "Gaps", rows: "Rows", split: str, seed: int, device: str) -> Report:
     """Everything that is said of the gaps, as plain values. Nats per datum."""
     from pyrovae import __version__
+    from pyrovae.inference.diagnostics import KL_SHARE
     from pyrovae.inference.gaps import QUANTITIES
     from pyrovae.inference.verdict import verdict
 
@@ -105,6 +106,7 @@ def report(result: "Gaps", rows: "Rows", split: str, seed: int, device: str) -> 
             "kl": units.active_by_kl,
             "of": len(units.names),
         },
+        "kl_dimensions": {"share": KL_SHARE, "count": units.carrying},
         "dimensions": [
             {"name": name, "kl": kl, "kl_error": error, "variance": variance}
             for name, kl, error, variance in zip(
@@ -154,10 +156,11 @@ def describe(name: str, values: Report) -> str:
     line("KL(q(z|x) || p(z))", "kl", "the sum of the next two")
     line("  I(x; z)", "mutual_information", f"at most log N = {values['mutual_information_limit']:.2f}")
     line("  KL(q(z) || p(z))", "aggregate_kl", "aggregate posterior of these rows to prior")
-    active = values["active_units"]
+    active, carrying = values["active_units"], values["kl_dimensions"]
     for label, count, note in (
         ("active units", active["variance"], "with a variance of E[z|x] over 0.01"),
         ("", active["kl"], "with a mean KL over 0.01 nat"),
+        (f"{100 * carrying['share']:g} % of the KL in", carrying["count"], "dimensions, those with the largest"),
     ):
         shown = f"{'-' if count is None else count} of {active['of']}"
         lines.append(f"  {label:<34}{shown:>24}{'':>23}{note}")

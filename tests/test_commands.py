@@ -108,6 +108,11 @@ def test_the_evaluation_says_what_its_numbers_are(trained):
     bounds = [point["log_marginal"] for point in report["curve"]]
     assert bounds == sorted(bounds)
     assert report["versions"]["torch"] == torch.__version__
+    each = report["kl_per_dimension"]
+    assert set(each) == {"z[0]", "z[1]"}
+    assert sum(each.values()) == pytest.approx(report["kl"], rel=1e-4)
+    enough = max(each.values()) >= 0.9 * sum(each.values())
+    assert report["kl_dimensions"] == {"share": 0.9, "count": 1 if enough else 2}
     assert {"ess", "pareto_k", "seed", "dtype", "device", "data_hash", "kl", "active_units"} <= report.keys()
 
 

@@ -23,7 +23,7 @@ from torch.testing import assert_close
 from pyrovae.errors import CheckpointError, DataError, NumericalError, UsageError
 from pyrovae.inference import ELBO, IWAE, LinearWarmup, Renyi, adam, fit, staged, svi
 from pyrovae.inference.checkpoint import load, load_latest, steps
-from pyrovae.inference.diagnostics import marginal_kl, measure, remarks
+from pyrovae.inference.diagnostics import kl_dimensions, marginal_kl, measure, remarks
 from pyrovae.inference.log_weights import draw
 from pyrovae.models import MLP, VAE, Gaussian, GaussianMixture, MeanFieldNormal, MixtureOfGaussians, StandardNormal
 
@@ -723,6 +723,26 @@ def test_terms_kl_and_active_units_against_a_hand_computation():
     assert_close(variance, wanted)
     assert report["active_units"] == 1
     assert remarks(report) == ["1 of 2 latent dimensions are inactive (variance of E[z|x] at most 0.01)"]
+
+
+@pytest.mark.parametrize(
+    ("kl", "count"),
+    [
+        ([1.0] * 10, 9),
+        ([2.0] * 3, 3),
+        ([0.1] * 45 + [20.0] * 5, 5),  # 47 of 50 may be active, and five carry what z says
+        ([90.0, 9.0, 1.0], 1),
+        ([89.0, 10.0, 1.0], 2),
+        ([1.0, -0.2], 1),
+        ([0.0, 0.0], 0),
+        ([-0.1], 0),
+        ([], None),
+        ([1.0, math.nan], None),
+    ],
+)
+def test_the_fewest_dimensions_that_carry_nine_tenths_of_the_kl(kl, count):
+    assert kl_dimensions(kl) == kl_dimensions(kl[::-1]) == count
+    assert kl_dimensions([7 * value for value in kl]) == count
 
 
 def test_kl_of_a_dimension_against_quadrature():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shlex
 import sys
 
@@ -347,6 +348,7 @@ def test_active_units_by_both_definitions():
     assert 0 < result.variance[3] < 0.01
     assert result.active_by_variance == 1
     assert result.active_by_kl == 2
+    assert result.carrying == 1  # 2 of the 2.17 nats are those of the constant
 
 
 def test_a_kl_that_is_not_known_is_not_counted():
@@ -356,6 +358,7 @@ def test_a_kl_that_is_not_known_is_not_counted():
 
     result = units(program, program, torch.zeros(5))
     assert result.active_by_kl is None
+    assert result.carrying is None
     assert result.kl.isnan().all()
 
 
@@ -389,6 +392,9 @@ def test_the_command_writes_what_it_prints(trained, capsys):
         assert math.isclose(values[name]["error_over_rows"], own.std() / math.sqrt(20), rel_tol=1e-9)
     assert f"{values['amortisation']['mean']:.3f}"[:4] in out
     assert f"at most log N = {math.log(20):.2f}" in out
+    few, total = values["kl_dimensions"]["count"], values["active_units"]["of"]
+    assert few == diagnostics.kl_dimensions([dimension["kl"] for dimension in values["dimensions"]])
+    assert re.search(rf"90 % of the KL in +{few} of {total}", out)
     assert ("I(x; z) is at its limit" in out) == values["mutual_information_at_limit"]
     assert gaps_command.command(words) == 0
     assert json.loads((trained / "gaps.json").read_text()) == values

@@ -5,6 +5,8 @@ r"""What the latents of a pair do: the terms of the bound, the KL of each dimens
     kl_z[d]            KL of the d-th marginals, KL(q(z_d|x) || p(z_d)); the sum is `kl` where both factorise
     active units       #{d : Var_x E[z_d|x] > 0.01}, the definition of the IWAE paper;
                        or #{d : mean of kl_z[d] > 0.01}, the other common one
+    KL dimensions      the fewest d whose kl_z[d] add up to 90 % of the sum over d: how many really carry what z says,
+                       where active units count those that carry anything
 
 All are means over data in nats. For the upper layers of a hierarchy, E[z|x] averages over the particles drawn.
 
@@ -21,7 +23,7 @@ References:
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +42,7 @@ from pyrovae.inference.proposals import density
 
 ACTIVE_VARIANCE = 0.01
 ACTIVE_KL = 0.01
+KL_SHARE = 0.9
 # Elements of latents whose densities under the guide are taken at once: 64 MiB in single precision.
 LATENTS_AT_ONCE = 2**24
 # More columns than this would make the record larger than the checkpoints.
@@ -162,6 +165,24 @@ def marginals(distribution: Any) -> Distribution | None:
     return None
 
 
+def kl_dimensions(kl: Sequence[float], share: float = KL_SHARE) -> int | None:
+    """The fewest dimensions that together carry that share of the sum of their KLs.
+
+    Args:
+        kl: Mean KL of each latent dimension in nats, `kl_SITE[d]` of `measure`. A sampled one below 0 counts as 0.
+        share: Above 0, at most 1.
+
+    Returns:
+        From 1 to the number of dimensions; 0 where no dimension has a KL. None where a KL is not known.
+    """
+    largest = torch.tensor(sorted(kl, reverse=True), dtype=torch.float64).clamp(min=0)
+    if not len(largest) or largest.isnan().any():
+        return None
+    carried = largest.cumsum(0)
+    # A hair less than the share, so that nine equal dimensions of ten carry 90 % whatever the rounding of the sum.
+    return 0 if carried[-1] == 0 else int((carried < (share - 1e-12) * carried[-1]).sum()) + 1
+
+
 def remarks(metrics: dict[str, float]) -> list[str]:
     """What one epoch's measurements say about posterior collapse, in words."""
     active, total = metrics.get("active_units"), int(metrics.get("latent_dimensions", 0))
@@ -236,6 +257,11 @@ class Units:
     def active_by_kl(self) -> int | None:
         """How many have a mean KL of more than 0.01 nat; None where the KL of some dimension is not known."""
         return None if self.kl.isnan().any() else int((self.kl > ACTIVE_KL).sum())
+
+    @property
+    def carrying(self) -> int | None:
+        """How few carry `KL_SHARE` of the KL, see `kl_dimensions`."""
+        return kl_dimensions(self.kl.tolist())
 
 
 @torch.no_grad()
