@@ -128,7 +128,8 @@ class Part(nn.Module):
         """The gradients of a scalar by what asks for one; None for what does not, or is not used."""
         asking = [leaf for leaf in leaves if leaf.requires_grad]
         found = iter(torch.autograd.grad(value, asking, allow_unused=True))
-        return [next(found) if leaf.requires_grad else None for leaf in leaves]
+        # Here too, so that in a graph it is compiled with the rest.
+        return as_accumulated([next(found) if leaf.requires_grad else None for leaf in leaves], leaves)
 
     def draw(self, x: Tensor, num_particles: int) -> Tensor:
         """The objective's terms of draws for x, shape (T, num_particles, N)."""
@@ -551,7 +552,7 @@ class Step:
             value = loss.item()
             if not (math.isfinite(value) and math.isfinite(size.item())):
                 raise NotFinite("a gradient is not finite" if math.isfinite(value) else f"the loss is {value}")
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+        for parameter, gradient in zip(self.parameters, as_accumulated(gradients, self.parameters), strict=True):
             parameter.grad = gradient
         self.optimizer.step()
         for parameter in self.parameters:
@@ -603,6 +604,34 @@ class Captured:
         for tensor, number in zip(self.settings, numbers, strict=True):
             tensor.fill_(number)
         self.graph.replay()
+
+
+def as_accumulated(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients as `.backward()` leaves them: laid out in memory like their parameters, and each one's own.
+
+    Optimisers rely on it. Fused ones read both in the order of memory, and would take a transposed gradient's numbers
+    for those of other entries; some of the others write into gradients. `torch.autograd.grad` promises neither.
+    """
+    found: list[Tensor | None] = []
+    seen: set[int] = set()
+    for gradient, parameter in zip(gradients, parameters, strict=True):
+        if gradient is not None and gradient.layout is torch.strided:
+            if gradient.stride() != parameter.stride() or id(gradient) in seen:
+                gradient = torch.empty_like(parameter).copy_(gradient)
+            seen.add(id(gradient))
+        found.append(gradient)
+    return found
+
+
+def check_layout(pair: Pair, optimizer: Optimizer) -> None:
+    """Refuse parameters whose numbers are apart in memory, or shared by entries, under an optimiser that is fused."""
+    fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
+    for name, p in pair.trainable().items():
+        if id(p) in fused and torch.empty_like(p).stride() != p.stride():
+            raise UsageError(
+                f"optimizer: {name} has gaps in memory (shape {tuple(p.shape)}, strides {p.stride()}), which a fused "
+                "optimiser would write into; make it a parameter of .contiguous(), or pass fused=False"
+            )
 
 
 def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:

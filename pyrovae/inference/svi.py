@@ -36,7 +36,16 @@ from pyrovae.inference.log_weights import draw, sample_sites
 from pyrovae.inference.objectives import ELBO, Objective, Renyi
 from pyrovae.inference.pair import Pair, Program, evaluating
 from pyrovae.inference.seeding import derive_seed, reseed, seeded
-from pyrovae.inference.steps import Before, NotFinite, Step, arithmetic, check_chunk, check_precision, flushing
+from pyrovae.inference.steps import (
+    Before,
+    NotFinite,
+    Step,
+    arithmetic,
+    check_chunk,
+    check_layout,
+    check_precision,
+    flushing,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -312,6 +321,7 @@ class Trainer:
         self.fingerprint = hashlib.sha256(sampled.numpy().tobytes()).hexdigest()[:16]
         self.discover()
         self.optimizer = self.make_optimizer(list(self.pair.trainable().values()))
+        check_layout(self.pair, self.optimizer)
         self.scheduler = self.make_schedule(self.optimizer) if self.make_schedule else None
         if isinstance(self.optimizer, torch.optim.LBFGS):
             raise UsageError("optimizer: LBFGS evaluates the loss several times per step; use another")
