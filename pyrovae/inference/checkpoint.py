@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrovae import files
 from pyrovae.errors import CheckpointError, OutputError, UsageError
+from pyrovae.files import inside, open_own, read_json
 
 with suppress(ImportError):  # Windows has none
     import fcntl
@@ -65,7 +65,7 @@ def save(run: Path, checkpoint: Checkpoint, best: Iterable[int | None] = ()) -> 
     """
     from safetensors.torch import save_file
 
-    folder = files.inside(run, "checkpoints")
+    folder = inside(run, "checkpoints")
     target = folder / name_of(checkpoint.step)
     temporary = folder / f".{target.name}.{os.getpid()}"
     tensors: dict[str, Tensor] = {}
@@ -133,7 +133,7 @@ def load_latest(run: Path) -> Checkpoint:
     Raises:
         CheckpointError: there is none, or their folder is a link.
     """
-    files.inside(run, "checkpoints")
+    inside(run, "checkpoints")
     notices: list[str] = []
     for step in steps(run):
         try:
@@ -153,11 +153,11 @@ def load(run: Path, step: int) -> Checkpoint:
     Raises:
         CheckpointError: it is missing, damaged, or of a newer format.
     """
-    folder = files.inside(run, "checkpoints", name_of(step))
+    folder = inside(run, "checkpoints", name_of(step))
     verify(folder)
     tensors = read_tensors(folder / TENSORS)
     try:
-        training = unpack(files.read_json(folder / TRAINING), tensors)
+        training = unpack(read_json(folder / TRAINING), tensors)
         if not isinstance(training, dict):
             raise TypeError("not a dictionary")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -190,7 +190,7 @@ def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
         CheckpointError: there is none, or it is damaged, of a newer format, or of another step.
     """
     try:
-        manifest = files.read_json(files.inside(folder, MANIFEST), 100_000)
+        manifest = read_json(inside(folder, MANIFEST), 100_000)
         version, step, recorded = manifest["format"], manifest["step"], manifest["files"]
         found = {name: (recorded[name]["bytes"], recorded[name]["sha256"]) for name in FILES}
         if any(type(size) is not int or not isinstance(digest, str) for size, digest in found.values()):
@@ -343,7 +343,7 @@ def lock(run: Path) -> Iterator[str | None]:
     try:
         run.mkdir(parents=True, exist_ok=True)
         while True:
-            descriptor = files.open_own(path, os.O_RDWR)
+            descriptor = open_own(path, os.O_RDWR)
             try:
                 locked = acquire(descriptor)
                 holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
