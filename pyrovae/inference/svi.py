@@ -664,6 +664,11 @@ class Trainer:
         self.optimizer.load_state_dict(saved.training["optimizer"])
         for group, form in zip(self.optimizer.param_groups, forms, strict=True):
             group.update(form)  # that of this device
+        # They were written row by row; fused optimisers read them in the order of their parameter's memory.
+        for parameter, moments in self.optimizer.state.items():
+            for name, moment in moments.items():
+                if isinstance(moment, Tensor) and moment.shape == parameter.shape:
+                    moments[name] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
         if self.scheduler is not None and saved.training["scheduler"] is not None:
             self.scheduler.load_state_dict(saved.training["scheduler"])
         self.progress = Progress(**saved.training["progress"])
