@@ -174,7 +174,7 @@ CALLS = iter(range(1000))
 VALUES = r"values of tensors decide what is computed in <lambda>, line \d+ of test_compiled"
 
 
-@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.usefixtures("uncompiled", "unexamined")
 @pytest.mark.parametrize(
     ("look", "why"),
     [

@@ -116,6 +116,7 @@ def assert_same(a: LogMarginal, b: LogMarginal, index: Tensor | None = None, **t
     assert a.num_particles == b.num_particles
 
 
+@pytest.mark.usefixtures("unexamined")
 @pytest.mark.parametrize("chunk_size", [None, 1, 7, 30, 100, 1000])
 def test_exactly_K_draws_however_they_are_cut(chunk_size: int | None) -> None:
     """K is exact, divisible by the chunk or not, no chunk exceeds its size, and the result is that of one shot."""
@@ -263,6 +264,7 @@ def test_standard_error_is_calibrated() -> None:
     assert math.isnan(standard_error(torch.ones(1)))
 
 
+@pytest.mark.usefixtures("unexamined")
 @pytest.mark.parametrize("first", [True, False])
 def test_zero_weights_are_counted(first: bool) -> None:
     """log w = -inf is a weight of 0: it stays in K, in the ess and in the error; k-hat does not call it constant."""
@@ -282,6 +284,7 @@ def test_zero_weights_are_counted(first: bool) -> None:
     assert result.invalid == []
 
 
+@pytest.mark.usefixtures("unexamined")
 @pytest.mark.parametrize("bad", [-math.inf, math.nan, math.inf])
 def test_rows_without_a_number_are_named_and_poison_the_mean(bad: float) -> None:
     """A row that underflows, overflows or is NaN is in `invalid`, and the mean is not finite: nothing is dropped."""
@@ -314,6 +317,7 @@ def test_a_seed_is_for_the_blocks_of_one_call_and_no_one_else() -> None:
     assert (log_marginal(pair.model, pair.guide, x, 20, seed=6).estimate != first).all()
 
 
+@pytest.mark.usefixtures("unexamined")
 def test_jackknife_against_its_definition() -> None:
     """K L_K less (K - 1) times the mean of L_{K-1} without each draw, even where one weight is all of the sum."""
     log_w = 5 * torch.randn(7, 4, dtype=torch.float64)
@@ -347,6 +351,7 @@ def test_the_estimate_is_seldom_above_by_more_than_the_excess() -> None:
             assert share <= probability
 
 
+@pytest.mark.usefixtures("unexamined")
 def test_a_float32_pair_is_accumulated_in_float64() -> None:
     """Reports are in double precision, and the sum over K is that of the float32 log-weights in double precision."""
     K = 20_000
@@ -361,6 +366,7 @@ def test_a_float32_pair_is_accumulated_in_float64() -> None:
     assert (single - wanted).abs().max() > 1e-7, "float32 would have passed"
 
 
+@pytest.mark.usefixtures("unexamined")
 def test_curve() -> None:
     """Bounds for k = 1, 2, 5, ... from disjoint groups of the same draws: first the elbo, last the estimate, rising."""
     assert curve_sizes(1) == [1]

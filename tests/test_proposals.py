@@ -176,7 +176,7 @@ def test_an_auxiliary_site_is_named() -> None:
             pyro.sample("z", dist.Normal(a, 1.0))
 
     with pytest.raises(PairError, match=r"site 'a' is auxiliary.*Widened\(share=0\)"):
-        log_marginal(pair.model, guide, X, 40, proposal=Widened((1.0,)))
+        Widened((1.0,))(pair.model, guide, X)(40)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ from pyrovae.inference.pair import evaluating
 from pyrovae.inference.proposals import density, draw_prior, is_positive
 from pyrovae.inference.seeding import seeded
 from pyrovae.inference.unconstrained import Unconstrained
+from pyrovae.inference.validity import check_pair
 
 # Of the sigmoid schedule, as in Wu et al. 2017.
 SIGMOID_WIDTH = 4.0
@@ -388,7 +389,8 @@ def sandwich(
 
     Raises:
         UsageError: num_particles < 1, or x_like is not a tensor with rows.
-        PairError: x cannot be simulated from the model, or the pair cannot be annealed; the site is named.
+        PairError: x cannot be simulated from the model, or the pair cannot be annealed, or its log-weights are not of
+            log p(x), see `pyrovae.inference.validity`; the site is named.
 
     References:
         Grosse, Ghahramani and Adams 2015, Sandwiching the Marginal Likelihood, https://arxiv.org/abs/1511.02543
@@ -396,6 +398,7 @@ def sandwich(
     check_count("num_particles", num_particles)
     check_rows("x_like", x_like)
     annealed = annealed or Annealed()
+    check_pair(model, guide, x_like, ROWS_AT_ONCE).by_parts("sandwich")
     chunk = max(1, ELEMENTS_AT_ONCE // (x_like[0].numel() * min(len(x_like), ROWS_AT_ONCE) * 4))
     sizes = [min(chunk, num_particles - done) for done in range(0, num_particles, chunk)]
     forward, reverse, acceptance = [], [], []

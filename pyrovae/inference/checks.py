@@ -1,6 +1,8 @@
 """What arguments are checked for, in one place, so that wrong ones read alike everywhere."""
 
-from torch import Tensor
+from typing import Any
+
+from torch import Tensor, nn
 
 from pyrovae.errors import UsageError
 
@@ -13,10 +15,36 @@ def check_count(name: str, value: object, least: int = 1) -> None:
 
 def check_rows(name: str, x: object) -> None:
     """Refuse what is no tensor with rows."""
-    if not isinstance(x, Tensor) or x.ndim < 1 or len(x) < 1:
-        raise UsageError(f"{name}: expected a tensor of shape (N, *event) with N >= 1, got {describe(x)}")
+    if isinstance(x, Tensor) and x.ndim >= 1 and len(x) >= 1:
+        return
+    remedy = ""
+    if hasattr(x, "to_numpy"):
+        remedy = f"; pass torch.as_tensor({name}.to_numpy())"
+    elif hasattr(x, "__array__") and not isinstance(x, Tensor):
+        remedy = f"; pass torch.as_tensor({name})"
+    raise UsageError(f"{name}: expected a tensor of shape (N, *event) with N >= 1, got {describe(x)}{remedy}")
 
 
-def describe(x: object) -> str:
+def check_programs(model: object, guide: object) -> None:
+    """Refuse what cannot be called as model(x) and guide(x)."""
+    for role, program in (("model", model), ("guide", guide)):
+        other = (
+            "" if not hasattr(program, role) else f"; pass .{role} of it, as in log_marginal(vae.model, vae.guide, x)"
+        )
+        if not callable(program):
+            raise UsageError(f"{role}: expected a Pyro program, called as {role}(x), got {describe(program)}{other}")
+        if isinstance(program, nn.Module) and getattr(type(program), "forward", None) is nn.Module.forward:
+            raise UsageError(
+                f"{role}: {type(program).__name__} cannot be called as {role}(x), having no forward{other}"
+            )
+        if isinstance(program, type):
+            raise UsageError(f"{role}: {program.__name__} is a class; pass an object of it that is called as {role}(x)")
+
+
+def describe(x: Any) -> str:
     """A value in a few words, for an error message."""
-    return f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+    if isinstance(x, Tensor):
+        return f"a tensor of shape {tuple(x.shape)}"
+    return (
+        f"{type(x).__name__} of shape {x.shape}" if isinstance(getattr(x, "shape", None), tuple) else type(x).__name__
+    )

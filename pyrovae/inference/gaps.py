@@ -45,6 +45,7 @@ from pyrovae.inference.log_weights import draw
 from pyrovae.inference.pair import evaluating
 from pyrovae.inference.seeding import seeded
 from pyrovae.inference.unconstrained import Unconstrained
+from pyrovae.inference.validity import check_pair
 
 WRAPPERS = (
     dist.ExpandedDistribution,
@@ -126,7 +127,8 @@ def gaps(
 
     Raises:
         UsageError: num_particles < 2, or no such family, or x is not a tensor with rows.
-        PairError: a latent site is discrete, or the guide has auxiliary sites.
+        PairError: a latent site is discrete, or the guide has auxiliary sites, or the log-weights of the pair are not
+            of log p(x), see `pyrovae.inference.validity`.
     """
     check_count("num_particles (K)", num_particles, 2)
     check_rows("x", x)
@@ -136,10 +138,11 @@ def gaps(
     def random(*key: int | str) -> Any:
         return nullcontext() if seed is None else seeded(seed, "gaps", *key, device=x.device)
 
+    rows, chunk = block_of(x, num_particles, chunk_size)
+    check_pair(model, guide, x, rows).by_parts("gaps")
     with random("family"), evaluating(model, guide):
         family = family or family_of(model, guide, x[:1])
     method = individual or Individual()
-    rows, chunk = block_of(x, num_particles, chunk_size)
     marginals: list[LogMarginal] = []
     estimates: dict[str, list[Estimate]] = {name: [] for name in QUANTITIES}
     with evaluating(model, guide):

@@ -51,6 +51,7 @@ from pyrovae.inference.log_marginal import FROM_GUIDE, LogMarginal, block_of, su
 from pyrovae.inference.log_weights import At, draw, log_prob, run, sample_sites
 from pyrovae.inference.pair import evaluating
 from pyrovae.inference.seeding import seeded
+from pyrovae.inference.validity import check_pair
 
 Groups = dict[str, dict[str, Tensor]]
 
@@ -90,7 +91,8 @@ def to_inference_data(
 
     Raises:
         UsageError: num_draws or num_particles < 1, or x is not a tensor with rows.
-        PairError: the pair does not give one log-weight per datum, or has no latent site.
+        PairError: the log-weights of the pair are not of log p(x), see `pyrovae.inference.validity`, or it has no
+            latent site.
         NumericalError: a row has a weight that is not a number, or all its weights are zero; it is named.
     """
     for name, value in (("num_draws", num_draws), ("num_particles (K)", num_particles)):
@@ -98,6 +100,7 @@ def to_inference_data(
     check_rows("x", x)
     # A block of rows keeps the latents of its K draws; a chunk of them is decoded at once.
     rows, chunk = block_of(x, num_particles)
+    check_pair(model, guide, x, rows).by_parts("to_inference_data")
     blocks = []
     with evaluating(model, guide), torch.no_grad():
         for start in range(0, len(x), rows):

@@ -38,6 +38,7 @@ from pyrovae.inference.log_weights import log_mean_exp
 from pyrovae.inference.pair import evaluating
 from pyrovae.inference.proposals import FromGuide, Proposal
 from pyrovae.inference.seeding import seeded
+from pyrovae.inference.validity import check_pair
 
 # Elements of x decoded at once when `chunk_size` is not given: 64 MiB in single precision for each activation.
 ELEMENTS_AT_ONCE = 2**24
@@ -173,7 +174,7 @@ def log_marginal(
 
     Raises:
         UsageError: num_particles or chunk_size < 1, or x is not a tensor with rows.
-        PairError: the pair does not give one log-weight per datum.
+        PairError: the log-weights of the pair are not of log p(x), see `pyrovae.inference.validity`.
 
     References:
         Burda et al. 2016, Importance Weighted Autoencoders, https://arxiv.org/abs/1509.00519
@@ -185,6 +186,8 @@ def log_marginal(
     if store is not None and seed is None:
         raise UsageError("store: needs a seed, so that an evaluation that goes on draws what it would have drawn")
     rows, chunk = block_of(x, num_particles, chunk_size)
+    together = check_pair(model, guide, x, rows).rows
+    rows, chunk = together, max(1, chunk * rows // together)
     # Allocated first: the results of blocks kept one by one would sit where the next large tensor might have been.
     columns = torch.empty(len(PER_ROW) + len(curve_sizes(num_particles)), len(x), dtype=torch.float64)
     with evaluating(model, guide), torch.no_grad():

@@ -10,6 +10,7 @@ breaks that is refused by name.
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,8 +24,9 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyrovae.errors import PairError
+from pyrovae.errors import PairError, PyrovaeError, UsageError
 from pyrovae.inference.checks import check_count, check_rows
+from pyrovae.inference.pair import modules_of
 
 PARTICLES = "_particles"
 # exp(-60) is 1e-26, far below the rounding of double precision.
@@ -64,7 +66,8 @@ class Particles:
         log_prior: log p(z), shape (K, N).
         log_guide: log q(z|x), shape (K, N).
         latents: The latent sites by name, in the model's order.
-        log_guides: log q of every site of the guide by name, auxiliary ones included, each of shape (K, N).
+        log_guides: log q of every site that the guide draws, auxiliary ones included, each of shape (K, N). What it
+            observes changes no draw, and is no part of log q.
     """
 
     log_likelihood: Tensor
@@ -114,11 +117,14 @@ def draw(
     shape = (num_particles, len(x))
     with At(at or {}):
         guide_trace = run(guide, "guide", x, num_particles)
+    q = sample_sites(guide_trace)
+    for name, site in q.items():
+        check_plates(site, f"guide site '{name}'", len(x))
     model_trace = run(poutine.replay(model, trace=guide_trace), "model", x, num_particles)
-    p, q = sample_sites(model_trace), sample_sites(guide_trace)
+    p = sample_sites(model_trace)
     check_agreement(p, q)
+    log_q = {name: log_prob(site, f"guide site '{name}'", shape) for name, site in drawn_sites(q).items()}
     log_p = {name: log_prob(site, f"model site '{name}'", shape) for name, site in p.items()}
-    log_q = {name: log_prob(site, f"guide site '{name}'", shape) for name, site in q.items()}
 
     names = [name for name, site in p.items() if not site["is_observed"]]
     order = [name for name in q if name in p]
@@ -160,15 +166,73 @@ class At(Messenger):
 
 def run(program: Callable, role: str, x: Tensor, num_particles: int) -> Trace:
     """Trace a model or guide under the particle plate."""
+    traced = poutine.trace(program)
     try:
         with pyro.plate(PARTICLES, num_particles, dim=-2):
-            return poutine.trace(program).get_trace(x)
+            return traced.get_trace(x)
     except Exception as error:
+        if type(x) is Tensor and not isinstance(error, PyrovaeError):  # and not that of a graph, without values
+            explain(error, traced.trace, program, role, x)
         error.add_note(
             f"raised by the {role} for x of shape {tuple(x.shape)}, run for {num_particles} particles: sites inside "
             f"the data plate have batch shape ({num_particles}, {len(x)})"
         )
         raise
+
+
+def explain(error: Exception, trace: Trace, program: Callable, role: str, x: Tensor) -> None:
+    """Raise in place of an error of torch or Pyro what it comes from, if that is how the program was written.
+
+    Args:
+        error: What the program raised under the particle plate.
+        trace: Of the sites that came before.
+    """
+    what = str(error).split("\n")[0]
+    for name, site in sample_sites(trace).items():
+        try:
+            check_plates(site, f"{role} site '{name}'", len(x))
+        except PairError as fault:
+            raise fault from error
+    if found := re.match(r"Shape mismatch inside plate\('(.*)'\) at site (.*) dim (-?\d+), (\d+) vs (\d+)", what):
+        plate, name, dim, size, got = found.groups()
+        over = "particles" if plate == PARTICLES else f"'{plate}'"
+        raise PairError(
+            f"{role} site '{name}': its batch shape has {got} at dim {dim}, where the plate over {over} has {size}; "
+            "declare the dimensions of an event with .to_event()"
+        ) from error
+    if found := re.search(r"at plates? (.*), collide at dim=(-?\d+)", what):
+        raise PairError(
+            f"{role}: plates {found[1].replace(PARTICLES, 'over particles')} collide at dim {found[2]}; have one plate "
+            "over the data, at dim -1, and declare other dimensions (pixels, time) as an event with .to_event()"
+        ) from error
+    if found := re.match(r"site (.*) must be sampled in trace", what):
+        raise PairError(
+            f"site '{found[1]}' is latent in the model, but observed or deterministic in the guide; draw it there with "
+            "pyro.sample"
+        ) from error
+    if "dtype" in what or "scalar type" in what or "data type" in what:
+        floating = [p.dtype for _, m in modules_of(program) for p in m.parameters() if p.is_floating_point()]
+        if floating and x.dtype not in floating:
+            raise UsageError(
+                f"x: expected {floating[0]}, that of the {role}'s parameters, got {x.dtype}; pass x.to({floating[0]})"
+            ) from error
+    if type(error) in (RuntimeError, IndexError) and "memory" not in what and runs_by_itself(program, x):
+        raise PairError(
+            f"{role}: it runs by itself, but not for several particles at once, where a latent has shape (K, N, "
+            f"*event) while x has (N, *event): {what}. Count dimensions from the end, as in z[..., 0], "
+            "softmax(dim=-1) and x.expand(*z.shape[:-1], -1), or wrap a network of one batch dimension in "
+            "pyrovae.models.Network"
+        ) from error
+
+
+def runs_by_itself(program: Callable, x: Tensor) -> bool:
+    """Whether a program can be run without the particle plate, on draws of its own."""
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), pyro.poutine.block():
+        try:
+            poutine.trace(getattr(program, "__wrapped__", program)).get_trace(x)
+        except Exception:
+            return False
+    return True
 
 
 def sample_sites(trace: Trace) -> dict[str, dict]:
@@ -180,6 +244,11 @@ def sample_sites(trace: Trace) -> dict[str, dict]:
         and type(site["fn"]).__name__ != "_Subsample"
         and not site["infer"].get("_deterministic", False)
     }
+
+
+def drawn_sites(sites: dict[str, dict]) -> dict[str, dict]:
+    """The sites of a guide that log q is the sum of: what it draws, and its `pyro.factor`s."""
+    return {name: s for name, s in sites.items() if not s["is_observed"] or isinstance(s["fn"], dist.Unit)}
 
 
 def check_agreement(p: dict[str, dict], q: dict[str, dict]) -> None:
@@ -203,8 +272,8 @@ def check_agreement(p: dict[str, dict], q: dict[str, dict]) -> None:
             )
 
 
-def log_prob(site: dict, where: str, shape: tuple[int, int]) -> Tensor:
-    """The unscaled log-probability of one site, shape (K, N), after checking that it is one per particle and datum."""
+def check_plates(site: dict, where: str, rows: int) -> None:
+    """Refuse a site that is not in one plate over the data alone, or is scaled."""
     frames = [frame for frame in site["cond_indep_stack"] if frame.name != PARTICLES]
     plates = ", ".join(f"'{f.name}' (dim {f.dim}, size {f.size})" for f in frames) or "none"
     if any(frame.full_size not in (None, frame.size) for frame in frames):
@@ -212,9 +281,9 @@ def log_prob(site: dict, where: str, shape: tuple[int, int]) -> Tensor:
             f"{where} is in a subsampling plate ({plates}), which scales log-probabilities inside the bound; "
             "use pyro.plate('data', len(x)) and pass minibatches as x"
         )
-    if len(frames) != 1 or frames[0].dim != -1 or frames[0].size != shape[1]:
+    if len(frames) != 1 or frames[0].dim != -1 or frames[0].size != rows:
         raise PairError(
-            f"{where} must be inside exactly one plate over the data (dim -1, size {shape[1]}); its plates: {plates}. "
+            f"{where} must be inside exactly one plate over the data (dim -1, size {rows}); its plates: {plates}. "
             "Use `with pyro.plate('data', len(x)):` around every site, and .to_event() for dimensions of an event"
         )
     scale = site["scale"]
@@ -223,6 +292,11 @@ def log_prob(site: dict, where: str, shape: tuple[int, int]) -> Tensor:
             f"{where} is scaled by {scale} (poutine.scale); a bound on log p(x) takes unscaled log-probabilities. "
             "Remove the scale; for a weighted KL use ELBO(beta=...)"
         )
+
+
+def log_prob(site: dict, where: str, shape: tuple[int, int]) -> Tensor:
+    """The unscaled log-probability of one site, shape (K, N), after checking that it is one per particle and datum."""
+    check_plates(site, where, shape[1])
     fn, value = site["fn"], site["value"]
     event_dim = len(fn.event_shape)
     if event_dim and value.shape[value.ndim - event_dim :] != fn.event_shape:

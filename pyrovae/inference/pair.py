@@ -9,9 +9,11 @@ parameter store. Parameters that a plain function declares with `pyro.param` liv
 import functools
 import inspect
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import CodeType, FunctionType
+from itertools import islice
+from types import CodeType, FunctionType, ModuleType, NoneType
 from typing import Any
 
 import pyro
@@ -21,6 +23,15 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 Program = Callable[..., Any]
+
+# A search for modules looks at no more objects than these.
+MOST_OBJECTS = 20_000
+# What holds nothing.
+ATOMS = (Tensor, str, bytes, int, float, complex, NoneType)
+# Python's own classes hold what a user puts there (a SimpleNamespace, an OrderedDict); these hold their own.
+LIBRARIES = {"torch", "pyro", "numpy", "pandas", "math", "builtins", "matplotlib", "typing", "functools", "inspect"}
+# What every module has.
+OF_MODULES = set(vars(nn.Module()))
 
 
 class Pair(nn.Module):
@@ -34,9 +45,8 @@ class Pair(nn.Module):
     def __init__(self, model: Program, guide: Program) -> None:
         super().__init__()
         found: dict[str, nn.Module] = {}
-        seen: set[int] = set()
         for program in (model, guide):
-            for name, module in modules_of(program, seen):
+            for name, module in modules_of(program):
                 if all(module is not other for other in found.values()):
                     while name in found or hasattr(nn.ModuleDict, name):
                         name += "_"
@@ -90,7 +100,7 @@ class Pair(nn.Module):
 @contextmanager
 def evaluating(*programs: Program) -> Iterator[None]:
     """Put the modules behind models and guides into evaluation mode (no dropout), and back at the end."""
-    modules = [m for program in programs for _, found in modules_of(program, set()) for m in found.modules()]
+    modules = [m for program in programs for _, found in modules_of(program) for m in found.modules()]
     modes = [(module, module.training) for module in modules]
     try:
         for module, _ in modes:
@@ -101,36 +111,66 @@ def evaluating(*programs: Program) -> Iterator[None]:
             module.training = mode
 
 
-def modules_of(program: Any, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules that a program is made of or refers to."""
-    if isinstance(program, nn.Module):
-        yield type(program).__name__.lower(), program
-        return
-    if id(program) in seen:
-        return
-    seen.add(id(program))
-    if isinstance(program, functools.partial):
-        named = [
-            ("", program.func),
-            *((f"arg{i}", a) for i, a in enumerate(program.args)),
-            *program.keywords.items(),
-        ]
-    elif inspect.ismethod(program):
-        owner = program.__self__
-        named = [("", owner)] if isinstance(owner, nn.Module) else list(vars(owner).items())
-        named.append(("", program.__func__))
-    elif isinstance(program, FunctionType):
-        named = [*references_of(program)]
-    else:
-        return
-    for name, value in named:
+def modules_of(program: Any, seen: dict[int, Any] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules that a program is made of or refers to, however deep in containers, objects and functions.
+
+    Args:
+        program: A module, function, method, or any object.
+        seen: What was looked at before, by its identity; it grows. A module is found in each search anew.
+    """
+    seen = {} if seen is None else seen
+    inside: dict[int, nn.Module] = {}
+    stack = [("", program)]
+    while stack and len(seen) < MOST_OBJECTS:
+        name, value = stack.pop()
+        if id(value) in seen or id(value) in inside:
+            continue
         if isinstance(value, nn.Module):
             yield name or type(value).__name__.lower(), value
-        elif isinstance(value, dict | list | tuple):
-            inside = value.values() if isinstance(value, dict) else value
-            yield from ((name, module) for module in inside if isinstance(module, nn.Module))
-        elif callable(value) and not belongs_to_a_library(value):
-            yield from modules_of(value, seen)
+            inside |= {id(module): module for module in value.modules()}
+            parts = [part for module in value.modules() for part in unregistered(module)]
+        else:
+            seen[id(value)] = value  # itself, so that its identity is not given to another object
+            parts = [*parts_of(value)]
+        stack += [(inner or name, part) for inner, part in reversed(parts)]
+
+
+def unregistered(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What a module holds where torch does not look for modules: containers and objects."""
+    for name, value in vars(module).items():
+        if not isinstance(value, (*ATOMS, nn.Module)) and name not in OF_MODULES:
+            yield name, value
+
+
+def parts_of(value: Any) -> Iterator[tuple[str, Any]]:
+    """What an object that is no module is made of or refers to, with the names by which it does."""
+    if isinstance(value, functools.partial):
+        yield "", value.func
+        yield from ((f"arg{i}", a) for i, a in enumerate(value.args))
+        yield from value.keywords.items()
+    elif inspect.ismethod(value):
+        yield "", value.__self__
+        yield "", value.__func__
+    elif isinstance(value, FunctionType):
+        if not belongs_to_a_library(value):
+            yield from references_of(value)
+    elif isinstance(value, dict | list | tuple | set | frozenset | deque):
+        inside = value.values() if isinstance(value, dict) else value
+        yield from (("", part) for part in islice(inside, MOST_OBJECTS) if not isinstance(part, ATOMS))
+    elif isinstance(value, staticmethod | classmethod):
+        yield "", value.__func__
+    elif isinstance(value, property):
+        yield "", value.fget
+    elif isinstance(value, type):
+        if not belongs_to_a_library(value):
+            yield from ((k, v) for k, v in vars(value).items() if k == "__call__" or not k.startswith("__"))
+    elif not isinstance(value, (*ATOMS, ModuleType)) and root_of(type(value)) not in LIBRARIES:
+        yield from getattr(value, "__dict__", {}).items()
+        for owner in type(value).__mro__:
+            slots = vars(owner).get("__slots__", ())
+            yield from ((k, getattr(value, k, None)) for k in ([slots] if isinstance(slots, str) else slots))
+            yield "", owner
+        yield "", getattr(value, "__wrapped__", None)
 
 
 def references_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
@@ -141,14 +181,21 @@ def references_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
     codes = [function.__code__]
     for code in codes:  # grows while it is read
         codes.extend(constant for constant in code.co_consts if isinstance(constant, CodeType))
-        for name in code.co_names:
-            if name in function.__globals__:
-                yield name, function.__globals__[name]
+    names = {name: None for code in codes for name in code.co_names}
+    for name in names:
+        if name in function.__globals__:
+            value = function.__globals__[name]
+            yield name, value
+            if isinstance(value, ModuleType) and value.__name__.split(".")[0] not in LIBRARIES:
+                yield from ((inner, vars(value)[inner]) for inner in names if inner in vars(value))
 
 
 def belongs_to_a_library(value: Any) -> bool:
-    """Whether a callable is torch's or Pyro's own: looking into those finds nothing of the user's."""
-    module = getattr(value, "__module__", None) or ""
-    return module.split(".")[0] in ("torch", "builtins", "math") or (
-        module.split(".")[0] == pyro.__name__ and not hasattr(value, "__wrapped__")
-    )
+    """Whether a callable is torch's, Pyro's or Python's own: looking into those finds nothing of the user's."""
+    root = root_of(value)
+    return root in LIBRARIES and not (root == pyro.__name__ and hasattr(value, "__wrapped__"))
+
+
+def root_of(value: Any) -> str:
+    """The package in which a function or class was written."""
+    return (getattr(value, "__module__", None) or "").split(".")[0]

@@ -33,7 +33,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrovae.errors import PairError, UsageError
-from pyrovae.inference.log_weights import At, draw, log_prob, log_weights, run, sample_sites
+from pyrovae.inference.log_weights import At, draw, drawn_sites, log_prob, log_weights, run, sample_sites
 
 Sampler = Callable[[int], Tensor]
 
@@ -202,5 +202,5 @@ def density(guide: Callable, x: Tensor, values: dict[str, Tensor], factor: float
     """log q of the guide widened by a factor, at given latents: shape (K, N)."""
     shape = (len(next(iter(values.values()))), len(x))
     with At(values), Inflate(factor):
-        sites = sample_sites(run(guide, "guide", x, shape[0]))
+        sites = drawn_sites(sample_sites(run(guide, "guide", x, shape[0])))
     return torch.stack([log_prob(site, f"guide site '{name}'", shape) for name, site in sites.items()]).sum(0)

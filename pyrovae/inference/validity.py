@@ -1,0 +1,473 @@
+r"""Whether the log-weights of a pair are of log p(x): looked at once, on rows as they will be used.
+
+    log w_kn = log p(x_n, z_kn) - log q(z_kn|x_n),        E exp(log w_kn) = p(x_n)
+
+holds for what is a function of z_kn and x_n alone, with q the normalised density of the model's latents. So, with the
+latents of a few draws held fixed,
+
+    rows         other rows of x and z beside it, or fewer, leave a row's log-densities as they are
+    particles    so do fewer particles
+    noise        so does another random state, once modules are in evaluation mode (no dropout)
+    density      every latent is drawn from a density, and from nothing but what log q is the sum of
+
+and what breaks one of them is refused by name. It costs about 8 draws for each row that is looked at.
+
+A latent that is a `Delta` at a function of auxiliary sites a of the guide has a density where that function is one to
+one, and the Deltas say by how much it stretches volume:
+
+    log q(z|x) = log q(a|x) + sum of log_density,        sum of log_density = log |da/dz|
+
+as Pyro's automatic guides write it. That is compared with the Jacobian by autograd.
+
+Training by a pair whose guide has no density goes on (with a Delta it finds the posterior's mode), but what it
+maximises is no bound on log p(x), and is not called so.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide import AutoContinuous, AutoGuide
+from torch import Tensor, nn
+from torch.distributions import biject_to
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pyrovae.errors import PairError, UsageError
+from pyrovae.inference.checks import check_programs, check_rows
+from pyrovae.inference.log_weights import At, Particles, draw, run, sample_sites
+from pyrovae.inference.pair import evaluating, modules_of
+from pyrovae.inference.seeding import seeded
+
+# Draws whose Jacobian is looked at: a map that folds, such as |a|, shows both of its sides in so many.
+DRAWS_OF_MAP = 16
+WRAPPERS = (dist.ExpandedDistribution, torch.distributions.Independent, dist.MaskedDistribution)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What is known of a pair that was not refused.
+
+    Attributes:
+        rows: Rows that can be run at once: as many as were asked for, or all of x where the pair works on no fewer.
+        whole: The pair works on all rows of x together only, in their order: its parameters are each row's own.
+        no_density: Why log q is not the density of the latents; None if it is.
+    """
+
+    rows: int
+    whole: bool
+    no_density: str | None
+
+    def by_parts(self, what: str) -> None:
+        """Refuse a pair that works on all of its rows only, for something that runs it on parts of them."""
+        if self.whole:
+            raise PairError(
+                f"{what}: the pair works on all rows together only, as a guide with parameters for each row does, and "
+                "this runs it on parts of them; write a guide that is a function of x, or use log_marginal"
+            )
+
+
+def check_pair(model: Callable, guide: Callable, x: Tensor, rows: int | None = None) -> Findings:
+    """Refuse a pair whose log-weights are not of log p(x).
+
+    The random state, buffers, modes of modules, and where the pair is refused also what it declared to Pyro, are left
+    as they were.
+
+    Args:
+        model: Pyro model, called as model(x).
+        guide: Pyro guide, called as guide(x).
+        x: Data, shape (N, *event).
+        rows: How many rows will be run at once; None: all.
+
+    Raises:
+        UsageError: an argument is no program, or x is not a tensor with rows of the pair's type of numbers.
+        PairError: what is wrong with the pair; the site is named.
+    """
+    findings = examine(model, guide, x, rows)
+    if findings.no_density is not None:
+        raise PairError(findings.no_density)
+    return findings
+
+
+def examine(model: Callable, guide: Callable, x: Tensor, rows: int | None = None) -> Findings:
+    """What `check_pair` does, except that a guide without a density is told and not refused."""
+    check_programs(model, guide)
+    check_rows("x", x)
+    rows = len(x) if rows is None else min(rows, len(x))
+    with evaluating(model, guide), torch.no_grad(), undone(model, guide), seeded("validity", device=x.device):
+        set_up(guide, x)
+        looked = look(model, guide, x, rows)
+        rows = len(looked.x)
+        looked.check_norms()
+        looked.check_neighbours()
+        whole = not looked.works_on_fewer() or bool(automatic(guide))
+        if whole and rows < len(x):
+            raise PairError(
+                f"the pair works on {rows} rows together, but on no fewer, so that it cannot be run on all {len(x)} "
+                f"rows of x by parts; pass x in batches of {rows} rows"
+            )
+        return Findings(rows, whole, looked.why_no_density())
+
+
+def look(model: Callable, guide: Callable, x: Tensor, rows: int) -> "Look":
+    """At as many rows as will be run at once, or at all of them where the pair does not run on fewer."""
+    try:
+        return Look(model, guide, x[:rows])
+    except Exception:
+        if rows < len(x):
+            with suppress(Exception):
+                return Look(model, guide, x)
+        raise
+
+
+class Look:
+    """A pair at fixed draws for some rows."""
+
+    def __init__(self, model: Callable, guide: Callable, x: Tensor) -> None:
+        self.model, self.guide, self.x = model, guide, x
+        # As many particles as tell their dimension from that of rows.
+        self.k = 3 if len(x) == 2 else 2
+        self.wrong_norms: list[str] = []
+        with self.watching_norms():
+            self.base = draw(model, guide, x, self.k)
+        check_roles(self.base)
+        self.densities = densities(self.base)
+        self.values = {
+            name: site["value"]
+            for name, site in sample_sites(self.base.guide_trace).items()
+            if not site["is_observed"] and not isinstance(plain(site["fn"]), dist.Delta)
+        }
+
+    @contextmanager
+    def watching_norms(self) -> Iterator[None]:
+        """Note batch normalisations that take rows for features."""
+
+        def look(module: nn.Module, inputs: tuple) -> None:
+            shape = inputs[0].shape if inputs and isinstance(inputs[0], Tensor) else ()
+            if len(self.x) > 1 and len(shape) > 2 and tuple(shape[:2]) == (self.k, len(self.x)):
+                self.wrong_norms.append(f"{type(module).__name__}({module.num_features})")
+
+        modules = {m for program in (self.model, self.guide) for _, f in modules_of(program) for m in f.modules()}
+        hooks = [m.register_forward_pre_hook(look) for m in modules if isinstance(m, _BatchNorm)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def check_norms(self) -> None:
+        """Refuse a batch normalisation whose features are the rows, once particles come first."""
+        if self.wrong_norms:
+            raise PairError(
+                f"{self.wrong_norms[0]} was given (K, N, features), where it takes rows for features, since dimension "
+                "1 is that of rows once particles come first; flatten the leading dimensions around it, as "
+                "pyrovae.models.Network does"
+            )
+
+    def at(self, particles: int, rows: Tensor) -> dict[str, Tensor]:
+        """`densities` of some particles and rows of the draws, each of shape (particles, len(rows))."""
+        values = {name: taken(value, particles, rows) for name, value in self.values.items()}
+        return densities(draw(self.model, self.guide, self.x[rows], particles, values))
+
+    def differing(
+        self, got: dict[str, Tensor], rows: Tensor, columns: Tensor | None = None, rough: bool = False
+    ) -> str | None:
+        """The name of a log-density that is not what it was, by more than rounding.
+
+        Args:
+            got: `densities`, whose columns are these rows.
+            rows: Which rows they are.
+            columns: Those to compare; None: all.
+            rough: They were computed in other shapes, which round differently.
+        """
+        columns = torch.arange(len(rows), device=rows.device) if columns is None else columns
+        for name, value in got.items():
+            now, then = value[:, columns], self.densities[name][: len(value), rows[columns]]
+            epsilon = torch.finfo(then.dtype).eps
+            tolerance = (epsilon**0.5 if rough else 100 * epsilon) * (1 + then.abs())
+            same = (now == then) | ((now - then).abs() <= tolerance) | (now.isnan() & then.isnan())
+            if not same.all():
+                return name
+        return None
+
+    def check_neighbours(self) -> None:
+        """Refuse rows whose log-densities depend on what other rows hold, or on noise that is no site."""
+        n = len(self.x)
+        every = torch.arange(n, device=self.x.device)
+        if n == 1:
+            self.check_noise()
+            return
+        for kept in (every[: n // 2], every[n // 2 :]):
+            # The other rows are replaced by those that are kept: the same batch with other neighbours.
+            rows = kept[every % len(kept)]
+            rows[kept] = kept
+            if name := self.differing(self.at(self.k, rows), rows, kept):
+                self.check_noise()
+                raise PairError(
+                    f"{name}: the log-density of a row depends on the other rows of the batch, so that there is none "
+                    "per datum. Particles come first, so count dimensions from the end, as in softmax(dim=-1), "
+                    "F.normalize(dim=-1) and mean(-1), and take means and norms over features, never over rows"
+                )
+
+    def check_noise(self) -> None:
+        """Refuse log-densities that differ between two runs at the same latents."""
+        every = torch.arange(len(self.x), device=self.x.device)
+        if name := self.differing(self.at(self.k, every), every):
+            raise PairError(
+                f"{name}: two runs at the same latents give different log-densities, so the pair draws random numbers "
+                "that are no site: noise, or dropout that evaluation mode does not reach. Write F.dropout(h, "
+                "training=self.training), make networks attributes of a torch.nn.Module, and noise a pyro.sample site"
+            )
+
+    def works_on_fewer(self) -> bool:
+        """Whether the pair runs on other numbers of rows than these, once it is known to give the same there."""
+        n, device = len(self.x), self.x.device
+        # Not one row where there are others, nor rows at their own places.
+        rows = torch.tensor([0, 0] if n == 1 else [1] if n == 2 else [n - 1, 0], device=device)
+        every = torch.arange(n, device=device)
+        try:
+            fewer = self.at(1, rows)
+        except Exception:  # as parameters for each row raise
+            self.check_particles(self.at(1, every), every)
+            return False
+        if name := self.differing(fewer, rows, rough=True):
+            self.check_particles(self.at(1, every), every)
+            raise PairError(
+                f"{name}: the log-density of a row depends on its place in the batch, or on how many rows there are: "
+                f"{len(rows)} of {n} rows have others by themselves, at the same latents. Make it a function of the "
+                "row alone: no parameters by place, and dimensions counted from the end, since particles come first"
+            )
+        return True
+
+    def check_particles(self, alone: dict[str, Tensor], rows: Tensor) -> None:
+        """Refuse a particle whose log-densities depend on the others."""
+        if name := self.differing(alone, rows, rough=True):
+            raise PairError(
+                f"{name}: the log-density of a particle depends on the other particles, which are dimension 0; count "
+                "dimensions from the end, as in softmax(dim=-1) and mean(-1)"
+            )
+
+    def why_no_density(self) -> str | None:
+        """Why log q is not the normalised density of the model's latents; None if it is."""
+        p, q = sample_sites(self.base.model_trace), sample_sites(self.base.guide_trace)
+        drawn = {name: site for name, site in q.items() if not site["is_observed"]}
+        for name, site in q.items():
+            if isinstance(plain(site["fn"]), dist.Unit):
+                return (
+                    f"guide site '{name}' is a pyro.factor, which makes log q(z|x) no density, so that the weights are "
+                    "not of log p(x); remove it from the guide"
+                )
+        deltas = {name for name, site in drawn.items() if isinstance(plain(site["fn"]), dist.Delta)}
+        noise = [name for name in drawn if name not in self.base.latents and name not in deltas]
+        points = []
+        for name, site in drawn.items():
+            if name not in self.base.latents:
+                if name in deltas and site["fn"].log_prob(site["value"]).any():
+                    return f"guide site '{name}' is an auxiliary Delta with a log_density, which belongs to no latent"
+                continue
+            if fault := self.mismatch(name, p[name], site):
+                return fault
+            if name not in deltas or isinstance(plain(p[name]["fn"]), dist.Delta):
+                continue
+            points.append(name)
+        if points and not noise:
+            return (
+                f"guide site '{points[0]}' is a Delta, which gives the latent one value and no density: training by it "
+                "finds a mode (MAP), and there is no log q(z|x) for a bound or log p(x). Draw the site from a "
+                "distribution with a density, such as a Normal around that value"
+            )
+        if noise and not points:
+            return (
+                f"guide site '{noise[0]}' is auxiliary, and nothing integrates it out: log q would be that of it and "
+                "of the latents together. Make every latent a one-to-one function of it, pyro.sample(name, Delta(f(a), "
+                "log_density)), or put its noise into the latents' own distributions"
+            )
+        return self.fault_of_map(noise, points) if noise else None
+
+    def mismatch(self, name: str, p: dict, q: dict) -> str | None:
+        """Why the two distributions of a latent site cannot be weighed against each other."""
+        if isinstance(plain(p["fn"]), dist.ImproperUniform):
+            return f"model site '{name}' is ImproperUniform, under which x has no density; give it a proper prior"
+        masks = [site["mask"] for site in (p, q)]
+        inner = [masked_inside(site["fn"]) for site in (p, q)]
+        if any(m is not None and m is not True for m in (*masks, *inner)):
+            wide = [
+                torch.broadcast_to(
+                    torch.as_tensor(True if m is None else m, device=self.x.device), (self.k, len(self.x))
+                )
+                for m in (*masks, *inner)
+            ]
+            if not torch.equal(wide[0] & wide[2], wide[1] & wide[3]):
+                return (
+                    f"site '{name}' is masked differently in the model and in the guide, so that log q(z|x) leaves out "
+                    "draws that are weighed; mask both alike"
+                )
+        delta = isinstance(plain(q["fn"]), dist.Delta)
+        kinds = [kind(site["fn"]) for site in (p, q)]
+        if not delta and {"discrete", "continuous"} == set(kinds):
+            return (
+                f"site '{name}' is {kinds[0]} in the model and {kinds[1]} in the guide, so that a probability is "
+                "weighed against a density; take the same kind in both (of relaxed distributions too)"
+            )
+        if delta and isinstance(plain(p["fn"]), dist.Delta) and q["fn"].log_prob(q["value"]).any():
+            return f"guide site '{name}' is a Delta with a log_density, as the model's is without; remove it"
+        return None
+
+    def fault_of_map(self, noise: list[str], points: list[str]) -> str | None:
+        """Why Deltas are not a one-to-one function of auxiliary sites with its density; None if they are."""
+        n, k = len(self.x), DRAWS_OF_MAP
+        trace = run(self.guide, "guide", self.x, k)
+        sites = sample_sites(trace)
+        what = f"guide site '{points[0]}' is a Delta at a function of the auxiliary site '{noise[0]}'"
+        for name in noise:
+            if kind(sites[name]["fn"]) == "discrete":
+                return f"guide site '{name}' is auxiliary and discrete: a latent at a function of it has no density"
+        values = {
+            name: site["value"].detach().clone()
+            for name, site in sites.items()
+            if not site["is_observed"] and not isinstance(plain(site["fn"]), dist.Delta)
+        }
+        inputs = [values[name].requires_grad_() for name in noise]
+        with torch.enable_grad(), At(values):
+            sites = sample_sites(run(self.guide, "guide", self.x, k))
+            outputs, log_volume, log_density = [], self.x.new_zeros(()), self.x.new_zeros(())
+            for name in points:
+                z = sites[name]["value"]
+                transform = biject_to(self.base.latents[name].prior.support)
+                u = transform.inv(z)
+                outputs.append(u.reshape(k, n, -1))
+                stretch = transform.log_abs_det_jacobian(u, transform(u)).reshape(k, n, -1).sum(-1)
+                log_volume = log_volume + stretch.detach()
+                log_density = log_density + sites[name]["fn"].log_prob(z).detach()
+            u = torch.cat(outputs, -1)
+            sizes = sum(value[0, 0].numel() for value in inputs)
+            if sizes != u.shape[-1]:
+                return (
+                    f"{what}, but {u.shape[-1]} numbers at functions of {sizes} have no density; have as many "
+                    "auxiliary numbers as latent ones"
+                )
+            if not u.requires_grad:
+                return f"{what} that does not depend on it, so that it has no density"
+            rows = []
+            for j in range(u.shape[-1]):
+                slopes = torch.autograd.grad(u[..., j].sum(), inputs, retain_graph=True, allow_unused=True)
+                pairs = zip(slopes, inputs, strict=True)
+                rows.append(
+                    torch.cat([(torch.zeros_like(a) if g is None else g).reshape(k, n, -1) for g, a in pairs], -1)
+                )
+        sign, log_det = torch.linalg.slogdet(torch.stack(rows, -2))
+        if (sign == 0).any() or (sign != sign[0]).any():
+            return (
+                f"{what} that is not one to one, so that the density of the latent is that of several values together"
+            )
+        wrong = log_density + log_volume + log_det
+        rounding = torch.finfo(wrong.dtype).eps ** 0.5 * u.shape[-1]
+        if not (wrong.abs() <= rounding * (1 + log_det.abs() + log_volume.abs())).all():
+            return (
+                f"{what}, with a log_density that is not log |da/dz|, by up to {wrong.abs().max().item():.3g} nats. "
+                "Write -transform.log_abs_det_jacobian(a, z), as Pyro's automatic guides do"
+            )
+        return None
+
+
+def check_roles(particles: Particles) -> None:
+    """Refuse a model that observes nothing: it is the guide, or it does not use x."""
+    observes = any(site["is_observed"] for site in sample_sites(particles.model_trace).values())
+    if not observes and any(site["is_observed"] for site in sample_sites(particles.guide_trace).values()):
+        raise UsageError("model, guide: the guide observes x and the model does not; pass the model first")
+
+
+def densities(particles: Particles) -> dict[str, Tensor]:
+    """Everything that weights are made of, each of shape (K, N)."""
+    return {
+        **{f"guide site '{name}'": value for name, value in particles.log_guides.items()},
+        **{f"model site '{name}'": latent.log_prior for name, latent in particles.latents.items()},
+        "log p(x|z) of the model": particles.log_likelihood,
+    }
+
+
+def plain(distribution: Any) -> Any:
+    """A distribution without what was put around it."""
+    while isinstance(distribution, WRAPPERS):
+        distribution = distribution.base_dist
+    return distribution
+
+
+def kind(distribution: Any) -> str:
+    """Whether a distribution is discrete or continuous, as far as it says."""
+    try:
+        return "discrete" if distribution.support.is_discrete else "continuous"
+    except NotImplementedError:
+        return "unknown"
+
+
+def masked_inside(distribution: Any) -> Any:
+    """The mask of a distribution made by its own `.mask()`, True without one."""
+    while isinstance(distribution, WRAPPERS):
+        if isinstance(distribution, dist.MaskedDistribution):
+            return distribution._mask
+        distribution = distribution.base_dist
+    return True
+
+
+def taken(value: Tensor, particles: int, rows: Tensor) -> Tensor:
+    """Some particles and rows of values (K, N, *event)."""
+    result = value[:particles][:, rows]
+    if hasattr(value, "_unquantize"):  # straight-through values carry the relaxed one that their density is of
+        result._unquantize = value._unquantize[:particles][:, rows]  # type: ignore[attr-defined]
+    return result
+
+
+def automatic(guide: Callable) -> list[AutoGuide]:
+    """Pyro's automatic guides in a guide."""
+    found = [m for _, module in modules_of(guide) for m in module.modules() if isinstance(m, AutoGuide)]
+    return list(dict.fromkeys(found))
+
+
+def set_up(guide: Callable, x: Tensor) -> None:
+    """Have automatic guides look at their model for x, without the plate of particles that they are run in later.
+
+    Raises:
+        PairError: a guide that draws the latents of all rows as one vector.
+    """
+    for auto in automatic(guide):
+        if isinstance(auto, AutoContinuous):
+            raise PairError(
+                f"{type(auto).__name__} draws the latents of all rows as one vector, so that there is no log q(z|x) of "
+                "a row; use AutoNormal, or a guide that is a function of x, such as those of pyrovae.models"
+            )
+        if auto.prototype_trace is None:
+            with pyro.poutine.block():
+                auto(x)
+
+
+@contextmanager
+def undone(model: Callable, guide: Callable) -> Iterator[None]:
+    """Restore buffers; after an error, also what was declared to Pyro, and automatic guides."""
+    modules = {m for program in (model, guide) for _, f in modules_of(program) for m in f.modules()}
+    buffers = [(buffer, buffer.detach().clone()) for module in modules for buffer in module.buffers(recurse=False)]
+    store = pyro.get_param_store()
+    declared = set(store.keys())
+    inside = {m: shallow(vars(m)) for auto in automatic(guide) if auto.prototype_trace is None for m in auto.modules()}
+    try:
+        yield
+    except BaseException:
+        for name in set(store.keys()) - declared:
+            del store[name]
+        for module, before in inside.items():
+            vars(module).clear()
+            vars(module).update(before)
+        raise
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def shallow(attributes: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a module's attributes, with copies of its dictionaries."""
+    return {name: copy.copy(value) if isinstance(value, dict) else value for name, value in attributes.items()}
