@@ -227,6 +227,17 @@ def test_both_sides_are_means_of_unbiased_weights() -> None:
     assert_mean((truth - result.reverse).exp(), 1.0, least=0.1)
 
 
+def test_the_sides_are_means_of_weights_not_of_their_logarithms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights 1 and 3 each way: log 2 from below, and from above -log((1 + 1/3) / 2) = log 1.5."""
+    logs = torch.tensor([[0.0], [math.log(3.0)]], dtype=torch.float64)
+    for way in ("__call__", "reverse"):
+        monkeypatch.setattr(Chains, way, lambda self, _: logs.expand(2, len(self.space.x)))
+    pair = LinearGaussian()
+    result = sandwich(pair.model, pair.guide, data(3), 2, Annealed(1), seed=0)
+    assert_close(result.forward, torch.full((3,), math.log(2.0), dtype=torch.float64), **SAME)
+    assert_close(result.reverse, torch.full((3,), math.log(1.5), dtype=torch.float64), **SAME)
+
+
 def test_validated_counts_the_error() -> None:
     """Narrower than 0.1 nat on average, and so with two standard errors more; a single datum has no error."""
 

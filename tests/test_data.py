@@ -331,6 +331,41 @@ def test_hashes_tell_measure_binarisation_and_data_apart(tmp_path):
     assert load_data(saved(tmp_path / "x.npy", x=GREY.reshape(60, 4, 5))).hash != one.hash
 
 
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_the_hash_of_the_data_covers_every_split(tmp_path, split):
+    splits = {"x_train": GREY[:40], "x_validation": GREY[40:50], "x_test": GREY[50:]}
+    one = load_data(saved(tmp_path / "x.npz", **splits))
+    changed = splits[f"x_{split}"].copy()
+    changed[3, 2, 1] ^= 1
+    other = load_data(saved(tmp_path / "x.npz", **splits | {f"x_{split}": changed}))
+    assert one.hash != other.hash
+    assert one.rows("density").hash != other.rows("density").hash
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_the_hash_of_rows_covers_what_was_drawn_for_them(monkeypatch, split):
+    digits = load_data("digits")
+    before = [digits.rows("mass"), digits.rows("density")]
+    monkeypatch.setitem(data_module._SEED, split, data_module._SEED[split] + 1)
+    for one, other in zip(before, [digits.rows("mass"), digits.rows("density")], strict=True):
+        assert not torch.equal(getattr(one, split), getattr(other, split))
+        assert one.hash != other.hash
+
+
+def test_every_pixel_has_a_draw_of_its_own():
+    """Of n pixels at probability 1/2, the sum over any axis has variance n / 4; no two dequantised ones are equal."""
+    torch.manual_seed(0)
+    grey = torch.full((60, 50, 40), 0.5)
+    bits = data_module.Bernoulli(None)(grey)
+    for axes in ((0,), (1,), (2,), (0, 1), (1, 2)):
+        sums = bits.sum(axes).double()
+        n = grey.numel() / sums.numel()
+        assert abs(sums.mean() - n / 2) < 5 * math.sqrt(n / 4 / sums.numel())
+        assert abs(sums.var() / (n / 4) - 1) < 5 * math.sqrt(2 / sums.numel())
+    u = data_module.Dequantize(2)(torch.zeros(9, 8, 7, dtype=torch.uint8))
+    assert len(u.unique()) == u.numel()
+
+
 def test_standardised_training_rows_have_mean_0_and_sd_1(tmp_path):
     x = FLOATS * [1, 100, 0] + [5, -1000, 7]
     data = load_data(saved(tmp_path / "x.npy", x=x))

@@ -663,6 +663,43 @@ def test_beta_of_the_schedule_follows_the_step():
     assert result.metrics["beta"].tolist() == [0.5, 1.0, 1.0]
 
 
+def test_each_step_has_the_beta_of_its_number(monkeypatch):
+    used = []
+
+    def penalty(self, kl, beta):
+        used.append(float(beta))
+        return beta * kl
+
+    monkeypatch.setattr(LinearWarmup, "penalty", penalty)
+    train(vae(), ELBO(beta=LinearWarmup(steps=20)), epochs=3)
+    assert_close(used[1:], [step / 20 for step in range(15)])  # after one look at two rows
+
+
+def test_the_noise_of_the_transform_is_new_at_every_step(tmp_path):
+    drawn = []
+
+    def noisy(rows: Tensor) -> Tensor:
+        drawn.append(torch.rand(()).item())
+        return rows + drawn[-1]
+
+    train(vae(), transform=noisy, epochs=2, directory=tmp_path / "whole")
+    assert len(set(drawn[1:])) == 10  # after one look at two rows
+    whole = drawn[1:]
+    drawn.clear()
+    train(vae(), transform=noisy, epochs=2, directory=tmp_path / "cut", should_stop=stop_after(7))
+    cut = drawn[1:]
+    drawn.clear()
+    train(vae(), transform=noisy, epochs=2, directory=tmp_path / "cut", resume=True)
+    assert cut + drawn[1:] == whole
+
+
+def test_validation_has_the_same_noise_at_every_epoch():
+    result = train(vae(), IWAE(2), optimizer=lambda p: torch.optim.SGD(p, 0.0))
+    first, *rest = result.metrics["validation_bound"]
+    assert rest == [first, first]
+    assert result.metrics["train_bound"].nunique() == 3  # where it is new
+
+
 # ---------------------------------------------------------------------------------------------------------- processes
 
 
