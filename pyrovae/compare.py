@@ -13,7 +13,9 @@ Three uncertainties, and where each is told:
     of the estimate     log p(x) of a run is a lower bound in expectation, and its verdict says how tight; a mixture's
                         is exact. Monte Carlo noise is part of what differs from row to row, so the intervals hold it
 
-A rank is that of the number in the table: a lower bound may be of a model that deserves a better one.
+What is only a lower bound may be of a better model than its number says, and ranks leave that open: a model whose
+verdict is "lower bound only" may deserve rank 1, and every other may have it above; one that is "ok" may be better by
+the bias that its verdict states. They are ranks of these runs: a single seed says nothing of another.
 
 References:
     Efron and Tibshirani 1993, An Introduction to the Bootstrap
@@ -22,17 +24,19 @@ References:
 
 import itertools
 import math
+import os
 import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyrovae.command import add_choices, add_option, given, main, parser
 from pyrovae.config import DERIVED, PROPOSALS, build_proposal
-from pyrovae.errors import NumericalError, UsageError
+from pyrovae.errors import CheckpointError, NumericalError, UsageError
 from pyrovae.evaluate import default_draws, whole_option
 from pyrovae.run import Run, open_run
 
@@ -52,11 +56,17 @@ if TYPE_CHECKING:
 COMPONENTS = (1, 2, 5, 10, 20, 50, 100, 200)
 COLUMNS = (
     *("name", "log_marginal", "error", "low", "high"),
-    *("difference", "difference_error", "difference_low", "difference_high"),
+    *("difference", "difference_error", "difference_low", "difference_high", "difference_bound"),
     *("rank_low", "rank_high"),
     *("seeds", "spread", "seed_means"),
     *("verdict", "reason", "exact", "K", "monte_carlo_error", "elbo"),
 )
+# What a difference to the highest number is where it is not that of log p(x), by its `difference_bound`.
+DIFFERENCES = {
+    "at least": "the model's number is a lower bound: it may be less far below, or above",
+    "at most": "the highest number is a lower bound: the model may be further below",
+    "open": "both numbers are lower bounds: either model may be the better",
+}
 # What two runs of different seeds may differ in and still be the same model: nothing that changes their training.
 NOT_THE_MODEL = ("seed", "device", "compile", "particle_chunk", "stream", "eval_K", "eval_rows", *DERIVED)
 # What decides which rows a run is scored on.
@@ -102,6 +112,12 @@ class Scored:
         checks = self.checks or [None] * len(self.results)
         said = [verdict(result, check) for result, check in zip(self.results, checks, strict=True)]
         return max(said, key=lambda v: VERDICTS.index(v.kind))
+
+    @property
+    def slack(self) -> float:
+        """How far its log p(x) may be above `estimate`, in nats: by the bias that is stated, or by anything."""
+        bias = sum((r.jackknife - r.estimate).mean().item() for r in self.results) / len(self.results)
+        return math.inf if self.verdict.kind == "lower bound only" or math.isnan(bias) else max(bias, 0.0)
 
     @property
     def monte_carlo_error(self) -> float:
@@ -169,9 +185,11 @@ def fit_baseline(
 def table(scored: Sequence[Scored], seed: int = 0) -> "pd.DataFrame":
     """One row per model, the best first: means over rows in nats per datum.
 
-    Intervals are of 95 %, by a bootstrap over rows with this seed. `difference` is to the best model, paired row by
-    row; its error is that of the mean of the differences. `rank_low` to `rank_high` holds the model's rank in 95 % of
-    the resamples. `spread` is over seeds, and in no other number. A model without a finite mean is last, unranked.
+    Intervals are of 95 %, by a bootstrap over rows with this seed. `difference` is to the highest number, paired row by
+    row; its error is that of the mean of the differences, and `difference_bound` says what it is of log p(x): itself
+    (empty), "at least" or "at most" where one of the two is a lower bound only, "open" where both are. `rank_low` to
+    `rank_high` holds the model's rank in 95 % of the resamples, whatever log p(x) is between a model's number and its
+    `slack` above. `spread` is over seeds, and in no other number. A model without a finite mean is last, unranked.
     """
     import pandas as pd
     import torch
@@ -185,9 +203,14 @@ def table(scored: Sequence[Scored], seed: int = 0) -> "pd.DataFrame":
     resampled = means(estimates, seed=seed)
     lows, highs = ends(resampled)
     difference_lows, difference_highs = ends(resampled - resampled[:, :1])
-    ranks = 1 + (resampled[:, None] > resampled[:, :, None]).sum(-1)
+    # Of each model i (dimension 1) the others j (dimension 2) that are better even where i is as good as it may be, and
+    # those that are better where they are as good as they may be. NaN is neither.
+    slack = torch.tensor([entry.slack for entry in ranked], dtype=torch.float64)
+    surely = resampled[:, None] > (resampled + slack)[:, :, None]
+    perhaps = ((resampled + slack)[:, None] > resampled[:, :, None]) & ~torch.eye(len(ranked), dtype=torch.bool)
     # Ranks are whole numbers: no interpolation between two.
-    rank_lows, rank_highs = ends(ranks.double(), interpolation="nearest")
+    rank_lows, _ = ends(1.0 + surely.sum(-1, dtype=torch.float64), interpolation="nearest")
+    _, rank_highs = ends(1.0 + perhaps.sum(-1, dtype=torch.float64), interpolation="nearest")
     records = []
     for i, entry in enumerate(ranked):
         judgement, finite = entry.verdict, bool(estimates[i].isfinite().all())
@@ -203,6 +226,7 @@ def table(scored: Sequence[Scored], seed: int = 0) -> "pd.DataFrame":
                 "difference_error": standard_error(difference),
                 "difference_low": difference_lows[i],
                 "difference_high": difference_highs[i],
+                "difference_bound": "" if i == 0 else bound_of(entry.slack, ranked[0].slack),
                 "rank_low": int(rank_lows[i]) if finite else None,
                 "rank_high": int(rank_highs[i]) if finite else None,
                 "seeds": len(entry.results),
@@ -223,9 +247,18 @@ def table(scored: Sequence[Scored], seed: int = 0) -> "pd.DataFrame":
     return pd.DataFrame(records, columns=list(COLUMNS)).astype(whole | {"spread": float, "elbo": float})
 
 
+def bound_of(slack: float, slack_of_best: float) -> str:
+    """What the difference of two numbers is of the difference of their log p(x)."""
+    if math.isinf(slack):
+        return "open" if math.isinf(slack_of_best) else "at least"
+    return "at most" if math.isinf(slack_of_best) else ""
+
+
 def readable(frame: "pd.DataFrame") -> "pd.DataFrame":
     """The table as strings: what is compared, with its intervals; the rest is in the CSV."""
     import pandas as pd
+
+    from pyrovae.plots import SIGNS
 
     pooled = (frame["seeds"] > 1).any()
     records = []
@@ -234,6 +267,7 @@ def readable(frame: "pd.DataFrame") -> "pd.DataFrame":
         invalid = pd.isna(entry["rank_low"])
         ranks = [] if invalid else sorted({int(entry["rank_low"]), int(entry["rank_high"])})
         difference = interval(entry["difference"], entry["difference_low"], entry["difference_high"])
+        first = "best" if entry["rank_high"] == 1 else "highest"  # which another may deserve
         records.append(
             {
                 "model": entry["name"],
@@ -241,7 +275,11 @@ def readable(frame: "pd.DataFrame") -> "pd.DataFrame":
                 "log p(x) [95 %]": "-"
                 if invalid
                 else bound + interval(entry["log_marginal"], entry["low"], entry["high"]),
-                "to the best [95 %]": "-" if invalid else "best" if i == 0 else difference,
+                "to the best [95 %]": "-"
+                if invalid
+                else first
+                if i == 0
+                else SIGNS[entry["difference_bound"]] + difference,
                 **({"seeds' sd": spread(entry)} if pooled else {}),
                 "verdict": entry["verdict"],
             }
@@ -277,6 +315,54 @@ def aligned(frame: "pd.DataFrame") -> str:
         first, *rest = names[name]
         lines += [line(first, cells), *(f"  {part}" for part in rest)]
     return "\n".join(lines)
+
+
+def usable(directories: Sequence[Path]) -> list[Run]:
+    """The finished runs among some directories, as runs/* gives them; what is left out is said, and why.
+
+    Raises:
+        CheckpointError: there is none, or a name is not there at all, as one that was mistyped.
+    """
+    runs: list[Run] = []
+    others: list[CheckpointError] = []
+    for directory in directories:
+        if not os.path.lexists(directory):
+            open_run(directory)  # says so
+        try:
+            runs.append(finished(directory))
+        except CheckpointError as error:
+            others.append(error)
+    if not runs:
+        several = f"none of the {len(directories)} named is a finished run; " if len(directories) > 1 else ""
+        raise CheckpointError(f"{several}{others[0]}")
+    for other in others:
+        print(f"note: left out: {other}")
+    return runs
+
+
+def finished(directory: Path) -> Run:
+    """The run of a directory, whose weights can be read and whose training has ended.
+
+    Raises:
+        CheckpointError: it is not that.
+    """
+    if directory.is_file():
+        raise CheckpointError(f"{directory}: is a file, no run directory")
+    run = open_run(directory)
+    run.model()
+    if run.unfinished:
+        raise CheckpointError(f"{run.unfinished}; finish it with python -m pyrovae.fit --resume {directory}")
+    return run
+
+
+def run_around(out: Path, named: Sequence[Path]) -> Path | None:
+    """The run that a directory is, or lies in."""
+    for place in (out.resolve(), *out.resolve().parents):
+        if place in [directory.resolve() for directory in named if directory.is_dir()]:
+            return place
+        with suppress(CheckpointError):
+            return open_run(place).directory
+    return None
 
 
 def load_rows(runs: Sequence[Run]) -> "dict[Path, Rows]":
@@ -379,6 +465,7 @@ def score_run(
     for notice in run.notices:
         print(f"note: {notice}")
     proposal = compile_draws(model, x, num_particles, proposal, "auto", "fp32")
+    print(f"scoring {run.name}", flush=True)
     store = open_scores(run, model, rows, x, num_particles, seed, proposal=proposal)
     result = score(model, x, num_particles, seed, progress=True, proposal=proposal, store=store)
     return result, check_of(model, x, num_particles, seed, proposal, store)
@@ -396,7 +483,8 @@ def command(words: Sequence[str]) -> int:
         "runs",
         nargs="+",
         metavar="RUN",
-        help="directories written by python -m pyrovae.fit; those that differ only in --seed become one line",
+        help="directories written by python -m pyrovae.fit, such as runs/*; those that differ only in --seed become "
+        "one line; what is no run, damaged or unfinished is named and left out",
     )
     add_option(p, "--K", "particles per datum, drawn exactly (default 1000; 32 chains if annealed)", "INT")
     add_choices(p, "proposal", PROPOSALS)
@@ -420,11 +508,13 @@ def command(words: Sequence[str]) -> int:
     out = Path(str(options.get("out", "comparison")))
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: is a file; choose a directory")
+    if holder := run_around(out, directories):
+        raise UsageError(f"--out {out}: would write into the run {holder}; choose a directory outside of it")
 
     from pyrovae.evaluate import pick_device, score
 
     device = pick_device(str(options.get("device", "auto")))
-    runs = [open_run(directory) for directory in directories]
+    runs = usable(directories)
     by_measure: dict[str, list[Run]] = {}
     for run in runs:
         by_measure.setdefault(measure_of(run), []).append(run)
@@ -479,13 +569,17 @@ def present(frame: "pd.DataFrame", rows: "Rows", kind: str, count: int, data: st
         rows=count,
     )
     write_atomically(out / f"{kind}.csv", values.to_csv(index=False))
-    write_atomically(out / f"{kind}.tex", latex(strings, caption))
+    best = [high == 1 for high in frame["rank_high"].fillna(0)]
+    label = f"{Path(data).name}-{kind}"
+    write_atomically(out / f"{kind}.tex", latex(strings, caption, label, best, notes))
     figure = plots.comparison(frame, title=f"{data}, {count} test rows, {rows.measure.description}")
     save_figure(figure, out, kind)
 
 
 def legend(frame: "pd.DataFrame") -> list[str]:
     """What a reader of the table has to know, a line each."""
+    from pyrovae.plots import SIGNS
+
     notes = []
     if (~frame["exact"]).any():
         sampled = frame[~frame["exact"]]
@@ -493,34 +587,82 @@ def legend(frame: "pd.DataFrame") -> list[str]:
             f"≥: a lower bound in expectation, from K = {sampled['K'].iloc[0]} draws, its Monte Carlo error at most "
             f"{sampled['monte_carlo_error'].max():.1g}"
         )
+    ranked = frame[frame["rank_low"].notna()]
+    if (ranked["verdict"] == "lower bound only").any():
+        notes.append(
+            "rank: by 95 % of the resamples, and a model of which only a lower bound is known may deserve rank 1, so "
+            "that any other may have it above"
+        )
+    kinds = set(ranked["difference_bound"])
+    notes += [f"to the best, {SIGNS[kind].strip()}: {words}" for kind, words in DIFFERENCES.items() if kind in kinds]
     if (frame["seeds"] > 1).any():
-        notes.append("seeds' sd: standard deviation of the seeds' own means; no interval holds it")
+        notes.append("seeds' sd: standard deviation of the seeds' own means; no interval and no rank holds it")
+    single = frame["name"][frame["seeds"] == 1]
+    if len(single):
+        which = "every model" if len(single) == len(frame) else ", ".join(single)
+        notes.append(
+            f"one seed: the spread over seeds is unknown of {which}; intervals and ranks are of these runs alone"
+        )
     doubtful = frame[~frame["verdict"].isin(["exact", "ok"])]
     return notes + [f"{entry['name']}: {entry['verdict']}, {entry['reason']}" for _, entry in doubtful.iterrows()]
 
 
-def latex(strings: "pd.DataFrame", caption: str) -> str:
-    """The table for a paper, with booktabs rules."""
+def latex(
+    strings: "pd.DataFrame",
+    caption: str,
+    label: str = "comparison",
+    best: Sequence[bool] = (),
+    notes: Sequence[str] = (),
+) -> str:
+    """The table for a paper, with booktabs rules.
 
-    def escaped(cell: str) -> str:
-        for character in "&%#_{}":
-            cell = cell.replace(character, "\\" + character)
-        return cell.replace("≥", "$\\ge$").replace("±", "$\\pm$").replace("^", "\\^{}")
-
+    Args:
+        strings: Names in the first column, log p(x) in the third; all cells are escaped.
+        caption: What the rows are; the unit is added.
+        label: For \\ref{tab:...}; what is no letter or digit becomes a hyphen.
+        best: Which rows have rank 1 for certain: their numbers are bold.
+        notes: Lines below the table.
+    """
+    rows = []
+    for i, (name, *cells) in enumerate(strings.itertuples(index=False)):
+        typeset = [for_latex(name), *(numbers_for_latex(for_latex(cell)) for cell in cells)]
+        if best and best[i]:
+            typeset[2] = f"\\textbf{{{typeset[2]}}}"
+        rows.append(" & ".join(typeset) + " \\\\")
+    bold_means = " Bold: the best, whatever the rows leave open." if any(best) else ""
+    about = "nats per datum, larger is better, with 95 % intervals by bootstrap over rows."
     lines = [
         "% needs \\usepackage{booktabs}",
         "\\begin{table}",
-        f"\\caption{{{escaped(caption)}; nats per datum.}}",
+        "\\centering",
+        f"\\caption{{{for_latex(caption)}; {for_latex('log p(x) in ' + about + bold_means)}}}",
+        f"\\label{{tab:{re.sub(r'[^a-z0-9]+', '-', label.lower()).strip('-')}}}",
         f"\\begin{{tabular}}{{l{'r' * (len(strings.columns) - 1)}}}",
         "\\toprule",
-        " & ".join(escaped(name) for name in strings.columns) + " \\\\",
+        " & ".join(for_latex(name) for name in strings.columns) + " \\\\",
         "\\midrule",
-        *(" & ".join(escaped(cell) for cell in row) + " \\\\" for row in strings.itertuples(index=False)),
+        *rows,
         "\\bottomrule",
         "\\end{tabular}",
+        *(f"\\par\\footnotesize {for_latex(note)}" for note in notes),
         "\\end{table}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def for_latex(text: str) -> str:
+    """Text in which nothing is a command to LaTeX; signs and powers as mathematics."""
+    signs = {"≥": "$\\ge$", "≤": "$\\le$", "±": "$\\pm$", "<": "$<$", ">": "$>$", "|": "$|$"}
+    words = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
+    table = signs | words | {character: f"\\{character}" for character in "&%#_{}$"}
+    escaped = "".join(table.get(character, character) for character in " ".join(text.split()))
+    escaped = re.sub(r"(\\\{0,1\\\}|\[0,1\])\\textasciicircum\{\}(\d+)", r"$\1^{\2}$", escaped)
+    return escaped.replace("log p(x)", "$\\log p(x)$")
+
+
+def numbers_for_latex(text: str) -> str:
+    """The same with minus signs before numbers and dashes between them, in place of hyphens."""
+    return re.sub(r"(?<=\d)-(?=\d)", "--", re.sub(r"(?<![\w.$-])-(?=\d)", "$-$", text))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ LONGEST = 2000
 
 
 def one_line(text: str) -> str:
-    """Text as one line of at most `LONGEST` characters, without any that a terminal would act on.
+    r"""Text as one line of at most `LONGEST` characters, without any that a terminal would act on.
 
     >>> one_line("\x1b[31mred\n  and bell\a")
     '\\x1b[31mred and bell\\x07'

@@ -11,8 +11,10 @@ import platform
 import shutil
 import sys
 import textwrap
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +42,8 @@ CHECKED_ROWS = 50
 SAVED_DRAWS = 100
 MOST_SAVED = 2 * 10**9
 SPLITS = ("test", "validation", "train")
+# Lines printed at most for the rows of an evaluation whose output is no terminal.
+ROW_LINES = 10
 
 
 def pick_device(name: str) -> "torch.device":
@@ -89,7 +93,6 @@ def score(
     Rows without a finite estimate stay in it: see `LogMarginal.invalid`.
     """
     import torch
-    from tqdm import tqdm
 
     from pyrovae.inference.compiled import CompileWarning
     from pyrovae.inference.log_marginal import FROM_GUIDE, exact, log_marginal
@@ -98,11 +101,16 @@ def score(
     if isinstance(model, Mixture):
         # In double precision, which costs little here: rows far from every component lose digits in single.
         model = copy.deepcopy(model).double()
-        with torch.no_grad():
-            return exact(torch.cat([model.log_prob(block) for block in x.split(1000)]))
+        values: list[Tensor] = []
+        with torch.no_grad(), rows_done(len(x), "log p(x) in closed form", progress) as done:
+            for block in x.split(1000):
+                values.append(model.log_prob(block))
+                done(min(1000 * len(values), len(x)))
+        return exact(torch.cat(values))
+    proposal = proposal or FROM_GUIDE
     with (
         warnings.catch_warnings(record=True) as caught,
-        tqdm(total=len(x), unit="row", disable=None if progress else True, leave=False) as bar,
+        rows_done(len(x), f"log p(x) by {proposal.name}, K = {num_particles}", progress) as done,
     ):
         warnings.simplefilter("always", CompileWarning)
         result = log_marginal(
@@ -111,8 +119,8 @@ def score(
             x,
             num_particles,
             chunk_size,
-            progress=lambda done: bar.update(done - bar.n),
-            proposal=proposal or FROM_GUIDE,
+            progress=done,
+            proposal=proposal,
             seed=seed,
             store=store,
         )
@@ -124,6 +132,30 @@ def score(
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return result
+
+
+@contextmanager
+def rows_done(total: int, what: str, progress: bool = True) -> "Iterator[Callable[[int], object]]":
+    """What is called with the number of rows done: a bar on a terminal, elsewhere a few plain lines that say it."""
+    from tqdm import tqdm
+
+    if not progress:
+        yield lambda done: None
+        return
+    if sys.stderr is not None and sys.stderr.isatty():
+        with tqdm(total=total, unit="row", leave=False) as bar:
+            yield lambda done: bar.update(done - bar.n)
+        return
+    started, told = time.perf_counter(), 0
+    print(f"{what}: {total} rows", flush=True)
+
+    def tell(done: int) -> None:
+        nonlocal told
+        if done < total and done * ROW_LINES // total > told:
+            told = done * ROW_LINES // total
+            print(f"  {done} of {total} rows in {time.perf_counter() - started:.0f} s", flush=True)
+
+    yield tell
 
 
 def check_of(
@@ -143,6 +175,7 @@ def check_of(
     annealed = proposal
 
     def make() -> "Sandwich":
+        print(f"checking the chains on {CHECKED_ROWS} simulated data", flush=True)
         return sandwich(model.model, model.guide, like, num_particles, annealed, seed)
 
     return make() if store is None else store.check(annealed, make)
@@ -507,6 +540,7 @@ def evaluate(
     from pyrovae.config import build_objective
     from pyrovae.inference.checkpoint import write_json
 
+    started = time.perf_counter()
     place = pick_device(device)
     rows = run.rows()
     x = rows_of(rows, split, limit).to(place)
@@ -539,6 +573,7 @@ def evaluate(
     write_json(run.directory / name, values)
     refuse_invalid(values)
     print(describe(run.name, values))
+    print(f"\n  {'time':<26}{time.perf_counter() - started:>16.1f} s")
     if values["K"] is not None:
         save_curve(run, values)
     if netcdf is not None:

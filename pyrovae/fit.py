@@ -138,6 +138,7 @@ def command(words: Sequence[str]) -> int:
                 clear(directory)
             write_config(directory, config)
         announce(config, rows, model, directory, device.type)
+        ready = time.perf_counter()
         resume = bool(output["resume"]) and has_checkpoints(directory)
         if output["resume"] and not resume:
             say("note: the run was stopped before its first checkpoint, so it starts from the beginning")
@@ -148,7 +149,9 @@ def command(words: Sequence[str]) -> int:
             return 128 + signal
         if leading():
             try:
-                conclude(config, rows, model, directory, fitted, time.perf_counter() - started, not output["no_plots"])
+                trained = time.perf_counter()
+                seconds = {"start": ready - started, "training": trained - ready}
+                conclude(config, rows, model, directory, fitted, seconds, not output["no_plots"])
             except KeyboardInterrupt:
                 say("stopped while evaluating; the training is saved. Evaluate and plot with")
                 say(f"  python -m pyrovae.fit --resume {directory}")
@@ -354,12 +357,19 @@ def train(
 
 
 def conclude(
-    config: Config, rows: "Rows", model: "Model", directory: Path, fitted: "Fit", seconds: float, plots: bool
+    config: Config,
+    rows: "Rows",
+    model: "Model",
+    directory: Path,
+    fitted: "Fit",
+    seconds: dict[str, float],
+    plots: bool,
 ) -> None:
-    """Evaluate, plot, and print the short table."""
+    """Evaluate, print the short table, and plot."""
     from pyrovae.evaluate import refuse_invalid, report
     from pyrovae.inference.checkpoint import write_json
 
+    started = time.perf_counter()
     device = next(model.parameters()).device
     model.eval()
     x = rows.test[: config["eval_rows"]].to(device)
@@ -378,7 +388,7 @@ def conclude(
     for note in observations(model, fitted, rows, device):
         say(f"note: {note}")
     say("")
-    say(short_table(config, values, fitted, seconds))
+    say(short_table(config, values, fitted, {**seconds, "evaluation": time.perf_counter() - started}))
     if plots:
         write_plots(config, model, rows, directory, fitted, values)
         # Where log p(x) is exact there is nothing that more draws would raise.
@@ -403,8 +413,8 @@ def observations(model: "Model", fitted: "Fit", rows: "Rows", device: Any) -> li
     return notes
 
 
-def short_table(config: Config, values: dict[str, Any], fitted: "Fit", seconds: float) -> str:
-    """What a run ends with."""
+def short_table(config: Config, values: dict[str, Any], fitted: "Fit", seconds: dict[str, float]) -> str:
+    """What a run ends with; `seconds` are those of each stage."""
     from pyrovae.evaluate import in_words, number, short, units_in_words
 
     exact = values["K"] is None
@@ -432,11 +442,14 @@ def short_table(config: Config, values: dict[str, Any], fitted: "Fit", seconds: 
         lines += units_in_words(values)
     if values["bits_per_dimension"] is not None:
         lines.append(("bits per dimension", f"{values['bits_per_dimension']:.4f}", ""))
-    epochs = f"{len(fitted.history)} epochs, the best {fitted.best_epoch}; {rate:,.0f} rows/s"
+    epochs = f"the best {fitted.best_epoch}; {rate:,.0f} rows/s"
     if fitted.compile_seconds:
-        epochs += f"; {fitted.compile_seconds:.1f} s of it compiling"
+        epochs += f"; {fitted.compile_seconds:.1f} s of the training went into compiling"
     early = "; stopped early" if fitted.stopped == "early" else ""
-    lines.append(("time", f"{seconds:.1f} s", epochs + early))
+    lines.append(("epochs", f"{len(fitted.history)}", epochs + early))
+    stages = {name: round(value, 1) for name, value in seconds.items()}  # rounded first, so that the line adds up
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in stages.items())
+    lines.append(("time", f"{sum(stages.values()):.1f} s", parts))
     head, *rest = lines
     return "\n".join([head[0], *(f"  {label:<26}{value:>18}   {note}".rstrip() for label, value, note in rest)])
 

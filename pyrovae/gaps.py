@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyrovae.command import add_option, given, main, parser
 from pyrovae.errors import NumericalError, UsageError
-from pyrovae.evaluate import SPLITS, Report, heading, number, pick_device, rows_of, whole_option
+from pyrovae.evaluate import SPLITS, Report, heading, number, pick_device, rows_done, rows_of, whole_option
 from pyrovae.run import Run, open_run
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ def analyse(
         NumericalError: log p(x) or an ELBO of some row is not a number.
     """
     import torch
-    from tqdm import tqdm
 
     from pyrovae.inference.checkpoint import write_json
     from pyrovae.inference.gaps import QUANTITIES, gaps
@@ -46,7 +45,7 @@ def analyse(
     model = run.model(place)
     for notice in run.notices:
         print(f"note: {notice}")
-    with tqdm(total=len(x), unit="row", disable=None, leave=False) as bar:
+    with rows_done(len(x), f"log p(x) and the best Gaussian of each row, K = {num_particles}") as done:
         result = gaps(
             model.model,
             model.guide,
@@ -54,7 +53,7 @@ def analyse(
             num_particles,
             family,
             chunk_size=chunk_size,
-            progress=lambda done: bar.update(done - bar.n),
+            progress=done,
             seed=seed,
         )
     finite = torch.stack([getattr(result, name).values.isfinite() for name in QUANTITIES]).all(0)

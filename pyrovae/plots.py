@@ -60,6 +60,9 @@ VERDICT_MARKS = {
     "invalid": (FAINT, "x", "invalid"),
 }
 
+# Before a difference to the highest number, by what it is of the difference of log p(x).
+SIGNS = {"": "", "at least": "≥ ", "at most": "≤ ", "open": "? "}
+
 
 def training_curves(metrics: DataFrame, title: str | None = None) -> Figure:
     """Draw how training went: bounds, their parts, KL per dimension, active units and schedules.
@@ -552,8 +555,9 @@ def comparison(table: DataFrame, title: str | None = None) -> Figure:
         table: One row per model: `name`; `log_marginal`, mean nats per datum; `error`, its standard error over data;
             `exact`, whether log p(x) is exact rather than importance-sampled; and, where known, `elbo`, the ends `low`
             and `high` of a 95% interval, `rank_low` and `rank_high`, the paired `difference` to the best with
-            `difference_low` and `difference_high`, `verdict` as in `pyrovae.inference.verdict`, and `seed_means`, a
-            list of means that are pooled in the row.
+            `difference_low`, `difference_high` and `difference_bound` (a key of `SIGNS`), `verdict` as in
+            `pyrovae.inference.verdict`, and `seed_means`, a list of means that are pooled in the row. A model of rank 1
+            for certain is bold; without ranks, the highest number is.
         title: First line of the title, for example the data and K.
     Raises:
         UsageError: a column is missing, or there is no row.
@@ -615,21 +619,27 @@ def comparison(table: DataFrame, title: str | None = None) -> Figure:
         "≥ " if judged and not sure and np.isfinite(mean) else "" for sure, mean in zip(exact, value, strict=True)
     ]
     columns = {"± standard error": [b + _with_error(*pair) for b, *pair in zip(bounds, value, error, strict=True)]}
+    best = value == value[0]
     if "rank_low" in table.columns:
+        best = numbers("rank_high", None) == 1
         ranks = zip(numbers("rank_low", None), numbers("rank_high", None), strict=True)
         columns["rank"] = ["–".join(f"{r:g}" for r in sorted(set(ends)) if np.isfinite(r)) for ends in ranks]
     if "difference_low" in table.columns:
         parts = zip(*(numbers(f"difference{end}", None) for end in ("", "_low", "_high")), strict=True)
-        differences = [f"{_number(d)} [{_number(a)}, {_number(b)}]" if np.isfinite(d) else "" for d, a, b in parts]
-        columns["to the best, 95% interval"] = ["best", *differences[1:]]
+        signs = [SIGNS[kind] for kind in table["difference_bound"]] if "difference_bound" in table.columns else []
+        differences = [
+            f"{sign}{_number(d)} [{_number(a)}, {_number(b)}]" if np.isfinite(d) else ""
+            for (d, a, b), sign in zip(parts, signs or [""] * len(table), strict=True)
+        ]
+        columns["to the best, 95% interval"] = ["best" if best[0] else "highest", *differences[1:]]
     if judged:
         columns["verdict"] = list(kinds)
     beside = axes.get_yaxis_transform()  # x in widths of the axes, y in data
     offset = 10.0  # points
     for heading, cells in columns.items():
         place: dict[str, Any] = {"xycoords": beside, "textcoords": "offset points", "annotation_clip": False}
-        for row, cell, mean, kind in zip(rows, cells, value, kinds, strict=True):
-            weight = "bold" if mean == value[0] and heading != "verdict" else "normal"
+        for row, cell, first, kind in zip(rows, cells, best, kinds, strict=True):
+            weight = "bold" if first and heading != "verdict" else "normal"
             colour = VERDICT_MARKS[kind][0] if heading == "verdict" and kind in VERDICT_MARKS else INK
             axes.annotate(cell, (1, row), (offset, 0), va="center", weight=weight, color=colour, **place)
         axes.annotate(heading, (1, 0), (offset, 0), va="bottom", fontsize="small", color="0.35", **place)

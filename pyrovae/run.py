@@ -51,6 +51,7 @@ class Run:
     directory: Path
     config: "Config"
     notices: list[str] = field(default_factory=list)  # what `model` found: damaged checkpoints, an unfinished run
+    unfinished: str = ""  # how far its training has come, where `model` found that it has not ended
 
     @property
     def name(self) -> str:
@@ -81,7 +82,8 @@ class Run:
         progress, patience = latest.training["progress"], self.config["patience"]
         done, planned = progress["epoch"], self.config["epochs"]
         if done < planned and (patience is None or done - progress["best_epoch"] < patience):
-            self.notices.append(f"{self.directory}: trained for {done} of {planned} epochs so far")
+            self.unfinished = f"{self.directory}: trained for {done} of {planned} epochs so far"
+            self.notices.append(self.unfinished)
         best = latest.training["progress"]["best_step"]
         saved = latest if best in (None, latest.step) else checkpoints.load(self.directory, best)
         pair = Pair(model.model, model.guide)

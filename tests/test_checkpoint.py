@@ -6,8 +6,12 @@ import os
 import pickle
 import random
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -27,6 +31,7 @@ from pyrovae.inference.checkpoint import (
     load_latest,
     lock,
     save,
+    started,
     steps,
     write_atomically,
 )
@@ -405,13 +410,155 @@ def neighbour() -> subprocess.Popen:
 
 
 def test_a_living_process_keeps_its_directory(tmp_path, neighbour):
+    """Also one of a version that wrote its number alone."""
     (tmp_path / "lock").write_text(str(neighbour.pid))
     with pytest.raises(OutputError, match=f"process {neighbour.pid} is writing there"), lock(tmp_path):
         pass
     assert (tmp_path / "lock").read_text() == str(neighbour.pid)
 
 
-@pytest.mark.parametrize("holder", ["gone", "", "not a number", "-1", "0", "9" * 30])
+HOLDER = """
+import sys, time
+from pathlib import Path
+from pyrovae.inference.checkpoint import lock
+with lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_the_operating_system_holds_the_lock_and_lets_go_of_it(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(OutputError, match=f"process {process.pid} is writing there"), lock(tmp_path):
+        pass
+    process.kill()
+    process.communicate()
+    with lock(tmp_path) as notice:
+        assert f"took over the lock of process {process.pid}, which is gone" in notice
+
+
+def record(pid: int, host: str, start: float) -> str:
+    return f"{pid} {host} {start:.2f}"
+
+
+@pytest.mark.parametrize("start", ["its own", "another"])
+@pytest.mark.parametrize("host", ["here", "another"])
+def test_a_process_of_the_same_number_does_not_lock_itself_out(tmp_path, start, host):
+    """A container that is started again has the same numbers, and perhaps another name."""
+    began = started(os.getpid()) - (0 if start == "its own" else 1000)
+    (tmp_path / "lock").write_text(record(os.getpid(), socket.gethostname() if host == "here" else "elsewhere", began))
+    with lock(tmp_path) as notice:
+        assert f"took over the lock of process {os.getpid()}{'' if host == 'here' else ' on elsewhere'}" in notice
+
+
+def test_a_number_alone_that_is_taken_by_a_later_process_is_stale(tmp_path, neighbour):
+    for pid in (neighbour.pid, os.getpid()):
+        (tmp_path / "lock").write_text(str(pid))
+        os.utime(tmp_path / "lock", (1e9, 1e9))
+        with lock(tmp_path) as notice:
+            assert f"took over the lock of process {pid}" in notice
+
+
+def test_without_locks_of_the_file_system_the_record_decides(tmp_path, neighbour, monkeypatch):
+    monkeypatch.setattr("fcntl.flock", lambda *_: full())
+    path, here = tmp_path / "lock", socket.gethostname()
+    for text in (record(neighbour.pid, here, started(neighbour.pid)), record(3, "elsewhere", 5.0)):
+        path.write_text(text)
+        with pytest.raises(OutputError, match=f"or remove {path} if it is gone"), lock(tmp_path):
+            pass
+        assert path.read_text() == text
+    for text in (
+        record(neighbour.pid, here, started(neighbour.pid) - 1000),
+        "",
+        "1 2",
+        "\udcff".encode(errors="replace"),
+    ):
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        with lock(tmp_path) as notice:
+            assert "has no locks" in notice
+            assert path.read_text() == record(os.getpid(), here, started(os.getpid()))
+        assert not path.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_of_many_starts_one_takes_a_stale_lock(tmp_path):
+    """In every round four start at once on the lock of a dead process: one gets it, and never two at once."""
+    for _ in range(12):
+        (tmp_path / "lock").write_text(record(2**22 + 1, socket.gethostname(), 5.0))
+        go, started_all = os.pipe()
+        answers, answer = os.pipe()
+        children = []
+        for _ in range(4):
+            if (pid := os.fork()) == 0:
+                os.close(started_all)
+                os.read(go, 1)  # until all of them are there
+                word = b"refused "
+                try:
+                    with suppress(OutputError), lock(tmp_path):
+                        (tmp_path / "held").touch(exist_ok=False)
+                        time.sleep(0.01)
+                        (tmp_path / "held").unlink()
+                        word = b"held "
+                except BaseException as error:
+                    word = repr(error).encode()
+                os.write(answer, word)
+                os._exit(0)
+            children.append(pid)
+        for end in (go, started_all, answer):
+            os.close(end)
+        for pid in children:
+            os.waitpid(pid, 0)
+        found = os.read(answers, 10_000).split()
+        os.close(answers)
+        assert set(found) <= {b"held", b"refused"}
+        assert len(found) == 4
+        assert b"held" in found
+        assert not (tmp_path / "lock").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_does_not_keep_the_lock_of_its_parent(tmp_path):
+    """The parent is killed, the child lives on."""
+    read, write = os.pipe()
+    if (parent := os.fork()) == 0:
+        with lock(tmp_path):
+            if (child := os.fork()) == 0:
+                time.sleep(30)
+                os._exit(0)
+            os.write(write, str(child).encode())
+            os._exit(0)
+    os.waitpid(parent, 0)
+    child = int(os.read(read, 20))
+    try:
+        os.kill(child, 0)
+        with lock(tmp_path) as notice:
+            assert f"took over the lock of process {parent}" in notice
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("kind", ["a link", "a dangling link", "a hard link", "a FIFO", "a folder"])
+def test_a_lock_that_is_no_ordinary_file_is_refused(tmp_path, kind):
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    run.mkdir()
+    outside.write_text("mine")
+    make = {
+        "a link": lambda path: path.symlink_to(outside),
+        "a dangling link": lambda path: path.symlink_to(tmp_path / "new"),
+        "a hard link": lambda path: path.hardlink_to(outside),
+        "a FIFO": os.mkfifo,
+        "a folder": Path.mkdir,
+    }
+    make[kind](run / "lock")
+    with pytest.raises(OutputError if kind == "a folder" else CheckpointError), lock(run):
+        pass
+    assert outside.read_text() == "mine"
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("holder", ["gone", "nonsense", "-1", "0", "9" * 30, "1 2 3 4"])
 def test_a_stale_lock_is_taken_over_and_said(tmp_path, neighbour, holder):
     if holder == "gone":
         neighbour.kill()
@@ -419,8 +566,8 @@ def test_a_stale_lock_is_taken_over_and_said(tmp_path, neighbour, holder):
         holder = str(neighbour.pid)
     (tmp_path / "lock").write_text(holder)
     with lock(tmp_path) as notice:
-        assert f"took over the lock of process {holder or 'unknown'}, which is gone" in notice
-        assert (tmp_path / "lock").read_text() == str(os.getpid())
+        assert f"took over the lock of process {holder}, which is gone" in notice
+        assert (tmp_path / "lock").read_text().split()[0] == str(os.getpid())
     assert not (tmp_path / "lock").exists()
 
 
@@ -448,10 +595,74 @@ def test_a_directory_that_cannot_be_written(tmp_path):
 
 
 def test_checkpoints_are_found_through_a_link_to_the_run_and_after_a_move(run, tmp_path):
-    shutil.move(run / "checkpoints", tmp_path / "moved")
+    """The link to a run is the user's; one inside of it may be a stranger's, and lead anywhere."""
+    shutil.move(run / "checkpoints", tmp_path / "moved" / "checkpoints")
+    (tmp_path / "latest").symlink_to(tmp_path / "moved")
+    assert_holds(load_latest(tmp_path / "latest"), 20)
+    save(tmp_path / "latest", checkpoint(30))
+    assert steps(tmp_path / "moved") == [30, 20]
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "checkpoints").symlink_to(tmp_path / "moved")
-    assert_holds(load_latest(tmp_path / "other"), 20)
+    (tmp_path / "other" / "checkpoints").symlink_to(tmp_path / "moved" / "checkpoints")
+    for use in (load_latest, lambda run: load(run, 30), lambda run: save(run, checkpoint(40))):
+        with pytest.raises(CheckpointError, match="checkpoints: is a link, and a run holds none"):
+            use(tmp_path / "other")
+    assert steps(tmp_path / "moved") == [30, 20]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_the_umask_decides_who_may_read(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        save(tmp_path, checkpoint(10))
+    finally:
+        os.umask(before)
+    modes = {name: (folder(tmp_path, 10) / name).stat().st_mode & 0o777 for name in (*FILES, MANIFEST)}
+    assert modes == dict.fromkeys(modes, 0o666 & ~mask)
+
+
+def test_torn_checkpoints_are_not_what_stays(run):
+    """Newest ones that are torn: training goes on from before them, and its own checkpoints are kept."""
+    for step in (30, 40):
+        save(run, checkpoint(step), best=(10, 20))
+        (folder(run, step) / WEIGHTS).write_bytes(b"")
+    assert load_latest(run).step == 20
+    save(run, checkpoint(25), best=(10,))
+    assert steps(run) == [25, 20, 10]
+    assert load_latest(run).notices == ()
+    (folder(run, 20) / MANIFEST).unlink()
+    save(run, checkpoint(50))
+    assert steps(run) == [50, 25]
+
+
+@pytest.mark.parametrize(
+    "name", ["step-²", "step-٣", "step-000000٣٣٣", "step--1", "step-1e3", "step-" + "9" * 40, "step-5"]
+)
+def test_names_that_are_no_steps(run, name):
+    (run / "checkpoints" / name).mkdir()
+    assert steps(run) == [20, 10]
+    save(run, checkpoint(30))
+    assert steps(run) == [30, 20]
+
+
+def test_a_checkpoint_under_another_name_is_none(run):
+    shutil.copytree(folder(run, 20), folder(run, 90))
+    found = load_latest(run)
+    assert found.step == 20
+    assert "step-000000090: its manifest is damaged, or of another step (20)" in found.notices[0]
+
+
+def test_what_is_read_is_bounded(run):
+    """Files without an end, and files that wait."""
+    path = folder(run, 20)
+    with (path / MANIFEST).open("r+b") as file:
+        file.truncate(10**12)
+    assert "its manifest is damaged" in load_latest(run).notices[0]
+    for name in (MANIFEST, WEIGHTS, TENSORS, TRAINING):
+        (path / name).unlink()
+        os.mkfifo(path / name)
+        assert load_latest(run).step == 10
+        (path / name).unlink()
+        shutil.copy(folder(run, 10) / name, path / name)
 
 
 def test_devices_and_gradients_are_left_behind(tmp_path):

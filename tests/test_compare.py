@@ -1,8 +1,10 @@
 """Comparisons: paired, in one table per measure, beside an exact mixture."""
 
+import dataclasses
 import math
 import re
 import shlex
+import shutil
 import warnings
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from pyrovae.compare import (
 )
 from pyrovae.errors import UsageError
 from pyrovae.evaluate import number, score
-from pyrovae.inference.log_marginal import exact, summarise
+from pyrovae.inference.log_marginal import LogMarginal, exact, summarise
 from pyrovae.models import BernoulliMixture, GaussianMixture
 from pyrovae.run import open_run
 
@@ -132,6 +134,75 @@ def test_ranks_say_what_the_rows_can_tell():
     assert readable(tied)["rank"].tolist() == ["1", "1"]
 
 
+def bound(values: torch.Tensor) -> LogMarginal:
+    """An estimate that is a lower bound only: of K draws too few to tell their tail."""
+    k = 20
+    log_w = values + 0.01 * torch.randn(k, len(values), dtype=torch.float64)
+    return summarise(log_w - torch.logsumexp(log_w, 0) + math.log(k) + values)
+
+
+def estimate(values: torch.Tensor, bias: float) -> LogMarginal:
+    """An estimate that is ok, and so much too low by its jackknife."""
+    log_w = values + 0.1 * torch.randn(400, len(values), dtype=torch.float64)
+    return dataclasses.replace(summarise(log_w), estimate=values, jackknife=values + bias)
+
+
+def test_ranks_leave_open_what_a_lower_bound_may_be():
+    """A bound far below may be of the best model, so that no other is first for certain; one on top is first."""
+    rows = shifted()
+    frame = table([Scored("a", [exact(rows)]), Scored("b", [exact(rows - 1)]), Scored("bound", [bound(rows - 50)])])
+    assert frame["verdict"].tolist() == ["exact", "exact", "lower bound only"]
+    assert frame["rank_low"].tolist() == [1, 2, 1]  # b is below a, whatever the bound is
+    assert frame["rank_high"].tolist() == [2, 3, 3]
+    strings = readable(frame)
+    assert strings["rank"].tolist() == ["1-2", "2-3", "1-3"]
+    assert strings["to the best [95 %]"][0] == "highest"
+    assert frame["difference_bound"].tolist() == ["", "", "at least"]
+    assert [cell[:2] for cell in strings["to the best [95 %]"][1:]] == ["-1", "≥ "]
+    assert any(note.startswith("rank: ") and "lower bound" in note for note in legend(frame))
+
+    first = table([Scored("bound", [bound(rows)]), Scored("a", [exact(rows - 1)]), Scored("low", [bound(rows - 2)])])
+    assert first["name"].tolist() == ["bound", "a", "low"]
+    assert first["rank_low"].tolist() == [1, 2, 1]  # log p(x) of the first is at least its number, which is over a
+    assert first["rank_high"].tolist() == [2, 3, 3]
+    assert first["difference_bound"].tolist() == ["", "at most", "open"]
+    assert [cell[:2] for cell in readable(first)["to the best [95 %]"][1:]] == ["≤ ", "? "]
+    certain = table([Scored("bound", [bound(rows)]), Scored("a", [exact(rows - 1)])])
+    assert readable(certain)["rank"].tolist() == ["1", "2"]
+    assert readable(certain)["to the best [95 %]"][0] == "best"
+
+
+def test_an_estimate_may_be_better_by_the_bias_that_is_stated():
+    """Two estimates 0.02 nat apart: ranked where their biases are smaller, tied where the lower one's is larger."""
+    rows = shifted()
+    for bias, ranks in ((0.01, ["1", "2"]), (0.03, ["1-2", "1-2"])):
+        frame = table([Scored("a", [estimate(rows, 0.0)]), Scored("b", [estimate(rows - 0.02, bias)])])
+        assert frame["verdict"].tolist() == ["ok", "ok"]
+        assert readable(frame)["rank"].tolist() == ranks
+    frame = table([Scored("a", [estimate(rows, 0.03)]), Scored("b", [estimate(rows - 0.02, 0.0)])])
+    assert readable(frame)["rank"].tolist() == ["1", "2"]  # the better one's bias opens nothing
+
+
+def test_a_model_without_a_number_leaves_the_ranks_of_others_alone():
+    rows = shifted()
+    broken = rows.clone()
+    broken[3] = math.nan
+    frame = table([Scored("broken", [exact(broken)]), Scored("a", [exact(rows)]), Scored("b", [exact(rows - 1)])])
+    assert readable(frame)["rank"].tolist() == ["1", "2", "-"]
+
+
+def test_single_seeds_are_said():
+    rows = shifted()
+    pair = [Scored("a", [exact(rows)]), Scored("b", [exact(rows - 1)])]
+    (note,) = legend(table(pair))
+    assert note.startswith("one seed: the spread over seeds is unknown of every model")
+    pooled = Scored("c (2 seeds)", [exact(rows - 2), exact(rows - 2.5)])
+    spread, single = legend(table([*pair, pooled]))
+    assert "no interval and no rank holds it" in spread
+    assert single.startswith("one seed: the spread over seeds is unknown of a, b;")
+    assert not [note for note in legend(table([pooled])) if "one seed" in note]
+
+
 def test_seeds_are_averaged_row_by_row_and_their_spread_is_apart():
     rows = shifted(spread=5)
     seeds = [exact(rows + offset + shifted(spread=0.1)) for offset in (-1.0, 0.0, 4.0)]
@@ -171,7 +242,7 @@ def test_the_best_comes_first_and_estimates_are_marked():
     assert [cell.startswith("≥ ") for cell in strings["log p(x) [95 %]"]] == [False, True, False]
     assert strings["verdict"].tolist() == ["exact", "ok", "exact"]
     assert any("from K = 400 draws" in note for note in legend(frame))
-    assert legend(frame.iloc[[0, 2]]) == []
+    assert [note.split(":")[0] for note in legend(frame.iloc[[0, 2]])] == ["one seed"]
 
 
 def test_the_verdict_of_a_pool_is_its_worst_and_its_reason_is_told():
@@ -234,11 +305,35 @@ def test_tables_are_aligned_and_latex_is_escaped():
     assert len({len(line) for line in lines}) == 1
     assert lines[2].index("a_b") == lines[3].index("c")
     text = latex(frame, "mass on {0,1}^64, 100 % of rows")
-    assert "a\\_b \\& 50 \\% & -1.0 $\\pm$ 0.1 \\\\" in text
-    assert "mass on \\{0,1\\}\\^{}64, 100 \\% of rows" in text
+    assert "a\\_b \\& 50 \\% & $-$1.0 $\\pm$ 0.1 \\\\" in text
+    assert "mass on $\\{0,1\\}^{64}$, 100 \\% of rows" in text
     assert text.count("\\begin{") == text.count("\\end{") == 2
     assert re.search(r"\\begin\{tabular\}\{lr\}", text)
-    assert "$\\ge$ -1" in latex(pd.DataFrame({"model": ["a"], "log p(x)": ["≥ -1"]}), "")
+    assert "$\\ge$ $-$1" in latex(pd.DataFrame({"model": ["a"], "log p(x)": ["≥ -1"]}), "")
+
+
+def test_latex_has_a_label_units_true_minus_signs_and_the_certain_best_in_bold():
+    rows = shifted()
+    frame = table([Scored("vae-2", [exact(rows - 94.2)]), Scored("b", [exact(rows - 95.2)])])
+    strings = readable(frame)
+    text = latex(strings, "digits", "My data/mass", [True, False])
+    assert "\\label{tab:my-data-mass}" in text
+    assert "$\\log p(x)$ in nats per datum" in text
+    number = strings["log p(x) [95 %]"][0].replace("-", "$-$")
+    assert f"vae-2 & 1 & \\textbf{{{number}}} & best & exact \\\\" in text
+    assert text.count("\\textbf") == 1
+    assert "-9" not in text.replace("$-$", "")
+    assert "\\textbf" not in latex(strings, "digits")
+    assert "1--2" in latex(strings.assign(rank="1-2"), "")
+    assert "below it" in latex(strings, "", notes=["below it"]).split("\\end{tabular}")[1]
+
+
+def test_nothing_in_a_name_is_a_command_to_latex():
+    name = "\\a~b^c$d<e>f|g&h%i#j_k{l}"
+    (line,) = [line for line in latex(pd.DataFrame({"model": [name], "n": ["1"]}), "").splitlines() if "& 1" in line]
+    assert line == (
+        "\\textbackslash{}a\\textasciitilde{}b\\textasciicircum{}c\\$d$<$e$>$f$|$g\\&h\\%i\\#j\\_k\\{l\\} & 1 \\\\"
+    )
 
 
 def test_long_names_are_wrapped_so_that_a_table_of_seeds_has_120_columns():
@@ -467,12 +562,43 @@ def test_different_rows_are_refused(runs, capsys):
         ("{runs}/a --components 2 --no-baseline", 2, "--components: not used, since --no-baseline adds none"),
         ("{runs}/a --components 99999", 2, "none of [99999] components can be fit to 4000 rows"),
         ("{runs}/a --out {runs}/a/config.yaml", 2, "is a file; choose a directory"),
+        ("{runs}/a --out {runs}/a", 2, "would write into the run"),
+        ("{runs}/a --out {runs}/mixture/tables/new", 2, "would write into the run"),
+        ("{runs}/other", 5, "not a run directory"),
+        ("{runs}/other {runs}/a/config.yaml", 5, "none of the 2 named is a finished run; "),
     ],
 )
 def test_comparisons_that_make_no_sense(runs, capsys, words, code, message):
     found, text = fails(capsys, words.format(runs=runs))
     assert found == code
     assert message in text
+
+
+def test_what_is_no_finished_run_is_named_and_left_out(runs, capsys, tmp_path):
+    """Files, foreign folders, damaged and unfinished runs among runs/*: the rest is compared as if alone."""
+    for name in ("damaged", "unfinished", "started"):
+        shutil.copytree(runs / "a", tmp_path / name)
+    for path in (tmp_path / "damaged" / "checkpoints").rglob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-9])
+    shutil.rmtree(tmp_path / "started" / "checkpoints")
+    config = tmp_path / "unfinished" / "config.yaml"
+    config.write_text(config.read_text().replace("epochs: 1\n", "epochs: 9\n"))
+    (tmp_path / "notes.txt").write_text("not a run")
+    (tmp_path / "folder").mkdir()
+    names = ["damaged", "folder", "notes.txt", "started", "unfinished"]
+    run(f"{' '.join(names)} {runs}/a --K 5 --rows 9 --no-baseline --out tables")
+    out = capsys.readouterr().out
+    left_out = [line for line in out.splitlines() if line.startswith("note: left out: ")]
+    assert [name for name, line in zip(names, left_out, strict=True) if name in line] == names
+    assert "notes.txt: is a file" in left_out[2]
+    assert "trained for 1 of 9 epochs so far; finish it with python -m pyrovae.fit --resume unfinished" in left_out[4]
+    assert pd.read_csv("tables/density.csv")["name"].tolist() == ["a"]
+    code, message = fails(capsys, "unfinished --K 5")
+    assert code == 5
+    assert "error: unfinished: trained for 1 of 9 epochs" in message
+    code, message = fails(capsys, f"{runs}/a typo")
+    assert code == 5
+    assert "typo: no such run directory" in message
 
 
 def test_names_are_unique(runs):

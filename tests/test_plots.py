@@ -464,6 +464,7 @@ def test_comparison_shows_verdicts_ranks_paired_differences_and_seeds(table: pd.
         difference=[-2.25, -17.75, 0.0],
         difference_low=[-2.5, -18.0, 0.0],
         difference_high=[-2.0, -17.5, 0.0],
+        difference_bound=["at least", "", ""],
         seed_means=[[-86.5], [-102.0], [-84.0, -84.5]],
     )
     figure = plots.comparison(table)
@@ -480,7 +481,7 @@ def test_comparison_shows_verdicts_ranks_paired_differences_and_seeds(table: pd.
     assert [cell for cell in cells if "±" in cell][:3] == ["≥ −84.25 ± 0.12", "≥ −86.50 ± 0.50", "−102.00 ± 0.25"]
     for column in (
         ["1–2", "1–2", "3"],
-        ["best", "−2.25 [−2.50, −2.00]", "−17.75 [−18.00, −17.50]"],
+        ["highest", "≥ −2.25 [−2.50, −2.00]", "−17.75 [−18.00, −17.50]"],
         ["ok", "lower bound only", "exact"],
     ):
         start = cells.index(column[0])
@@ -489,7 +490,11 @@ def test_comparison_shows_verdicts_ranks_paired_differences_and_seeds(table: pd.
     assert seeds[:, 0].tolist() == [-84.0, -84.5]  # of the best, and none where there is but one seed
     assert len(set(seeds[:, 1])) == 1
     assert len(elbos) == 2
+    assert not [text for text in axes.texts if text.get_weight() == "bold"]  # none is first for certain
     figure.draw_without_rendering()
+    certain = plots.comparison(table.assign(rank_high=[2, 3, 1])).axes[0]
+    bold = [text.get_text() for text in certain.texts if text.get_weight() == "bold"]
+    assert bold == ["≥ −84.25 ± 0.12", "1", "best"]
 
 
 def test_comparison_has_every_seed_on_its_axis(table: pd.DataFrame) -> None:

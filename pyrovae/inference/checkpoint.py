@@ -16,7 +16,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,6 +29,10 @@ import torch
 from torch import Tensor
 
 from pyrovae.errors import CheckpointError, OutputError, UsageError
+from pyrovae.files import inside, open_own, read_json
+
+with suppress(ImportError):  # Windows has none
+    import fcntl
 
 FORMAT = 1
 WEIGHTS, TENSORS, TRAINING, MANIFEST = "weights.safetensors", "training.safetensors", "training.json", "manifest.json"
@@ -51,14 +57,15 @@ class Checkpoint:
 
 
 def save(run: Path, checkpoint: Checkpoint, best: Iterable[int | None] = ()) -> None:
-    """Write a checkpoint, then remove all but the newest two and those of the steps in `best`.
+    """Write a checkpoint, then remove all but the newest two whole ones and those of the steps in `best`.
 
     Raises:
         OutputError: the disk refused; earlier checkpoints are intact.
+        CheckpointError: the folder of checkpoints is a link.
     """
     from safetensors.torch import save_file
 
-    folder = run / "checkpoints"
+    folder = inside(run, "checkpoints")
     target = folder / name_of(checkpoint.step)
     temporary = folder / f".{target.name}.{os.getpid()}"
     tensors: dict[str, Tensor] = {}
@@ -70,8 +77,10 @@ def save(run: Path, checkpoint: Checkpoint, best: Iterable[int | None] = ()) -> 
         (temporary / TRAINING).write_text(record)
         save_file(copied(checkpoint.weights), temporary / WEIGHTS)
         save_file(copied(tensors), temporary / TENSORS)
-        files = {name: fingerprint(temporary / name) for name in FILES}
-        manifest = {"format": FORMAT, "step": checkpoint.step, "files": files}
+        for name in (WEIGHTS, TENSORS):  # safetensors leaves them to their owner; the umask decides, as for the others
+            (temporary / name).chmod((temporary / TRAINING).stat().st_mode)
+        recorded = {name: fingerprint(temporary / name) for name in FILES}
+        manifest = {"format": FORMAT, "step": checkpoint.step, "files": recorded}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for name in (*FILES, MANIFEST):
             flush(temporary / name)
@@ -89,7 +98,9 @@ def save(run: Path, checkpoint: Checkpoint, best: Iterable[int | None] = ()) -> 
         if type(error).__name__ != "SafetensorError":
             raise
         raise OutputError(f"checkpoint {target}: could not be written ({error}); earlier ones are intact") from error
-    kept = {*steps(run)[:2], *best}
+    # Newer ones than this are torn: training went on from before them.
+    whole = [step for step in steps(run) if step <= checkpoint.step and is_whole(folder / name_of(step))]
+    kept = {*whole[:2], *best}
     for old in steps(run):
         if old not in kept:
             shutil.rmtree(folder / name_of(old), ignore_errors=True)
@@ -107,16 +118,22 @@ def name_of(step: int) -> str:
 
 def steps(run: Path) -> list[int]:
     """Steps with a checkpoint, newest first."""
-    found = (run / "checkpoints").glob("step-*")
-    return sorted((int(p.name[5:]) for p in found if p.name[5:].isdigit()), reverse=True)
+    try:
+        names = os.listdir(run / "checkpoints")
+    except OSError:
+        return []
+    return sorted(
+        (int(name[5:]) for name in names if re.fullmatch(r"step-(\d{9}|[1-9]\d{9,17})", name, re.A)), reverse=True
+    )
 
 
 def load_latest(run: Path) -> Checkpoint:
     """The newest checkpoint that is whole, with a notice for each newer one that is not.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or their folder is a link.
     """
+    inside(run, "checkpoints")
     notices: list[str] = []
     for step in steps(run):
         try:
@@ -136,14 +153,14 @@ def load(run: Path, step: int) -> Checkpoint:
     Raises:
         CheckpointError: it is missing, damaged, or of a newer format.
     """
-    folder = run / "checkpoints" / name_of(step)
+    folder = inside(run, "checkpoints", name_of(step))
     verify(folder)
     tensors = read_tensors(folder / TENSORS)
     try:
-        training = unpack(json.loads((folder / TRAINING).read_text()), tensors)
+        training = unpack(read_json(folder / TRAINING), tensors)
         if not isinstance(training, dict):
             raise TypeError("not a dictionary")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"checkpoint {folder / TRAINING}: not written by pyrovae ({type(error).__name__})"
         ) from error
@@ -151,20 +168,12 @@ def load(run: Path, step: int) -> Checkpoint:
 
 
 def verify(folder: Path) -> None:
-    """Compare a checkpoint with its manifest before anything of it is read."""
-    try:
-        if (folder / MANIFEST).is_symlink():
-            raise CheckpointError(f"checkpoint {folder / MANIFEST}: not an ordinary file")
-        manifest = json.loads((folder / MANIFEST).read_text())
-        version, files = manifest["format"], manifest["files"]
-        recorded = {name: (files[name]["bytes"], files[name]["sha256"]) for name in FILES}
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {folder}: no manifest ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"checkpoint {folder}: its manifest is damaged") from error
-    if version != FORMAT:
-        raise CheckpointError(f"checkpoint {folder}: format {version}, this version of pyrovae reads format {FORMAT}")
-    for name, (size, digest) in recorded.items():
+    """Compare a checkpoint with its manifest before anything of it is read.
+
+    Raises:
+        CheckpointError: it is not as its manifest says, or has none.
+    """
+    for name, (size, digest) in read_manifest(folder).items():
         path = folder / name
         if path.is_symlink() or not path.is_file():
             raise CheckpointError(f"checkpoint {path}: missing, or not an ordinary file")
@@ -174,6 +183,37 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"checkpoint {path}: checksum mismatch")
 
 
+def read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of a checkpoint's files, as they were written.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged, of a newer format, or of another step.
+    """
+    try:
+        manifest = read_json(inside(folder, MANIFEST), 100_000)
+        version, step, recorded = manifest["format"], manifest["step"], manifest["files"]
+        found = {name: (recorded[name]["bytes"], recorded[name]["sha256"]) for name in FILES}
+        if any(type(size) is not int or not isinstance(digest, str) for size, digest in found.values()):
+            raise TypeError("not a size and a checksum")
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {folder}: no manifest ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {folder}: its manifest is damaged") from error
+    if type(version) is not int or version != FORMAT:
+        raise CheckpointError(f"checkpoint {folder}: format {version}, this version of pyrovae reads format {FORMAT}")
+    if type(step) is not int or folder.name != name_of(step):
+        raise CheckpointError(f"checkpoint {folder}: its manifest is damaged, or of another step ({step})")
+    return found
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint has all its files in their sizes; their checksums are for those who read them."""
+    try:
+        return all((folder / name).lstat().st_size == size for name, (size, _) in read_manifest(folder).items())
+    except (OSError, CheckpointError):
+        return False
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file."""
     from safetensors import SafetensorError
@@ -181,7 +221,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"checkpoint {path}: not a safetensors file ({error})") from error
 
 
@@ -250,8 +290,8 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file as a whole.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file as a whole.
 
     Raises:
         OutputError: the disk refused; the earlier file is intact.
@@ -259,7 +299,9 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text)
+        temporary.unlink(missing_ok=True)  # of a process of this number that was killed while writing
+        with temporary.open("x" if isinstance(content, str) else "xb") as file:  # never through a link
+            file.write(content)
         flush(temporary)
         os.replace(temporary, path)
     except OSError as error:
@@ -289,45 +331,119 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 def lock(run: Path) -> Iterator[str | None]:
     """Hold a run directory for this process; yields a notice if a dead process had left its lock.
 
+    The file RUN/lock is locked by the operating system, which lets go of it when the process ends, however that
+    happens. What it says (process, host, start) is for people, and for file systems that have no locks: there a living
+    process of that number and start holds it, and one of another host is left to the user.
+
     Raises:
         OutputError: a living process holds it, or the directory cannot be written.
+        CheckpointError: the lock is a link, or no ordinary file.
     """
     path = run / "lock"
-    notice = None
     try:
         run.mkdir(parents=True, exist_ok=True)
-        for _ in range(2):
+        while True:
+            descriptor = open_own(path, os.O_RDWR)
             try:
-                with path.open("x") as file:
-                    file.write(str(os.getpid()))
-                break
-            except FileExistsError as error:
-                holder = path.read_text().strip()
-                if alive(holder):
+                locked = acquire(descriptor)
+                holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+                by_record = locked is None or " " not in holder  # a version before wrote its number and locked nothing
+                if locked is False or (by_record and may_live(holder, os.fstat(descriptor).st_mtime)):
+                    remedy = "" if locked is False else f", or remove {path} if it is gone"
                     raise OutputError(
-                        f"{run}: process {holder} is writing there; wait for it, choose another --out, or remove "
-                        f"{path} if that process is none of pyrovae's"
-                    ) from error
-                notice = f"{run}: took over the lock of process {holder or 'unknown'}, which is gone"
-                path.unlink(missing_ok=True)
+                        f"{run}: {described(holder)} is writing there; wait for it, choose another --out{remedy}"
+                    )
+                if is_same(descriptor, path):
+                    break
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)  # of a run that ended just now, and took its lock away
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, own_record().encode(), 0)
     except OSError as error:
         if isinstance(error, OutputError):
             raise
         raise OutputError(f"{run}: cannot be written ({error.strerror or error}); choose another --out") from error
+    notices = [f"{run}: took over the lock of {described(holder)}, which is gone"] if holder else []
+    if locked is None:
+        notices.append(f"{run}: its file system has no locks; start no second process there")
+    owner = os.getpid()
+    held.add(descriptor)
     try:
-        yield notice
+        yield "; ".join(notices) or None
     finally:
-        path.unlink(missing_ok=True)
+        if os.getpid() == owner:
+            held.discard(descriptor)
+            try:
+                if is_same(descriptor, path):
+                    path.unlink()  # before it is let go: whoever has opened it meanwhile sees that it has gone
+            finally:
+                os.close(descriptor)
 
 
-def alive(pid: str) -> bool:
-    """Whether a process of that number runs on this machine."""
+held: set[int] = set()
+
+
+def let_go() -> None:
+    """Close the locks of the parent in a forked process, which would hold them after the parent's end."""
+    for descriptor in held:
+        os.close(descriptor)
+    held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=let_go)
+
+
+def acquire(descriptor: int) -> bool | None:
+    """Whether the operating system gives us the lock of a file; None where the file system has no locks."""
     try:
-        if int(pid) < 1:
-            return False
-        os.kill(int(pid), 0)
-    except PermissionError:
-        return True
-    except (ValueError, OverflowError, OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
+    except (OSError, NameError):
+        return None
     return True
+
+
+def is_same(descriptor: int, path: Path) -> bool:
+    """Whether a descriptor is of the file that now has that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def own_record() -> str:
+    """Number, host and start of this process, as a lock holds them."""
+    return f"{os.getpid()} {socket.gethostname()} {started(os.getpid()):.2f}"
+
+
+def started(pid: int) -> float:
+    """When a process began, in seconds; NaN if there is none of that number."""
+    import psutil  # type: ignore[import-untyped]
+
+    try:
+        return float(psutil.Process(pid).create_time())
+    except (psutil.Error, ValueError, OverflowError):
+        return math.nan
+
+
+def may_live(record: str, written: float) -> bool:
+    """Whether the process that left a lock at that time may still run, by what it wrote: its number, host and start."""
+    try:
+        pid, *rest = record.split()
+        if not rest:
+            return int(pid) != os.getpid() and started(int(pid)) <= written
+        host, start = rest
+        return host != socket.gethostname() or abs(started(int(pid)) - float(start)) < 2
+    except ValueError:
+        return False
+
+
+def described(record: str) -> str:
+    """The holder of a lock in words."""
+    if len(words := record.split()) != 3:
+        return f"process {record}"
+    return f"process {words[0]}" + (f" on {words[1]}" if words[1] != socket.gethostname() else "")

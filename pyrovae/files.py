@@ -1,0 +1,162 @@
+"""Files that somebody else may have made: read within bounds, and never written through.
+
+A run directory may come from a stranger. What is read of it is an ordinary file of bounded size, so that nothing waits
+(a FIFO), ends never (a device) or unfolds in memory (YAML's aliases); it holds no links, so that what is written into
+it stays in it. A link *to* a run directory, or one in the path of a file that is named on the command line, is the
+user's own.
+"""
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pyrovae.errors import CheckpointError
+
+LARGEST = 2**28  # bytes of a record; ten thousand epochs write a hundredth of that
+LARGEST_YAML = 100_000  # bytes of a configuration, which has one or two thousand
+DEEPEST = 20  # levels of a configuration, which has three
+MOST_FILES = 100_000  # in a run directory, which has some thirty
+# What the operating system says where one may read but not write: the permissions, or a disk that is read-only.
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+# How files are opened: not kept by programs that are started, and a FIFO without a writer is not waited for.
+CAREFULLY = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+NOT_A_LINK = getattr(os, "O_NOFOLLOW", 0)
+
+
+def read_bytes(path: Path, most: int = LARGEST) -> bytes:
+    """The content of an ordinary file.
+
+    Raises:
+        OSError: it cannot be opened, or is a directory, a FIFO or a device.
+        ValueError: it is larger than `most` bytes, or its name is none.
+    """
+    descriptor = os.open(path, os.O_RDONLY | CAREFULLY)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not an ordinary file")
+        if status.st_size > most:
+            raise ValueError(f"it has {status.st_size:,} bytes, more than the {most:,} it may have")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(status.st_size)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path, most: int = LARGEST) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        OSError: see `read_bytes`.
+        ValueError: it is no JSON, too large, or nested too deeply.
+    """
+    try:
+        return json.loads(read_bytes(path, most))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+class PlainLoader(yaml.SafeLoader):
+    """YAML's plain values without dates, which no option takes: 2020-01-01 stays a word."""
+
+
+PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def read_yaml(path: Path) -> Any:
+    """The plain value in a YAML file.
+
+    Raises:
+        OSError: see `read_bytes`.
+        ValueError: it is no YAML, too large, nested too deeply, or has aliases, by which a line can stand for a
+            gigabyte.
+    """
+    content = read_bytes(path, LARGEST_YAML)
+    try:
+        depth = 0
+        for event in yaml.parse(content, PlainLoader):
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+                raise ValueError("it has YAML anchors or aliases; write the values out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise ValueError("it is nested too deeply")
+        return yaml.load(content, PlainLoader)
+    except (yaml.YAMLError, TypeError) as error:  # TypeError: a key that is a list
+        raise ValueError(f"it is no YAML ({type(error).__name__})") from error
+
+
+def inside(directory: Path, *names: str) -> Path:
+    """directory/NAME/..., where what is written stays in the directory.
+
+    Raises:
+        CheckpointError: one of the names is a link.
+    """
+    path = directory
+    for name in names:
+        path = path / name
+        if path.is_symlink():
+            raise CheckpointError(f"{path}: is a link, and a run holds none; put there what it points to (cp -rL)")
+    return path
+
+
+def refuse_links(directory: Path) -> None:
+    """Refuse a run directory in which anything is a link, or neither a folder nor an ordinary file.
+
+    Raises:
+        CheckpointError: there is one, or the directory has more files than any run.
+    """
+    folders, count = [directory], 0
+    while folders:
+        folder = folders.pop()
+        try:
+            entries = list(os.scandir(folder))
+        except FileNotFoundError:  # what another process was writing has got its name meanwhile
+            continue
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot be read ({error.strerror})") from error
+        count += len(entries)
+        if count > MOST_FILES:
+            raise CheckpointError(f"{directory}: has more than {MOST_FILES:,} files, which no run has")
+        for entry in entries:
+            inside(folder, entry.name)
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(Path(entry.path))
+            elif not entry.is_file(follow_symlinks=False) and os.path.lexists(entry.path):
+                raise CheckpointError(f"{entry.path}: is no ordinary file, and a run holds no others; remove it")
+
+
+def open_own(path: Path, flags: int) -> int:
+    """A descriptor of a run's own file, to be changed in place; made with the permissions that the umask leaves.
+
+    Raises:
+        CheckpointError: it is a link, or has a second name elsewhere, or is no ordinary file.
+        OSError: it cannot be opened.
+    """
+    inside(path.parent, path.name)
+    descriptor = os.open(path, flags | os.O_CREAT | NOT_A_LINK | CAREFULLY, 0o666)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(descriptor)
+        what = "has another name elsewhere (a hard link)" if stat.S_ISREG(status.st_mode) else "is no ordinary file"
+        raise CheckpointError(f"{path}: {what}, so nothing is written to it; replace it by a copy")
+    return descriptor
+
+
+def is_writable(directory: Path) -> bool:
+    """Whether files can be made in a directory, found out by making one."""
+    probe = directory / f".probe.{os.getpid()}"
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    except OSError as error:
+        return error.errno not in READ_ONLY
+    probe.unlink()
+    return True
