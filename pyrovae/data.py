@@ -184,6 +184,8 @@ class Rows:
             hashes mean identical scored rows.
         binarize: The binarisation that was used; None for a density and for data binary already.
         notices: Sentences for the user: those of the data, then those of the measure.
+        columns: Names of the columns of a table, for figures and messages; None where there are none.
+        classes: Names of the labels 0, 1, ...; None where labels are numbers.
     """
 
     train: Tensor | MappedRows = field(repr=False)
@@ -195,6 +197,8 @@ class Rows:
     hash: str
     binarize: str | None
     notices: tuple[str, ...]
+    columns: tuple[str, ...] | None = None
+    classes: tuple[str, ...] | None = None
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -217,6 +221,8 @@ class Data:
         moments: Range, means and deviations of continuous data; None for levels and for binary data.
         hash: SHA-256, in hex, over the dtype, shape and bytes of what the source holds, in its order.
         notices: Sentences for the user: rows found in train and test, columns not used, ...
+        columns: Names of the columns of a table; None where there are none.
+        classes: Names of the labels 0, 1, ...; None where labels are numbers.
     """
 
     name: str
@@ -228,6 +234,8 @@ class Data:
     moments: Moments | None = field(repr=False)
     hash: str
     notices: tuple[str, ...]
+    columns: tuple[str, ...] | None = None
+    classes: tuple[str, ...] | None = None
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -344,7 +352,8 @@ class Data:
         test = _drawn(self.test, fixed, "test")
         words = f"{self.hash} {measure} {binarize}"
         digest = _sha256([validation, test], words)
-        return Rows(train, transform, validation, test, self.labels, measure, digest, binarize, self.notices + notices)
+        said, names = self.notices + notices, (self.columns, self.classes)
+        return Rows(train, transform, validation, test, self.labels, measure, digest, binarize, said, *names)
 
 
 def default_measure(data: Data) -> Literal["mass", "density"]:
@@ -412,7 +421,7 @@ def load_data(
     for split, array in x.items():
         _check_shape(array, f"{where}, {split}")
     _check_agreement(x, where)
-    y = _encode(found.y, x, where, notices)
+    y, classes = _encode(found.y, x, where, notices)
     parts = _split({split: len(array) for split, array in x.items()}, where, notices)
     conversion = Conversion.of(x["train"])
     summary = summarise(x, parts, conversion, where, found.columns)
@@ -441,6 +450,8 @@ def load_data(
         summary.moments,
         summary.hash,
         tuple(notices),
+        found.columns if found.columns is None else tuple(found.columns),
+        classes or found.classes,
     )
 
 
@@ -454,7 +465,8 @@ class _Found(NamedTuple):
     y: dict[str, np.ndarray]
     levels: int | None = 256  # of uint8 rows
     notices: tuple[str, ...] = ()
-    columns: Sequence[str] | None = None  # their names, for messages
+    columns: Sequence[str] | None = None  # their names, for messages and figures
+    classes: tuple[str, ...] | None = None  # names of labels that are numbers
     stream: bool = False  # whether the training rows stay where they are
 
 
@@ -517,7 +529,9 @@ def _torchvision(name: str, root: str | Path | None, download: bool) -> _Found:
             x[split], y[split] = np.asarray(found.data), np.asarray(found.labels if name == "svhn" else found.targets)
         if name == "emnist":
             x[split] = x[split].swapaxes(1, 2)
-    return _Found(x, y)
+    # Of the others the classes are digits and letters, or numbers by themselves.
+    classes = tuple(loader.classes) if name == "fashion-mnist" else tuple(found.classes) if name == "cifar10" else None
+    return _Found(x, y, classes=classes)
 
 
 def _construct(loader: Any, directory: Path, arguments: dict[str, Any], name: str, download: bool) -> Any:
@@ -754,7 +768,8 @@ def _read_csv(path: Path, where: str) -> _Found:
     rows = table.to_numpy()
     notices = tuple(f"{where}: column {column!r} is read as labels" for column in labels)
     y = dict(zip(["train"], (column.to_numpy() for column in labels.values()), strict=False))
-    return _Found({"train": rows}, y, notices=notices, columns=[str(column) for column in table.columns])
+    columns = None if header is None else [str(column) for column in table.columns]
+    return _Found({"train": rows}, y, notices=notices, columns=columns)
 
 
 def _is_number(cell: str) -> bool:
@@ -910,10 +925,10 @@ def _available_memory() -> int:
 
 def _encode(
     y: dict[str, np.ndarray], x: dict[str, np.ndarray], where: str, notices: list[str]
-) -> dict[str, np.ndarray]:
-    """Bring labels to int64, names to their place in sorted order, the same in all splits."""
+) -> tuple[dict[str, np.ndarray], tuple[str, ...] | None]:
+    """Bring labels to int64, names to their place in sorted order, the same in all splits; and those names."""
     if not y:
-        return {}
+        return {}, None
     y = {split: labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels for split, labels in y.items()}
     for split, labels in y.items():
         if labels.ndim == 0 or len(labels) != len(x[split]):
@@ -922,15 +937,16 @@ def _encode(
             )
     if any(labels.ndim > 1 for labels in y.values()):
         notices.append(f"{where}: labels are not used: expected one for each row, got {y['train'].shape}")
-        return {}
-    joined = np.concatenate(list(y.values()))
+        return {}, None
+    joined, classes = np.concatenate(list(y.values())), None
     if joined.dtype.kind not in "buif":
-        joined = np.unique(joined.astype(str), return_inverse=True)[1]
+        names, joined = np.unique(joined.astype(str), return_inverse=True)
+        classes = tuple(names.tolist())
     elif joined.dtype.kind == "f" and not (np.isfinite(joined) & (joined % 1 == 0)).all():
         notices.append(f"{where}: labels are not used: expected whole numbers or names, got other values")
-        return {}
+        return {}, None
     ends = np.cumsum([len(labels) for labels in y.values()])[:-1]
-    return dict(zip(y, np.split(joined.astype(np.int64), ends), strict=True))
+    return dict(zip(y, np.split(joined.astype(np.int64), ends), strict=True)), classes
 
 
 def _split(counts: Mapping[str, int], where: str, notices: list[str]) -> dict[str, Part]:

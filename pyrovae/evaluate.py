@@ -373,7 +373,14 @@ def report(
                 for row in worst_rows(result)
             ],
             "curve": [
-                {"K": k, "log_marginal": v.mean().item(), "error_over_rows": standard_error(v)}
+                {
+                    "K": k,
+                    "log_marginal": v.mean().item(),
+                    "error_over_rows": standard_error(v),
+                    # On the same rows: other rows would move all of the curve together.
+                    "to_last": (v - result.estimate).mean().item(),
+                    "to_last_error": standard_error(v - result.estimate),
+                }
                 for k, v in result.curve.items()
             ],
         }
@@ -499,9 +506,11 @@ def describe(name: str, values: Report) -> str:
             line("  its width", number(check["width"], check["width_error"]), "validated" if check["validated"] else "")
         if values["zero_weights"]:
             line("weights of zero", f"{values['zero_weights']}", f"in {values['rows_with_zero_weights']} rows")
-        lines += ["", "  K-curve, from the same draws"]
+        lines += ["", f"  {'K-curve, from the same draws':<44}   less the last, on the same rows"]
         for point in values["curve"]:
-            line(f"  L_{point['K']}", number(point["log_marginal"], point["error_over_rows"]))
+            last = point["K"] == values["K"]
+            paired = "" if last else number(point["to_last"], point["to_last_error"])
+            line(f"  L_{point['K']}", number(point["log_marginal"], point["error_over_rows"]), paired)
         lines += ["", "  worst rows      log p(x)   Monte Carlo error      ess    k-hat"]
         for row in values["worst_rows"]:
             k_hat = "-" if math.isnan(row["pareto_k"]) else f"{row['pareto_k']:.2f}"
@@ -702,6 +711,7 @@ def save_curve(run: Run, values: Report) -> Path:
         [point["K"] for point in points],
         [point["log_marginal"] for point in points],
         [point["error_over_rows"] for point in points],
+        paired_error=[point["to_last_error"] for point in points],
         elbo=values["elbo"],
         title=f"{run.name}, {values['rows']} {values['split']} rows; {values['verdict']}",
     )

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pyrovae.config import Model
     from pyrovae.data import Rows
     from pyrovae.inference.svi import Fit
+    from pyrovae.plots import Style
 
 # Rows that a model is initialised at: means and k-means need no more.
 INITIAL_ROWS = 20_000
@@ -469,6 +470,31 @@ def save_figure(figure: "Figure", directory: Path, name: str) -> Path:
     return path
 
 
+def style_of(rows: "Rows") -> "Style":
+    """How these rows are drawn: bits as ink on paper, grey levels as photographs, tables by the names of columns."""
+    from pyrovae.data import Standardize
+    from pyrovae.plots import Style
+
+    low, high = rows.test.min().item(), rows.test.max().item()
+    inside = (low >= 0 and high <= 1) or low == high
+    return Style(
+        ink=rows.measure.kind == "mass",
+        limits=(0.0, 1.0) if inside else (low, high),
+        columns=rows.columns,
+        unit="standardised" if isinstance(rows.transform, Standardize) else "",
+    )
+
+
+def named_labels(rows: "Rows", count: int) -> Any:
+    """The labels of the first test rows: names where they have some, and few enough to be told apart."""
+    from pyrovae.plots import MAX_CLASSES
+
+    labels = rows.labels["test"]
+    if labels is None or rows.classes is None or len(rows.classes) > MAX_CLASSES:
+        return None if labels is None else labels[:count]
+    return [rows.classes[label] for label in labels[:count].tolist()]
+
+
 def write_plots(
     config: Config, model: "Model", rows: "Rows", directory: Path, fitted: "Fit", values: dict[str, Any]
 ) -> None:
@@ -480,35 +506,33 @@ def write_plots(
     from pyrovae.models import HierarchicalVAE
     from pyrovae.run import Run
 
-    name, folder = directory.name, directory / "plots"
+    name, folder, style = directory.name, directory / "plots", style_of(rows)
     save_figure(plots.training_curves(fitted.metrics, title=name), folder, "training_curves")
     device = next(model.parameters()).device
     with torch.no_grad(), seeded(config["seed"], "plots", device=device):
         # Of pictures the means are shown, without the noise of single pixels; points and profiles need their noise.
         pictures = isinstance(model, HierarchicalVAE) and len(rows.event_shape) > 1
         drawn = "means of p(x|z), z from the prior" if pictures else "draws from p(x)"
-        count = 1000 if rows.event_shape == (2,) else 64
-        save_figure(plots.samples(model.sample(count, mean=pictures), title=f"{name}, {drawn}"), folder, "samples")
+        points = rows.event_shape == (2,)
+        x = model.sample(1000 if points else 64, mean=pictures)
+        save_figure(plots.samples(x, f"{name}, {drawn}", style), folder, "samples")
         if not isinstance(model, HierarchicalVAE):
             return
         x = rows.test[:1000].to(device)
         codes = model.encode(x)
-        save_figure(plots.reconstructions(x[:32], model.decode(codes[:32]), title=name), folder, "reconstructions")
+        some = slice(500 if points else 32)
+        figure = plots.reconstructions(x[some], model.decode(codes[some]), name, style)
+        save_figure(figure, folder, "reconstructions")
         spread = model.posterior(x[:8]).sample((12,)).transpose(0, 1)
-        save_figure(plots.neighbourhood(x[:8], model.decode(spread), title=name), folder, "neighbourhood")
-        labels = rows.labels["test"]
-        save_figure(
-            plots.latent_map(codes, None if labels is None else labels[:1000], title=name), folder, "latent_map"
-        )
+        save_figure(plots.neighbourhood(x[:8], model.decode(spread), name, style), folder, "neighbourhood")
+        save_figure(plots.latent_map(codes, named_labels(rows, len(codes)), name), folder, "latent_map")
         dims = codes.var(0).argsort(descending=True)[:10].tolist()
         steps = torch.linspace(-2.5, 2.5, 11, device=device)
         paths = codes.mean(0).repeat(len(dims), len(steps), 1)
         for row, dim in enumerate(dims):
             paths[row, :, dim] += steps * codes[:, dim].std()
-        figure = plots.traversals(
-            model.decode(paths), steps.tolist(), dims, title=f"{name}; offsets in standard deviations of the codes"
-        )
-        save_figure(figure, folder, "traversals")
+        heading = f"{name}; offsets in standard deviations of the codes"
+        save_figure(plots.traversals(model.decode(paths), steps.tolist(), dims, heading, style), folder, "traversals")
 
     from pyrovae.evaluate import save_curve
 

@@ -5,10 +5,13 @@ rcParams is touched: it shows when it is the last expression of a notebook cell,
 
 How a datum is drawn follows from its event shape alone:
 
-    (H, W), (1, H, W)    grey image, dark ink on white: 0 is white, 1 is black, values beyond are clipped
-    (3, H, W)            colour image, values clipped to [0, 1]
+    (H, W), (1, H, W)    grey image: 0 is black, 1 is white, as in a photograph; values beyond are clipped
+    (3, H, W)            colour image, channels red, green and blue, values clipped to [0, 1]
     (2,)                 point in the plane
     (D,)                 line profile: value over index
+
+`Style` changes that: `ink` draws 1 as black on white paper, which is how strokes are written, and how the commands draw
+what is a mass on {0,1}; other `limits` than 0 and 1 suit other units; `columns` are the names of a vector's elements.
 
 Flattened images are profiles until they are given their shape back: `x.unflatten(1, (28, 28))`.
 Colours are told apart by the colour-blind (Okabe and Ito's, and three more for classes); markers and dashes repeat
@@ -21,6 +24,7 @@ import io
 import re
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +54,7 @@ MAX_PANELS = 16
 MAX_ROWS = 8  # of a neighbourhood; a traversal may have twice as many
 MAX_COLUMNS = 16
 MAX_CLASSES = 20
+MAX_NAMES = 12  # of columns, under a panel
 Z95 = 1.96  # standard errors in half a 95% interval
 # Colour, marker and name of an estimate: one that may be far too low points to where log p(x) is.
 VERDICT_MARKS = {
@@ -60,6 +65,39 @@ VERDICT_MARKS = {
     "invalid": (FAINT, "x", "invalid"),
 }
 
+
+@dataclass(frozen=True)
+class Style:
+    """How data are drawn, where their shape does not say it.
+
+    Args:
+        ink: Grey images as dark ink on white paper, the upper limit being black; else as a photograph, it being white.
+        limits: The values drawn darkest and brightest (with `ink`, brightest and darkest); values beyond are clipped.
+        columns: Names of the elements of vectors, D of them.
+        unit: Of the elements of vectors, such as "standardised"; it follows their names.
+    """
+
+    ink: bool = False
+    limits: tuple[float, float] = (0.0, 1.0)
+    columns: Sequence[str] | None = None
+    unit: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.limits[0] < self.limits[1]:
+            raise UsageError(f"limits: expected the lower value first, got {self.limits}")
+
+    def axis(self, name: str) -> str:
+        """A label with the unit."""
+        return f"{name}, {self.unit}" if self.unit else name
+
+    def names(self, count: int) -> list[str] | None:
+        """The names of so many columns, if there are any."""
+        if self.columns is not None and len(self.columns) != count:
+            raise UsageError(f"columns: expected {count} names, one for each element of x, got {len(self.columns)}")
+        return None if self.columns is None else [str(name) for name in self.columns]
+
+
+PLAIN = Style()
 # Before a difference to the highest number, by what it is of the difference of log p(x).
 SIGNS = {"": "", "at least": "≥ ", "at most": "≤ ", "open": "? "}
 
@@ -207,7 +245,7 @@ def _draw_kl_per_dimension(heatmap: Axes, last: Axes, epoch: np.ndarray, kl: dic
         axes.set_ylim(len(names) - 0.5, -0.5)
 
 
-def reconstructions(x: Tensor, reconstruction: Tensor, title: str | None = None) -> Figure:
+def reconstructions(x: Tensor, reconstruction: Tensor, title: str | None = None, style: Style = PLAIN) -> Figure:
     """Draw data beside their reconstructions.
 
     Images: each reconstruction under its original, the first 32 pairs. Points: each original joined to its
@@ -217,6 +255,7 @@ def reconstructions(x: Tensor, reconstruction: Tensor, title: str | None = None)
         x: Data, shape (N, *event).
         reconstruction: What the model makes of them, for example the mean of p(x|z); same shape.
         title: First line of the title.
+        style: How data are drawn.
     Raises:
         UsageError: the shapes differ, or the event shape cannot be drawn.
     """
@@ -235,18 +274,18 @@ def reconstructions(x: Tensor, reconstruction: Tensor, title: str | None = None)
         rows = [band * 2.25 + row for band in range(bands) for row in (0, 1)]
         figure, axes = _tiles(rows, list(range(across)), originals.shape[1:], caption, title)
         for i, (original, copy) in enumerate(zip(originals, copies, strict=True)):
-            _tile(axes, original, rows[2 * (i // across)], i % across)
-            _tile(axes, copy, rows[2 * (i // across) + 1], i % across)
+            _tile(axes, style, original, rows[2 * (i // across)], i % across)
+            _tile(axes, style, copy, rows[2 * (i // across) + 1], i % across)
         axes.set_yticks([row + 0.5 for row in rows], ["x", "reconstruction"] * bands)
     elif kind == "point":
-        figure, axes = _plane(f"Data joined to their reconstructions{_of(shown, len(x))}", title)
+        figure, axes = _plane(style, f"Data joined to their reconstructions{_of(shown, len(x))}", title)
         ends = np.stack([originals, copies, np.full_like(originals, np.nan)], 1).reshape(-1, 2)  # NaN lifts the pen
         axes.plot(ends[:, 0], ends[:, 1], color=FAINT, linewidth=0.7, zorder=1)
         _scatter(axes, originals, s=22, facecolors="white", edgecolors=INK, linewidths=0.8, label="x")
         _scatter(axes, copies, s=12, color=BLUE, label="reconstruction")
         figure.legend(loc="outside lower center", ncols=2)
     else:
-        figure, panels = _panels(shown, kind, f"Data and their reconstructions{_of(shown, len(x))}", title)
+        figure, panels = _panels(shown, x.shape[1], style, f"Data and their reconstructions{_of(shown, len(x))}", title)
         for panel, original, copy in zip(panels, originals, copies, strict=True):
             _profile(panel, original, color=INK, linewidth=1.6, label="x")
             _profile(panel, copy, color=BLUE, linestyle="--", label="reconstruction")
@@ -254,12 +293,13 @@ def reconstructions(x: Tensor, reconstruction: Tensor, title: str | None = None)
     return figure
 
 
-def samples(x: Tensor, title: str | None = None) -> Figure:
+def samples(x: Tensor, title: str | None = None, style: Style = PLAIN) -> Figure:
     """Draw samples: the first 64 images in a grid, all points in the plane, or the first 16 profiles.
 
     Args:
         x: Samples, shape (N, *event).
         title: First line of the title.
+        style: How data are drawn.
     Raises:
         UsageError: the event shape cannot be drawn.
     """
@@ -270,18 +310,18 @@ def samples(x: Tensor, title: str | None = None) -> Figure:
         across = min(shown, max(6, int(np.ceil(np.sqrt(shown)))))
         figure, axes = _tiles(list(range(-(-shown // across))), list(range(across)), drawn.shape[1:], caption, title)
         for i, image in enumerate(drawn):
-            _tile(axes, image, i // across, i % across)
+            _tile(axes, style, image, i // across, i % across)
     elif kind == "point":
-        figure, axes = _plane(caption, title)
+        figure, axes = _plane(style, caption, title)
         _scatter(axes, drawn, s=_dot(shown), color=BLUE, alpha=0.6, linewidths=0, rasterized=True)
     else:
-        figure, panels = _panels(shown, kind, caption, title)
+        figure, panels = _panels(shown, x.shape[1], style, caption, title)
         for panel, profile in zip(panels, drawn, strict=True):
             _profile(panel, profile, color=BLUE)
     return figure
 
 
-def neighbourhood(x: Tensor, neighbours: Tensor, title: str | None = None) -> Figure:
+def neighbourhood(x: Tensor, neighbours: Tensor, title: str | None = None, style: Style = PLAIN) -> Figure:
     """Draw data, and beside each what is decoded from the neighbourhood of its code.
 
     Images: one row per original, the original set apart at the left; the first 8 originals and 15 neighbours.
@@ -291,6 +331,7 @@ def neighbourhood(x: Tensor, neighbours: Tensor, title: str | None = None) -> Fi
         x: Originals, shape (N, *event).
         neighbours: Decoded from codes near that of each original, shape (N, M, *event).
         title: First line of the title.
+        style: How data are drawn.
     Raises:
         UsageError: the shapes do not fit together, or the event shape cannot be drawn.
     """
@@ -310,10 +351,10 @@ def neighbourhood(x: Tensor, neighbours: Tensor, title: str | None = None) -> Fi
         figure, axes = _tiles(list(range(shown)), columns, originals.shape[1:], caption, title)
         for i, (original, row) in enumerate(zip(originals, around, strict=True)):
             for image, column in zip([original, *row], columns, strict=True):
-                _tile(axes, image, i, column)
+                _tile(axes, style, image, i, column)
         axes.set_xticks([0.5, (columns[1] + columns[-1] + 1) / 2], ["x", "neighbours"])
     else:
-        figure, panels = _panels(shown, kind, caption, title)
+        figure, panels = _panels(shown, x.shape[1], style, caption, title)
         for panel, original, near in zip(panels, originals, around, strict=True):
             if kind == "point":
                 _scatter(panel, near, s=_dot(len(near)), color=SKY, linewidths=0, label="neighbours")
@@ -433,7 +474,13 @@ def _name_classes(axes: Axes, points: np.ndarray, classes: np.ndarray, given: An
         )
 
 
-def traversals(images: Tensor, values: Numbers, dims: Sequence[int] | None = None, title: str | None = None) -> Figure:
+def traversals(
+    images: Tensor,
+    values: Numbers,
+    dims: Sequence[int] | None = None,
+    title: str | None = None,
+    style: Style = PLAIN,
+) -> Figure:
     """Draw what is decoded while one latent dimension moves and the others stay.
 
     Images: one row per dimension, one column per value; the first 16 rows, and 16 columns spread evenly over the
@@ -444,6 +491,7 @@ def traversals(images: Tensor, values: Numbers, dims: Sequence[int] | None = Non
         values: The S values that each dimension takes, in order.
         dims: Which latent dimension each row of `images` is; by default 0, 1, ..., Z - 1.
         title: First line of the title.
+        style: How data are drawn.
     Raises:
         UsageError: the shapes do not fit together, or the event shape cannot be drawn.
     """
@@ -466,7 +514,7 @@ def traversals(images: Tensor, values: Numbers, dims: Sequence[int] | None = Non
         figure, axes = _tiles(list(range(shown)), list(range(len(picked))), decoded.shape[2:], caption, title)
         for row in range(shown):
             for column, step in enumerate(picked):
-                _tile(axes, decoded[row, step], row, column)
+                _tile(axes, style, decoded[row, step], row, column)
         # Rounded at the third digit of the largest, so that a zero reached by steps of 0.1 reads 0.
         digits = 2 - int(np.floor(np.log10(np.abs(value).max() or 1.0)))
         headings = [f"{round(value[step], digits) + 0.0:g}".replace("-", "−") for step in picked]
@@ -478,7 +526,7 @@ def traversals(images: Tensor, values: Numbers, dims: Sequence[int] | None = Non
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    figure, panels = _panels(shown, kind, caption, title)
+    figure, panels = _panels(shown, images.shape[2], style, caption, title)
     scale = ScalarMappable(Normalize(value.min(), value.max()), colormaps[SEQUENTIAL])
     for panel, path, name in zip(panels, decoded, names, strict=True):
         panel.set_title(name, fontsize="medium")
@@ -488,7 +536,7 @@ def traversals(images: Tensor, values: Numbers, dims: Sequence[int] | None = Non
         else:
             for profile, colour in zip(path, scale.to_rgba(value), strict=True):
                 _profile(panel, profile, color=colour)
-    figure.colorbar(scale, ax=panels, label="value of the latent dimension")
+    figure.colorbar(scale, ax=panels, label="along the latent dimension")
     return figure
 
 
@@ -499,8 +547,12 @@ def k_curve(
     elbo: float | None = None,
     exact: float | None = None,
     title: str | None = None,
+    paired_error: Numbers | None = None,
 ) -> Figure:
     """Draw the bound L_K over K, with a 95% band: how much is gained by more particles.
+
+    The band is of each point by itself: other rows would move all of them together. How certain the rise is, is shown
+    by a second panel, where the same rows are compared with themselves.
 
     Args:
         ks: The numbers of particles, S of them, each at least 1.
@@ -509,22 +561,28 @@ def k_curve(
         elbo: Mean ELBO, drawn as a dashed line.
         exact: Mean exact log p(x), drawn as a solid line.
         title: First line of the title.
+        paired_error: Standard error of the mean of L_K less the L_K of the largest K, row by row, shape (S,). Without
+            it there is no second panel.
     Raises:
         UsageError: the lengths differ, or a K is below 1.
     """
     k, bound, half = _array(ks), _array(mean), Z95 * _array(error)
+    paired = Z95 * _array([] if paired_error is None else paired_error)
     if not (k.ndim == 1 and len(k) and k.shape == bound.shape == half.shape):
         raise UsageError(
             f"ks, mean, error: expected one length, got shapes {k.shape}, {bound.shape}, {half.shape}; "
             "pass a mean and an error for each K"
         )
+    if paired_error is not None and paired.shape != k.shape:
+        raise UsageError(f"paired_error: expected shape {k.shape}, as ks, got {paired.shape}; pass one for each K")
     if k.min() < 1:
         raise UsageError(f"ks: expected numbers of particles of at least 1, got {k.min():g}; remove it")
     order = np.argsort(k)
     k, bound, half = k[order], bound[order], half[order]
 
-    figure = _figure(6.4, 4.4, r"Importance-weighted bound $L_K$ over K", title)
-    axes = figure.add_subplot()
+    panels = 1 if paired_error is None else 2
+    figure = _figure(6.4 if panels == 1 else 10.5, 4.4, r"Importance-weighted bound $L_K$ over K", title)
+    axes = figure.add_subplot(1, panels, 1, ylabel="nats per datum")
     band: dict[str, Any] = {"color": BLUE, "alpha": 0.25, "linewidth": 0}
     axes.fill_between(k, bound - half, bound + half, label="95% interval over rows", **band)
     axes.plot(k, bound, "o-", color=BLUE, markersize=4, label=rf"$L_K$, at K = {k[-1]:,.0f}: {_number(bound[-1])}")
@@ -532,15 +590,21 @@ def k_curve(
         axes.axhline(float(elbo), color=ORANGE, linestyle="--", label=f"ELBO: {_number(elbo)}")
     if exact is not None:
         axes.axhline(float(exact), color=INK, label=f"exact log p(x): {_number(exact)}")
-    axes.set_xscale("log")
+    if paired_error is not None:
+        rise = figure.add_subplot(1, panels, 2, ylabel="nats per datum")
+        rise.set_title(rf"$L_K$ less that of K = {k[-1]:,.0f}, on the same rows", fontsize="medium")
+        interval: dict[str, Any] = {"fmt": "o-", "color": VERMILLION, "markersize": 4, "capsize": 3}
+        rise.errorbar(k, bound - bound[-1], yerr=paired[order], label="95% interval of the difference", **interval)
+        rise.axhline(0.0, color=FAINT, linewidth=0.8, zorder=0)
     position = np.log(k)
-    if len(k) > 1 and np.diff(position).min() > np.ptp(position) / 14:  # else their numbers would run together
-        axes.set_xticks(k)
-        axes.minorticks_off()
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("particles K")
-    axes.set_ylabel("nats per datum")
-    axes.grid(alpha=0.3)
+    for panel in figure.axes:
+        panel.set_xscale("log")
+        if len(k) > 1 and np.diff(position).min() > np.ptp(position) / 14:  # else their numbers would run together
+            panel.set_xticks(k)
+            panel.minorticks_off()
+        panel.xaxis.set_major_formatter("{x:,.0f}")
+        panel.set_xlabel("particles K")
+        panel.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     return figure
 
@@ -556,8 +620,9 @@ def comparison(table: DataFrame, title: str | None = None) -> Figure:
             `exact`, whether log p(x) is exact rather than importance-sampled; and, where known, `elbo`, the ends `low`
             and `high` of a 95% interval, `rank_low` and `rank_high`, the paired `difference` to the best with
             `difference_low`, `difference_high` and `difference_bound` (a key of `SIGNS`), `verdict` as in
-            `pyrovae.inference.verdict`, and `seed_means`, a list of means that are pooled in the row. A model of rank 1
-            for certain is bold; without ranks, the highest number is.
+            `pyrovae.inference.verdict`, `seeds`, how many runs are pooled in the row, with the `spread` of their means
+            and the means themselves, `seed_means`. A model of rank 1 for certain is bold; without ranks, the highest
+            number is.
         title: First line of the title, for example the data and K.
     Raises:
         UsageError: a column is missing, or there is no row.
@@ -588,7 +653,7 @@ def comparison(table: DataFrame, title: str | None = None) -> Figure:
     heights = np.array([max(0.36, 0.18 * (name.count("\n") + 1.4)) for name in names])  # inches
     rows = np.cumsum(heights) - heights / 2
     caption = "log p(x) with 95% intervals, higher is better"
-    figure = _figure(12.0 if judged else 8.2, heights.sum() + 1.7, caption, title)
+    figure = _figure(12.6 if judged else 8.2, heights.sum() + 1.7, caption, title)
     axes = figure.add_subplot(xlim=(low, high), ylim=(heights.sum(), 0), xlabel="log p(x), nats per datum")
     handles: list[Any] = []
     for kind, (colour, marker, label) in VERDICT_MARKS.items():
@@ -632,6 +697,11 @@ def comparison(table: DataFrame, title: str | None = None) -> Figure:
             for (d, a, b), sign in zip(parts, signs or [""] * len(table), strict=True)
         ]
         columns["to the best, 95% interval"] = ["best" if best[0] else "highest", *differences[1:]]
+    if "seeds" in table.columns:
+        spreads = numbers("spread", np.nan) if "spread" in table.columns else np.full(len(table), np.nan)
+        columns["seeds"] = [
+            f"{n}, sd {sd:.2g}" if np.isfinite(sd) else f"{n}" for n, sd in zip(table["seeds"], spreads, strict=True)
+        ]
     if judged:
         columns["verdict"] = list(kinds)
     beside = axes.get_yaxis_transform()  # x in widths of the axes, y in data
@@ -702,7 +772,8 @@ def gaps(table: DataFrame, elbo: float, dimensions: DataFrame | None = None, tit
     starts = np.concatenate([[elbo], ends[:-1]])
     rows = np.arange(len(gap))
     columns = 1 if dimensions is None else 2
-    figure = _figure(6.2 * columns, max(3.4, 0.7 * len(gap) + 1.6), "Where the bound is lost", title)
+    height = max(3.4, 0.7 * len(gap) + 1.6) + 0.6 * (columns - 1)  # with room for a legend below
+    figure = _figure(6.2 * columns, height, "Where the bound is lost", title)
     axes = figure.add_subplot(1, columns, 1, ylim=(len(gap) - 0.4, -0.6), xlabel="nats per datum")
     colours = [ORANGE, *[BLUE] * (len(gap) - 2), GREEN][: len(gap)]
     axes.barh(rows, gap, left=starts, height=0.55, color=colours)
@@ -743,8 +814,11 @@ def _draw_units(axes: Axes, dimensions: DataFrame) -> None:
     axes.set(yscale="log", xlim=(0, len(kl) + 1), xlabel="latent dimension, by its KL", ylabel="nats per datum")
     axes.set_ylim(bottom=floor)
     axes.set_title("KL(q(z|x) || p(z)) of each dimension", fontsize="medium")
+    axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3, axis="y")
-    axes.legend(fontsize="small", loc="upper right")
+    # Outside: bars that are nearly as high as the first leave no room within.
+    handles, labels = axes.get_legend_handles_labels()
+    axes.figure.legend(handles, labels, fontsize="small", loc="outside lower right")
 
 
 def _figure(width: float, height: float, caption: str, title: str | None) -> Figure:
@@ -786,7 +860,8 @@ def _tiles(
     across, down = columns[-1] + 1, rows[-1] + 1
     ratio = event[-2] / event[-1]
     width = min(0.85, 11 / across, 11 / (down * ratio))  # inches of a cell
-    figure = _figure(max(5.0, across * width + 1.3), down * width * ratio + 0.9, caption, title)
+    figure = _figure(max(5.0, across * width + 1.5), down * width * ratio + 0.9, caption, title)
+    figure.set_layout_engine("compressed")  # else images of another shape than their axes push the labels out
     axes = figure.add_subplot()
     axes.set(xlim=(-0.05, across + 0.05), ylim=(down + 0.05, -0.05), xticks=[], yticks=[], aspect=ratio)
     axes.autoscale(False)
@@ -795,31 +870,37 @@ def _tiles(
     return figure, axes
 
 
-def _tile(axes: Axes, image: np.ndarray, row: float, column: float) -> None:
+def _tile(axes: Axes, style: Style, image: np.ndarray, row: float, column: float) -> None:
     """Draw an image, shape (H, W), (1, H, W) or (3, H, W), in the cell at (column, row)."""
     from matplotlib.patches import Rectangle
 
+    low, high = style.limits
     if image.ndim == 3:
-        image = image[0] if len(image) == 1 else np.moveaxis(image, 0, -1).clip(0, 1)
+        image = image[0] if len(image) == 1 else np.moveaxis((image - low) / (high - low), 0, -1).clip(0, 1)
     left, right, top, bottom = column + 0.04, column + 0.96, row + 0.04, row + 0.96
     extent = (left, right, bottom, top)
-    axes.imshow(image, cmap="gray_r", vmin=0, vmax=1, extent=extent, origin="upper", aspect=axes.get_aspect())
+    grey: dict[str, Any] = {"cmap": "gray_r" if style.ink else "gray", "vmin": low, "vmax": high}
+    axes.imshow(image, **grey, extent=extent, origin="upper", aspect=axes.get_aspect())
     frame: dict[str, Any] = {
         "fill": False,
         "edgecolor": "0.75",
         "linewidth": 0.5,
-    }  # else white images have no edge
+    }  # else white images on white have no edge
     axes.add_patch(Rectangle((left, top), right - left, bottom - top, **frame))
 
 
-def _panels(count: int, kind: str, caption: str, title: str | None) -> tuple[Figure, list[Axes]]:
-    """Make `count` small axes with common limits, for points or profiles."""
+def _panels(count: int, size: int, style: Style, caption: str, title: str | None) -> tuple[Figure, list[Axes]]:
+    """Make `count` small axes with common limits, for points or for profiles of that size."""
+    kind, names = "point" if size == 2 else "profile", style.names(size)
     across = min(count, 4)
     down = -(-count // across)
-    figure = _figure(max(5.0, 2.5 * across + 0.6), (2.4 if kind == "point" else 1.8) * down + 1.1, caption, title)
-    across_name, up_name = ("index", "value")
+    short = [_short(name) for name in names or ()][:: -(-size // MAX_NAMES)]
+    room = 0.07 * max(map(len, short)) if short and kind == "profile" else 0.0  # inches, for names on end
+    height = (2.4 if kind == "point" else 1.8) * down + 1.1 + room
+    figure = _figure(max(5.0, 2.5 * across + 0.6), height, caption, title)
+    across_name, up_name = "index" if names is None else "", style.axis("value")
     if kind == "point":
-        across_name, up_name = ("x[0]", "x[1]")
+        across_name, up_name = map(style.axis, names or ("x[0]", "x[1]"))
         figure.set_layout_engine("compressed")  # equal scales leave gaps that it closes
     panels: list[Axes] = []
     for i in range(count):
@@ -832,16 +913,25 @@ def _panels(count: int, kind: str, caption: str, title: str | None) -> tuple[Fig
         panel.grid(alpha=0.3)
         if kind == "point":
             panel.set_aspect("equal")
+        elif names is not None:
+            at = range(0, size, -(-size // MAX_NAMES))
+            panel.set_xticks(at, short, rotation=60, ha="right", rotation_mode="anchor")
         panels.append(panel)
     return figure, panels
 
 
-def _plane(caption: str, title: str | None) -> tuple[Figure, Axes]:
+def _plane(style: Style, caption: str, title: str | None) -> tuple[Figure, Axes]:
     """Make axes for points of the data plane, with equal scales."""
     figure = _figure(5.6, 5.6, caption, title)
-    axes = figure.add_subplot(aspect="equal", xlabel="x[0]", ylabel="x[1]", adjustable="datalim")
+    across, up = map(style.axis, style.names(2) or ("x[0]", "x[1]"))
+    axes = figure.add_subplot(aspect="equal", xlabel=across, ylabel=up, adjustable="datalim")
     axes.grid(alpha=0.3)
     return figure, axes
+
+
+def _short(name: str) -> str:
+    """A name in at most 20 characters: its ends, where names differ."""
+    return name if len(name) <= 20 else f"{name[:11]}…{name[-8:]}"
 
 
 def _scatter(axes: Axes, points: np.ndarray, **style: Any) -> PathCollection:

@@ -27,6 +27,7 @@ from pyrovae.inference import checkpoint
 from pyrovae.inference.checkpoint import load, load_latest, steps
 from pyrovae.inference.log_marginal import log_marginal
 from pyrovae.models import BernoulliMixture
+from pyrovae.plots import Style
 from pyrovae.run import open_run
 
 SMALL = (
@@ -105,6 +106,10 @@ def test_the_evaluation_says_what_its_numbers_are(trained):
     assert 0 < report["monte_carlo_error"] < report["error_over_rows"] < 0.1
     assert [point["K"] for point in report["curve"]] == [1, 2, 5, 10, 20, 50]
     assert report["curve"][-1]["log_marginal"] == pytest.approx(report["log_marginal"])
+    for point in report["curve"]:
+        assert point["to_last"] == pytest.approx(point["log_marginal"] - report["log_marginal"], abs=1e-9)
+        assert point["to_last_error"] < point["error_over_rows"] / 3  # the rows move together
+    assert report["curve"][-1]["to_last_error"] == 0
     bounds = [point["log_marginal"] for point in report["curve"]]
     assert bounds == sorted(bounds)
     assert report["versions"]["torch"] == torch.__version__
@@ -114,6 +119,25 @@ def test_the_evaluation_says_what_its_numbers_are(trained):
     enough = max(each.values()) >= 0.9 * sum(each.values())
     assert report["kl_dimensions"] == {"share": 0.9, "count": 1 if enough else 2}
     assert {"ess", "pareto_k", "seed", "dtype", "device", "data_hash", "kl", "active_units"} <= report.keys()
+
+
+def test_rows_are_drawn_as_what_they_are(tmp_path):
+    """Bits as ink, levels and colours as photographs, other units between their ends, tables by their columns."""
+    rows = pyrovae.load_data("digits").rows("mass")
+    assert fit.style_of(rows) == Style(ink=True)
+    assert fit.named_labels(rows, 3) is not None
+    assert fit.style_of(pyrovae.load_data("digits").rows("density")) == Style()
+    images = np.linspace(-3, 5, 40 * 12, dtype=np.float32).reshape(40, 1, 4, 3)
+    np.savez(tmp_path / "wide.npz", x=images, y=np.array(["cat", "dog"] * 20))
+    wide = pyrovae.load_data(tmp_path / "wide.npz").rows("density")
+    assert fit.style_of(wide).limits == (wide.test.min().item(), wide.test.max().item())
+    assert fit.named_labels(wide, 3) == [["cat", "dog"][label] for label in wide.labels["test"][:3].tolist()]
+    (tmp_path / "table.csv").write_text("height,weight\n" + "".join(f"{i},{i * i}\n" for i in range(30)))
+    table = pyrovae.load_data(tmp_path / "table.csv")
+    assert fit.style_of(table.rows("density", standardize=True)).unit == "standardised"
+    assert fit.style_of(table.rows("density")).columns == ("height", "weight")
+    assert fit.style_of(table.rows("density")).unit == ""
+    assert fit.named_labels(table.rows("density"), 3) is None
 
 
 def test_an_evaluation_says_how_far_it_is_in_a_few_plain_lines(capsys):

@@ -125,6 +125,8 @@ def test_names_become_codes_that_agree_between_splits(tmp_path):
     data = load_data(
         saved(tmp_path / "x.npz", x_train=FLOATS[:20], x_test=FLOATS[20:22], y_train=y_train, y_test=y_test)
     )
+    assert data.classes == ("cat", "dog", "eel")
+    assert data.columns is None
     assert data.labels["test"].tolist() == [1, 2]
     assert set(data.labels["train"].tolist()) == {0, 1}
 
@@ -539,6 +541,9 @@ def test_csv_with_header_and_labels(tmp_path):
         assert torch.equal(x[:, 1], 0.5 - x[:, 0])
         assert torch.equal(data.labels[split], ((x[:, 0] - 0.5) % 3).long())
     assert any("'label' is read as labels" in notice for notice in data.notices)
+    for named in (data, data.rows("density")):  # as figures call them
+        assert named.columns == ("a", "b")
+        assert named.classes == ("n0", "n1", "n2")
 
 
 @pytest.mark.parametrize("mark", [False, True])
@@ -550,6 +555,7 @@ def test_csv_without_header_keeps_its_first_row(tmp_path, mark):
     data = load_data(path)
     values = torch.cat([data.train, data.validation, data.test]).sort(dim=0).values
     assert torch.equal(values, torch.from_numpy(np.sort(FLOATS, 0)))
+    assert data.columns is None
 
 
 def test_a_csv_column_y_of_coordinates_is_data(tmp_path):
@@ -571,6 +577,7 @@ def test_a_folder_of_images_in_order(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     data = load_data(str(tmp_path))
     assert (data.event_shape, data.levels) == ((1, 4, 5), 256)
+    assert data.classes == ("a", "b")
     for split in SPLITS:
         assert torch.equal(data.labels[split], (getattr(data, split)[:, 0, 0, 0] >= 100).long())
     colour = tmp_path / "colour"

@@ -471,13 +471,32 @@ def test_the_figure_leads_from_the_elbo_to_log_p():
     assert "ELBO −10.00" in words
     assert "log p(x) −6.50" in words
     assert "1.00 ± 0.10" in words
-    legend = " ".join(text.get_text() for text in right.get_legend().get_texts())
+    legend = " ".join(text.get_text() for text in figure.legends[0].get_texts())
     assert "over 0.01: 1" in legend
     assert "below: 2" in legend
     assert "2 above" in legend
     assert sorted(bar.get_height() for bar in right.patches) == [0.001, 0.5, 3.0]
     with pytest.raises(UsageError, match="table: expected the columns"):
         plots.gaps(table.drop(columns="gap"), elbo=0.0)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("dimensions", [1, 2, 50])
+def test_the_legend_of_the_dimensions_covers_no_bar_and_no_label(parts, dimensions):
+    """Bars that are all as high as the first leave no room for it among them."""
+    from pandas import DataFrame
+
+    table = DataFrame({"name": [f"part {i}" for i in range(parts)], "gap": [1.0] * parts, "error": [0.1] * parts})
+    variance = [1.0 - i % 2 for i in range(dimensions)]
+    figure = plots.gaps(table, elbo=-10.0, dimensions=DataFrame({"kl": [0.7] * dimensions, "variance": variance}))
+    figure.draw_without_rendering()
+    axes = figure.axes[1]
+    legend = figure.legends[0].get_window_extent()
+    assert not legend.overlaps(axes.bbox)
+    assert not legend.overlaps(axes.xaxis.label.get_window_extent())
+    assert figure.bbox.x0 <= legend.x0 < legend.x1 <= figure.bbox.x1
+    assert figure.bbox.y0 <= legend.y0 < legend.y1 <= figure.bbox.y1
+    assert all(tick == int(tick) for tick in axes.get_xticks())
 
 
 def test_the_noise_of_averages_is_no_activity() -> None:

@@ -12,6 +12,7 @@ from matplotlib.collections import PathCollection, QuadMesh
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.text import Text
 
 from pyrovae import plots
 from pyrovae.errors import UsageError
@@ -218,17 +219,100 @@ def test_samples_draw_the_first_64_images_and_say_so() -> None:
     assert "first 64 of 70" in texts(figure)
 
 
-def test_samples_draw_one_as_ink_and_zero_as_paper_on_a_fixed_scale() -> None:
-    (image,) = plots.samples(torch.full((1, 4, 4), 0.5)).axes[0].get_images()
-    assert image.get_clim() == (0, 1)
-    assert image.get_cmap()(1.0)[:3] == (0, 0, 0)
-    assert image.get_cmap()(0.0)[:3] == (1, 1, 1)
+def shades(figure: Figure) -> np.ndarray:
+    """The brightness in which each image's pixels are drawn, from 0, black, to 1, white; shape (images, H, W)."""
+    images = [image for axes in figure.axes for image in axes.get_children() if isinstance(image, AxesImage)]
+    images.sort(key=lambda image: (image.get_extent()[3], image.get_extent()[0]))
+    return np.stack([image.to_rgba(image.get_array())[..., :3].mean(-1) for image in images])
 
 
-def test_samples_clip_colour_images() -> None:
+GREYS = torch.tensor([-0.5, 0.0, 0.25, 0.5, 1.0, 1.5]).view(1, 2, 3)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (1, 2, 3)])
+def test_grey_images_are_drawn_as_photographs_by_every_figure(shape: tuple[int, ...]) -> None:
+    """0 is black and 1 is white, on a fixed scale, whatever is in the figure."""
+    x = GREYS.view(1, *shape)
+    expected = GREYS.clamp(0, 1)
+    for figure in (
+        plots.samples(x),
+        plots.reconstructions(x, x),
+        plots.neighbourhood(x, x[:, None]),
+        plots.traversals(x[None], [0.0]),
+    ):
+        for drawn in shades(figure):
+            np.testing.assert_allclose(drawn, expected[0], atol=1 / 255)
+
+
+def test_colour_images_are_red_green_and_blue_in_this_order_and_clipped() -> None:
     x = torch.tensor([-1.0, 0.25, 2.0]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
     (image,) = tiles(plots.samples(x))
     np.testing.assert_array_equal(image[0, 0], [0, 0.25, 1])
+    figure = plots.samples(
+        torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 4, 4), style=plots.Style(ink=True)
+    )
+    np.testing.assert_array_equal(tiles(figure)[0][0, 0], [1, 0, 0])  # red, with ink as without
+
+
+def test_ink_is_dark_on_white_paper_and_limits_are_its_ends() -> None:
+    np.testing.assert_allclose(
+        shades(plots.samples(GREYS, style=plots.Style(ink=True)))[0], 1 - GREYS[0].clamp(0, 1), atol=1 / 255
+    )
+    wide = plots.Style(limits=(-0.5, 1.5))
+    np.testing.assert_allclose(shades(plots.samples(GREYS, style=wide))[0], (GREYS[0] + 0.5) / 2, atol=1 / 255)
+    colour = GREYS.view(1, 3, 1, 2)
+    np.testing.assert_allclose(tiles(plots.samples(colour, style=wide))[0].transpose(2, 0, 1), (colour[0] + 0.5) / 2)
+    with pytest.raises(UsageError, match=r"limits: expected the lower value first, got \(1.0, 0.0\)"):
+        plots.Style(limits=(1.0, 0.0))
+
+
+def outside(figure: Figure) -> list[str]:
+    """The texts that the edge of a figure cuts."""
+    figure.draw_without_rendering()
+    whole = figure.bbox.padded(1)
+    written = figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_visible() and artist.get_text())
+    unseen = set()  # ticks beyond the limits of their axis, which are not drawn
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        unseen |= {tick.label1 for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
+    return [
+        text.get_text()
+        for text in written
+        if text not in unseen and not all(whole.contains(x, y) for x, y in text.get_window_extent().corners())
+    ]
+
+
+@pytest.mark.parametrize("event", [(28, 20), (1, 10, 60), (3, 32, 32), (2,), (6,)])
+@pytest.mark.parametrize("count", [1, 40])
+def test_no_label_is_cut_by_the_edge(event: tuple[int, ...], count: int) -> None:
+    x = torch.rand(count, *event)
+    names = [f"a column with a long name {i}" for i in range(event[0])] if len(event) == 1 else None
+    style = plots.Style(columns=names)
+    few = x[:3]
+    for figure in (
+        plots.reconstructions(x, x, "digits", style),
+        plots.samples(x, "digits", style),
+        plots.neighbourhood(few, few[:, None].expand(-1, 5, *event), "digits", style),
+        plots.traversals(few[None], [-2.0, 0.0, 2.0][: len(few)], [17], "digits", style),
+    ):
+        assert outside(figure) == []
+
+
+def test_columns_are_named_with_their_unit() -> None:
+    x = torch.randn(5, 2)
+    plane = plots.Style(columns=("height", "weight"), unit="standardised")
+    for figure in (plots.samples(x, style=plane), plots.reconstructions(x, x, style=plane)):
+        assert figure.axes[0].get_xlabel() == "height, standardised"
+        assert figure.axes[0].get_ylabel() == "weight, standardised"
+    panel = plots.neighbourhood(x[:1], x[None], style=plane).axes[0]
+    assert (panel.get_xlabel(), panel.get_ylabel()) == ("height, standardised", "weight, standardised")
+    wide = torch.randn(1, 30)
+    names = [f"column {i}" for i in range(30)]
+    axes = plots.samples(wide, style=plots.Style(columns=names)).axes[0]
+    assert [names[int(at)] for at in axes.get_xticks()] == [label.get_text() for label in axes.get_xticklabels()]
+    assert len(axes.get_xticks()) == 10  # of many, as many as can be read
+    with pytest.raises(UsageError, match="columns: expected 2 names, one for each element of x, got 3"):
+        plots.samples(x, style=plots.Style(columns=("a", "b", "c")))
 
 
 def test_samples_of_points_are_a_scatter_and_vectors_are_profiles() -> None:
@@ -388,6 +472,20 @@ def test_k_curve_holds_the_values_in_order_of_k_with_a_band_of_95_percent() -> N
     for k, mean, error in ((1, -88.0, 0.3), (5, -86.0, 0.2), (50, -84.0, 0.1)):
         edges = band[band[:, 0] == k, 1]
         assert (edges.min(), edges.max()) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error))
+
+
+def test_k_curve_shows_how_certain_the_rise_is_beside_the_band() -> None:
+    """The rows of a curve move together: its band is wide, the differences to the last point are known far better."""
+    ks, mean, error, paired = [50, 1, 5], [-84.0, -88.0, -86.0], [3.0, 3.0, 3.0], [0.0, 0.2, 0.1]
+    _, rise = plots.k_curve(ks, mean, error, paired_error=paired).axes
+    (container,) = rise.containers
+    points, _, (bars,) = container.lines
+    np.testing.assert_allclose(points.get_xydata(), [[1, -4.0], [5, -2.0], [50, 0.0]])
+    for (low, high), middle, half in zip(bars.get_segments(), (-4.0, -2.0, 0.0), (0.2, 0.1, 0.0), strict=True):
+        np.testing.assert_allclose((low[1], high[1]), (middle - 1.96 * half, middle + 1.96 * half))
+    assert len(plots.k_curve(ks, mean, error).axes) == 1
+    with pytest.raises(UsageError, match="paired_error: expected shape"):
+        plots.k_curve(ks, mean, error, paired_error=[0.1])
 
 
 def test_k_curve_refuses_lengths_that_differ_and_no_particles() -> None:
