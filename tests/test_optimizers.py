@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -173,3 +174,19 @@ def test_a_parameter_with_gaps_in_memory_is_refused_by_what_would_write_into_the
     with pytest.raises(UsageError, match=r"optimizer: .*rows has gaps in memory \(shape \(6, 2\), strides \(4, 2\)\)"):
         fit(pair.model, pair.guide, X, ELBO(), epochs=1, optimizer=fused, batch_size=BATCH)
     fit(pair.model, pair.guide, X, ELBO(), epochs=1, optimizer=unfused, batch_size=BATCH)
+
+
+@pytest.mark.parametrize("kind", dict.fromkeys(kind for kind, _ in forms()), ids=lambda kind: kind.__name__)
+def test_every_optimiser_is_resumed_as_if_never_stopped(kind: type[Optimizer], tmp_path: Path) -> None:
+    """Its state lies in memory as the parameters do, which a file does not know."""
+    rate = 1e-3 if kind.__name__ in ("SGD", "ASGD", "RAdam") else 0.02
+    settings: dict = {"fused": True} if "fused" in inspect.signature(kind).parameters else {}
+    settings |= {"momentum": 0.9} if kind is torch.optim.SGD else {}
+
+    def make(parameters: list[Tensor]) -> Optimizer:
+        return kind(parameters, lr=rate, **settings)  # type: ignore[call-arg]
+
+    whole, stops = by_fit(make), iter(range(100))
+    by_fit(make, directory=tmp_path, should_stop=lambda: next(stops) == 7)
+    again = by_fit(make, directory=tmp_path, resume=True)
+    assert all(torch.equal(again[name], p) for name, p in whole.items())

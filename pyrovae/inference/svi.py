@@ -35,6 +35,15 @@ from pyrovae.inference.graphs import CompileWarning
 from pyrovae.inference.log_weights import draw, sample_sites
 from pyrovae.inference.objectives import ELBO, Objective, Renyi
 from pyrovae.inference.pair import Pair, Program, evaluating
+from pyrovae.inference.resuming import (
+    check_progress,
+    differences,
+    keep_known,
+    load_optimizer,
+    matched,
+    optimizer_state,
+    refuse,
+)
 from pyrovae.inference.seeding import derive_seed, reseed, seeded
 from pyrovae.inference.steps import (
     Before,
@@ -429,9 +438,9 @@ class Trainer:
                 "belong to no module which the model and the guide refer to, so they would not be trained; make both "
                 "methods of one torch.nn.Module"
             )
-        idle = [name for name, p in self.pair.trainable().items() if p.grad is None]
-        if idle:
-            self.notice(f"no gradient reaches {', '.join(idle)}: the loss does not depend on them")
+        self.idle = [name for name, p in self.pair.trainable().items() if p.grad is None]
+        if self.idle:
+            self.notice(f"no gradient reaches {', '.join(self.idle)}: the loss does not depend on them")
         for p in self.pair.trainable().values():
             p.grad = None
 
@@ -634,7 +643,7 @@ class Trainer:
         training = {
             "progress": dict(vars(state)),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else plain(self.scheduler.state_dict()),
+            "scheduler": self.schedule_state(),
             "run": self.identity(),
             "environment": self.environment(),
         }
@@ -649,37 +658,51 @@ class Trainer:
         saved = checkpoints.load_latest(self.directory)
         for notice in saved.notices:
             self.notice(notice)
-        theirs, ours = saved.training["run"], self.identity()
-        differing = [
-            f"{key} {theirs.get(key)!r} then, {ours[key]!r} now" for key in ours if theirs.get(key) != ours[key]
-        ]
-        if differing:
+        training, where = saved.training, f"{self.directory}, step {saved.step}"
+        if not all(isinstance(training.get(key), dict) for key in ("run", "environment", "progress", "optimizer")):
+            raise CheckpointError(f"{where}: cannot be resumed: its record is of another form")
+        if differing := differences(training["run"], self.identity()):
             raise CheckpointError(f"{self.directory}: cannot resume, since it was run with {'; '.join(differing)}")
-        then, now = saved.training["environment"], self.environment()
-        changed = [f"{key} {then.get(key)} then, {now[key]} now" for key in now if then.get(key) != now[key]]
-        if changed:
+        then, now = training["environment"], self.environment()
+        if changed := differences(then, now):
             self.notice(f"resumed in another environment, so not bit-exact: {'; '.join(changed)}")
-        checkpoints.assign(self.pair.tensors(), saved.weights, f"{self.directory}, step {saved.step}")
-        forms = [{k: v for k, v in g.items() if k in ("fused", "capturable")} for g in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(saved.training["optimizer"])
-        for group, form in zip(self.optimizer.param_groups, forms, strict=True):
-            group.update(form)  # that of this device
-        # They were written row by row; fused optimisers read them in the order of their parameter's memory.
-        for parameter, moments in self.optimizer.state.items():
-            for name, moment in moments.items():
-                if isinstance(moment, Tensor) and moment.shape == parameter.shape:
-                    moments[name] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
-        if self.scheduler is not None and saved.training["scheduler"] is not None:
-            self.scheduler.load_state_dict(saved.training["scheduler"])
-        self.progress = Progress(**saved.training["progress"])
+        # All of it is looked at before any of it is taken over.
+        faults: list[str] = []
+        check_progress(vars(Progress()), training["progress"], saved.step, len(self.data), self.batch_size, faults)
+        same_torch = then.get("torch") == now["torch"]
+        optimizer = optimizer_state(
+            self.optimizer,
+            training["optimizer"],
+            self.pair.trainable(),
+            faults,
+            idle=self.idle,
+            step=saved.step,
+            same_torch=same_torch,
+        )
+        fresh, scheduler = self.schedule_state(), training.get("scheduler")
+        if not same_torch and isinstance(fresh, dict) and isinstance(scheduler, dict):
+            keep_known(fresh, scheduler)
+        scheduler = matched(fresh, scheduler, "the schedule's", faults)
+        refuse(faults, where)
+        checkpoints.assign(self.pair.tensors(), saved.weights, where)
+        load_optimizer(self.optimizer, optimizer)
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(scheduler)
+        self.progress = Progress(**training["progress"])
         best = self.kept_best = self.progress.best_step
         if self.validation is not None and best is not None:
             try:
                 weights = saved.weights if best == saved.step else checkpoints.load(self.directory, best).weights
+                weights = matched(self.pair.tensors(), weights, "its", faults)
+                refuse(faults, f"{self.directory}, step {best}")
             except CheckpointError as error:
                 self.notice(f"{error}; the best epoch so far is lost, and is chosen anew from here on")
                 weights, self.progress.best_bound = saved.weights, -math.inf
             self.best_weights = {name: t.to(self.device) for name, t in weights.items()}
+
+    def schedule_state(self) -> dict[str, Any] | None:
+        """The state of the schedule, if there is one."""
+        return None if self.scheduler is None else plain(self.scheduler.state_dict())
 
     def identity(self) -> dict[str, Any]:
         """What must not change between a run and its resumption."""
@@ -697,7 +720,7 @@ class Trainer:
     def environment(self) -> dict[str, Any]:
         """What may change, at the price of the last bits."""
         return {
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "device": self.device.type,
             "threads": torch.get_num_threads(),
             "machine": platform.machine(),
