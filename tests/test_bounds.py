@@ -524,6 +524,50 @@ def test_analytic_kl_to_a_prior_that_is_not_standard(guide_class: type) -> None:
     assert_close(values["z"], wanted.expand(2, 3), **EXACT)
 
 
+@pytest.mark.parametrize("shared", ["factor", "diagonal"])
+def test_analytic_kl_of_a_low_rank_guide_whose_rows_share_a_parameter(shared: str) -> None:
+    x = torch.randn(4, 3, dtype=torch.float64)
+    factor, diagonal = torch.randn(3, 2, dtype=torch.float64), torch.rand(3, dtype=torch.float64) + 0.5
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(3), 2.0).to_event(1))
+            pyro.sample("other", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            other = pyro.sample("other", dist.Normal(x[:, 0], 1.0))
+            own = x.exp() + 0 * other[..., None]  # of each particle, too
+            f, d = (factor, own) if shared == "factor" else (factor * own[..., None], diagonal)
+            pyro.sample("z", dist.LowRankMultivariateNormal(x, f, d))
+
+    f, d = (factor, x.exp()) if shared == "factor" else (factor * x.exp()[..., None], diagonal)
+    S = f @ f.mT + torch.diag_embed(d)
+    trace = (S.diagonal(dim1=-2, dim2=-1) + x.square()).sum(-1) / 4
+    wanted = 0.5 * (trace - 3 + 3 * math.log(4.0) - torch.logdet(S))
+    for k in (1, 2):
+        values, forms = kl_terms(draw(model, guide, x, k))
+        assert forms["z"] == "analytic"
+        assert_close(values["z"].expand(k, 4), wanted.expand(k, 4), **EXACT)
+
+
+def test_auxiliary_sites_add_up() -> None:
+    """The ELBO is the mean of log-weights, with log q of every site in them."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            a, b = (pyro.sample(name, dist.Normal(x, 0.5), infer={"is_auxiliary": True}) for name in "ab")
+            pyro.sample("z", dist.Delta(a + b))
+
+    particles = draw(model, guide, torch.tensor([0.3, -0.4], dtype=torch.float64), 5)
+    assert_close(ELBO(5).of(particles), particles.log_weights.mean(0), **EXACT)
+
+
 def test_hierarchy_takes_the_analytic_kl_only_where_it_is_one() -> None:
     """In q(z1|x) q(z2|z1) against p(z2) p(z1|z2) the KL of z2 is analytic, that of z1 sampled; the ELBO is the same."""
     vae = HierarchicalVAE(

@@ -326,8 +326,11 @@ def analytic_kl(latent: Latent) -> Tensor | None:
     """
     if latent.masked or not latent.ancestral:
         return None
+    q = latent.guide
+    if isinstance(q, dist.LowRankMultivariateNormal):  # torch's form takes each parameter to be of the batch's shape
+        q = dist.LowRankMultivariateNormal(q.loc, q.cov_factor, q.cov_diag)
     try:
-        return kl_divergence(latent.guide, with_covariance(latent.prior, latent.guide))
+        return kl_divergence(q, with_covariance(latent.prior, q))
     except NotImplementedError:
         return None
 
