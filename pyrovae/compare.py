@@ -588,7 +588,7 @@ def legend(frame: "pd.DataFrame") -> list[str]:
             f"{sampled['monte_carlo_error'].max():.1g}"
         )
     ranked = frame[frame["rank_low"].notna()]
-    if (ranked["verdict"] == "lower bound only").any():
+    if (~ranked["verdict"].isin(["exact", "ok"])).any():
         notes.append(
             "rank: by 95 % of the resamples, and a model of which only a lower bound is known may deserve rank 1, so "
             "that any other may have it above"
