@@ -27,7 +27,11 @@ from pyrovae.inference.pair import Pair as Pair
 from pyrovae.inference.proposals import FromGuide as FromGuide
 from pyrovae.inference.proposals import FromPrior as FromPrior
 from pyrovae.inference.proposals import Proposal as Proposal
+from pyrovae.inference.proposals import Sampler as Sampler
 from pyrovae.inference.proposals import Widened as Widened
+from pyrovae.inference.repair import repair as repair
+from pyrovae.inference.simulated import Simulated as Simulated
+from pyrovae.inference.simulated import simulated as simulated
 from pyrovae.inference.svi import Fit as Fit
 from pyrovae.inference.svi import adam as adam
 from pyrovae.inference.svi import fit as fit

@@ -184,7 +184,7 @@ class Compiled:
             program = self.programs[key]
             return plain(k) if program is None else run(program, starts, k, len(x))
 
-        return sample
+        return Sampler(sample, plain.at)
 
     def start(self, key: tuple, starts: list[tuple[Tensor, ...]], x: Tensor, k: int) -> None:
         """Prepare a block, after compiling if it is the first, and check its first tile."""

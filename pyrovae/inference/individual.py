@@ -37,8 +37,9 @@ from torch import Tensor
 
 from pyrovae.errors import UsageError
 from pyrovae.inference.checks import check_count
+from pyrovae.inference.log_weights import draw
 from pyrovae.inference.pair import evaluating
-from pyrovae.inference.proposals import Sampler, is_positive
+from pyrovae.inference.proposals import Sampler, is_positive, particles_in
 from pyrovae.inference.unconstrained import Unconstrained
 
 FAMILIES = ("diagonal", "full")
@@ -165,7 +166,13 @@ class Individual:
 
     def __call__(self, model: Callable, guide: Callable, x: Tensor) -> Sampler:
         # The draws of the fit are not those that are weighted.
-        return self.fit(model, guide, x).widened(self.widen).log_weights
+        q = self.fit(model, guide, x).widened(self.widen)
+
+        def at(values: dict[str, Tensor]) -> Tensor:
+            u = q.pair.join(draw(model, guide, x, particles_in(values), values))
+            return q.pair.log_joint(u) - q.log_prob(u)
+
+        return Sampler(q.log_weights, at)
 
     def fit(self, model: Callable, guide: Callable, x: Tensor) -> FittedGaussian:
         """Fit a Gaussian to each datum's ELBO, starting from the guide's moments.

@@ -25,8 +25,8 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -44,9 +44,37 @@ from pyrovae.inference.validity import check_pair
 ELEMENTS_AT_ONCE = 2**24
 # ArviZ fits no tail to fewer draws.
 LEAST_DRAWS_FOR_TAIL = 30
+# A row of which all weight is on fewer draws than this, or whose k-hat is over this, may be missed by any distance.
+LEAST_ESS = 10.0
+MOST_K_HAT = 1.0
 # The tensors of a LogMarginal with one value per row.
 PER_ROW = ("estimate", "standard_error", "ess", "pareto_k", "elbo", "jackknife", "zero_weights")
 FROM_GUIDE = FromGuide()
+# Data that an estimate keeps, to simulate others like them.
+ORIGINAL_ROWS = 300
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an estimate is of, so that it can be checked (`pyrovae.inference.verdict`).
+
+    Attributes:
+        model: Pyro model.
+        guide: Pyro guide.
+        x: Some of the data, shape (n, *event).
+        proposal: Where the draws came from.
+        seed: Of the draws, or 0.
+        chunk_size: Particles evaluated at once.
+        repair: Where the draws of rows that were scored again came from (`pyrovae.inference.repair`).
+    """
+
+    model: Callable
+    guide: Callable
+    x: Tensor
+    proposal: Proposal
+    seed: int
+    chunk_size: int | None
+    repair: Proposal | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +93,8 @@ class LogMarginal:
         curve: {k: L_k of shape (N,)}, from the same draws.
         num_particles: K; 0 says that `estimate` is exact.
         estimator: In words.
+        repaired: Which rows were scored again by a better proposal; None where no row was to be.
+        origin: The pair that was estimated, which is not saved with the numbers; None where it is not known.
     """
 
     estimate: Tensor
@@ -77,6 +107,11 @@ class LogMarginal:
     curve: dict[int, Tensor]
     num_particles: int
     estimator: str
+    repaired: tuple[int, ...] | None = None
+    origin: Origin | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "origin": None}
 
     def columns(self) -> Tensor:
         """All numbers of each row: those of `PER_ROW`, then the curve; shape (columns, N)."""
@@ -114,8 +149,16 @@ class LogMarginal:
         """How far `mean` may be above the mean of log p(x), in nats, except with that probability.
 
         -log(probability) / N. It holds whatever the guide, for draws that are independent between rows; 0 where exact.
+        Rows that were scored again add to it, see `pyrovae.inference.repair`.
         """
-        return 0.0 if self.num_particles == 0 else -math.log(probability) / len(self.estimate)
+        if self.num_particles == 0:
+            return 0.0
+        if self.repaired is None:
+            return -math.log(probability) / len(self.estimate)
+        from scipy.stats import chi2
+
+        expected = min(chi2.isf(probability / 2, 2 * len(self.repaired) + 2) / 2, len(self.estimate) * math.log(2))
+        return (expected - math.log(probability / 2)) / len(self.estimate)
 
     @property
     def k_threshold(self) -> float:
@@ -126,6 +169,14 @@ class LogMarginal:
     def over_threshold(self) -> Tensor:
         """Which rows have a k-hat over the threshold, or none at all, shape (N,)."""
         return ~(self.pareto_k <= self.k_threshold)
+
+    @property
+    def unreliable(self) -> Tensor:
+        """Which rows may be missed by any distance: k-hat over 1, or an effective sample size below 10, shape (N,).
+
+        Not where all weights are equal. `repair` scores such rows by a better proposal.
+        """
+        return ~(self.pareto_k <= MOST_K_HAT) | (self.ess < LEAST_ESS)
 
 
 class Store(Protocol):
@@ -207,7 +258,8 @@ def log_marginal(
             columns[:, start : start + rows] = result.columns()
             if progress is not None:
                 progress(start + len(block))
-    return LogMarginal.from_columns(columns, num_particles, proposal.name)
+    origin = Origin(model, guide, x[:ORIGINAL_ROWS], proposal, seed or 0, chunk_size)
+    return replace(LogMarginal.from_columns(columns, num_particles, proposal.name), origin=origin)
 
 
 def block_of(x: Tensor, num_particles: int, chunk_size: int | None = None) -> tuple[int, int]:

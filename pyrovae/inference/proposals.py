@@ -13,7 +13,11 @@ p(z|x), the tighter.
 A mixture is sampled systematically, each component at its share of the draws, and weighted as a mixture (the balance
 heuristic).
 
-To write a new one, give a class a `name` that completes "importance sampling from", and that `__call__`.
+Each also weighs latents that are given to it, log p(x, z) - log r(z|x), which is what the check on simulated data asks
+for (`pyrovae.inference.simulated`).
+
+To write a new one, give a class a `name` that completes "importance sampling from", and a `__call__` that returns a
+function of k; a `Sampler` if it is to be checked.
 
 References:
     Hesterberg 1995, Weighted Average Importance Sampling and Defensive Mixture Distributions, Technometrics 37
@@ -23,7 +27,6 @@ References:
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import pyro.distributions as dist
@@ -35,7 +38,21 @@ from torch import Tensor
 from pyrovae.errors import PairError, UsageError
 from pyrovae.inference.log_weights import At, draw, drawn_sites, log_prob, log_weights, run, sample_sites
 
-Sampler = Callable[[int], Tensor]
+
+@dataclass(frozen=True)
+class Sampler:
+    """A proposal for data x (N, *event), called with k for log-weights of k draws, shape (k, N), in nats.
+
+    Attributes:
+        draw: That function of k.
+        at: Log-weights of latents that are given by name, each of shape (k, N, *event): shape (k, N).
+    """
+
+    draw: Callable[[int], Tensor]
+    at: Callable[[dict[str, Tensor]], Tensor]
+
+    def __call__(self, k: int) -> Tensor:
+        return self.draw(k)
 
 
 def is_positive(value: object) -> bool:
@@ -50,7 +67,7 @@ class Proposal(Protocol):
     def name(self) -> str:
         """What estimates call it."""
 
-    def __call__(self, model: Callable, guide: Callable, x: Tensor) -> Sampler:
+    def __call__(self, model: Callable, guide: Callable, x: Tensor) -> Callable[[int], Tensor]:
         """For data x (N, *event), a function of k that draws log-weights of shape (k, N), in nats."""
 
 
@@ -61,7 +78,10 @@ class FromGuide:
     name = "importance sampling from the guide"
 
     def __call__(self, model: Callable, guide: Callable, x: Tensor) -> Sampler:
-        return partial(log_weights, model, guide, x)
+        def at(values: dict[str, Tensor]) -> Tensor:
+            return draw(model, guide, x, particles_in(values), values).log_weights
+
+        return Sampler(lambda k: log_weights(model, guide, x, k), at)
 
 
 @dataclass(frozen=True)
@@ -74,7 +94,10 @@ class FromPrior:
     name = "naive sampling from the prior"
 
     def __call__(self, model: Callable, guide: Callable, x: Tensor) -> Sampler:
-        return lambda k: draw(model, guide, x, k, draw_prior(model, x, k)).log_likelihood
+        def at(values: dict[str, Tensor]) -> Tensor:
+            return draw(model, guide, x, particles_in(values), values).log_likelihood
+
+        return Sampler(lambda k: at(draw_prior(model, x, k)), at)
 
 
 @dataclass(frozen=True)
@@ -116,15 +139,17 @@ class Widened:
                     f"guide site '{min(auxiliary)}' is auxiliary, so that the density of the guide alone is not known; "
                     "use Widened(share=0)"
                 )
-            values = pick(parts, systematic(shares, k, x))
-            particles = draw(model, guide, x, k, values)
-            log_r = [density(guide, x, values, c) + math.log(a) for c, a in zip(self.scales, shares, strict=False)]
-            log_r += [particles.log_prior + math.log(self.share)] if self.share else []
-            log_w = particles.log_likelihood + particles.log_prior - torch.logsumexp(torch.stack(log_r), 0)
+            log_w = at(pick(parts, systematic(shares, k, x)))
             # In random order, so that every subset of the draws is one of the mixture's.
             return log_w.gather(0, torch.rand_like(log_w).argsort(0))
 
-        return sample
+        def at(values: dict[str, Tensor]) -> Tensor:
+            particles = draw(model, guide, x, particles_in(values), values)
+            log_r = [density(guide, x, values, c) + math.log(a) for c, a in zip(self.scales, shares, strict=False)]
+            log_r += [particles.log_prior + math.log(self.share)] if self.share else []
+            return particles.log_likelihood + particles.log_prior - torch.logsumexp(torch.stack(log_r), 0)
+
+        return Sampler(sample, at)
 
 
 def systematic(shares: list[float], k: int, x: Tensor) -> Tensor:
@@ -185,6 +210,11 @@ def inflated(q: Any, factor: float, site: str) -> Any:
     )
 
 
+def particles_in(values: dict[str, Tensor]) -> int:
+    """K of latents by name, each of shape (K, N, *event)."""
+    return len(next(iter(values.values())))
+
+
 def draw_guide(guide: Callable, x: Tensor, num_particles: int, factor: float = 1.0) -> dict[str, Tensor]:
     """Latents of shape (K, N, *event) by name, from the guide widened by a factor."""
     with Inflate(factor):
@@ -200,7 +230,7 @@ def draw_prior(model: Callable, x: Tensor, num_particles: int) -> dict[str, Tens
 
 def density(guide: Callable, x: Tensor, values: dict[str, Tensor], factor: float = 1.0) -> Tensor:
     """log q of the guide widened by a factor, at given latents: shape (K, N)."""
-    shape = (len(next(iter(values.values()))), len(x))
+    shape = (particles_in(values), len(x))
     with At(values), Inflate(factor):
         sites = drawn_sites(sample_sites(run(guide, "guide", x, shape[0])))
     return torch.stack([log_prob(site, f"guide site '{name}'", shape) for name, site in sites.items()]).sum(0)
