@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from pyrovae.inference.annealed import Sandwich
     from pyrovae.inference.log_marginal import LogMarginal
     from pyrovae.inference.proposals import Proposal
+    from pyrovae.inference.simulated import Simulated
     from pyrovae.inference.verdict import Verdict
     from pyrovae.models.mixture import Mixture
 
@@ -72,7 +73,7 @@ NOT_THE_MODEL = ("seed", "device", "compile", "particle_chunk", "stream", "eval_
 # What decides which rows a run is scored on.
 DATA_KEYS = ("data", "data_root", "binarize", "standardize")
 # From the most to the least that can be said of an estimate.
-VERDICTS = ("exact", "ok", "lower bound only", "invalid")
+VERDICTS = ("exact", "ok", "unchecked", "lower bound only", "invalid")
 MOST_ROWS = 200_000  # to fit a baseline to, whole in memory
 WIDTH = 26  # of a name in a printed table
 
@@ -83,7 +84,7 @@ class Scored:
 
     name: str
     results: "Sequence[LogMarginal]"
-    checks: "Sequence[Sandwich | None]" = ()  # of annealed settings, one for each result
+    checks: "Sequence[Sandwich | Simulated | None]" = ()  # on simulated data, one for each result
 
     @property
     def estimate(self) -> "Tensor":
@@ -454,10 +455,10 @@ def unique_names(runs: Sequence[Run]) -> dict[Path, str]:
 
 def score_run(
     run: Run, rows: "Rows", x: "Tensor", num_particles: int, seed: int, proposal: "Proposal | None"
-) -> "tuple[LogMarginal, Sandwich | None]":
+) -> "tuple[LogMarginal, Sandwich | Simulated | None]":
     """The log p(x) of a trained run, after saying what was found in its directory; kept there as it is made.
 
-    With it, for annealed importance sampling, the check of its setting.
+    With it, the check on simulated data.
     """
     from pyrovae.evaluate import check_of, compile_draws, open_scores, score
 

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from pyrovae.inference.annealed import Sandwich
     from pyrovae.inference.log_marginal import LogMarginal
     from pyrovae.inference.proposals import Proposal
+    from pyrovae.inference.simulated import Simulated
 
 Report = dict[str, Any]
 # Data simulated to check a setting of annealed importance sampling.
@@ -158,6 +160,15 @@ def rows_done(total: int, what: str, progress: bool = True) -> "Iterator[Callabl
     yield tell
 
 
+def repaired(model: "Model", x: "Tensor", result: "LogMarginal", progress: bool = False) -> "LogMarginal":
+    """The estimate with its unreliable rows scored again from a better proposal."""
+    from pyrovae.inference.repair import repair
+
+    bad = int(result.unreliable.sum())
+    with rows_done(bad, "unreliable rows again", progress and bad > 0) as done:
+        return repair(model.model, model.guide, x, result, progress=done)
+
+
 def check_of(
     model: "Model",
     x: "Tensor",
@@ -165,20 +176,37 @@ def check_of(
     seed: int,
     proposal: "Proposal | None",
     store: "Scores | None" = None,
-) -> "Sandwich | None":
-    """For annealed importance sampling, the check of its setting on simulated data; kept beside the scores."""
-    from pyrovae.inference.annealed import Annealed, sandwich
+    chunk_size: int | None = None,
+    repair: "Proposal | None" = None,
+    progress: bool = False,
+) -> "Sandwich | Simulated | None":
+    """The check of an estimate on simulated data, kept beside the scores; None where log p(x) is exact."""
+    import torch
 
-    if not isinstance(proposal, Annealed):
+    from pyrovae.inference.annealed import Annealed, Sandwich, sandwich
+    from pyrovae.inference.log_marginal import FROM_GUIDE
+    from pyrovae.inference.simulated import SIMULATED_ROWS, Simulated, like, simulated
+    from pyrovae.models.mixture import Mixture
+
+    if isinstance(model, Mixture):
         return None
-    like = x[:1].expand(CHECKED_ROWS, *x.shape[1:])
-    annealed = proposal
+    pair = (model.model, model.guide)
+    if isinstance(proposal, Annealed):
+        make: Callable[[], Any] = partial(sandwich, *pair, like(x, CHECKED_ROWS), num_particles, proposal, seed)
+        build: Callable[..., Any] = partial(Sandwich, x=torch.empty(0), num_particles=num_particles, annealed=proposal)
+        names: tuple[str, ...] = ("forward", "reverse", "acceptance")
+    else:
+        drawn_from = proposal or FROM_GUIDE
+        make = partial(simulated, *pair, like(x), num_particles, drawn_from, seed, chunk_size, repair)
+        build = partial(Simulated, num_particles=num_particles, estimator=drawn_from.name)
+        names = ("lower", "upper", "jackknife")
 
-    def make() -> "Sandwich":
-        print(f"checking the chains on {CHECKED_ROWS} simulated data", flush=True)
-        return sandwich(model.model, model.guide, like, num_particles, annealed, seed)
+    def checked() -> Any:
+        if progress:
+            print(f"checking on {SIMULATED_ROWS if names[0] == 'lower' else CHECKED_ROWS} simulated rows", flush=True)
+        return make()
 
-    return make() if store is None else store.check(annealed, make)
+    return checked() if store is None else store.check(names, checked, build, repaired=repair is not None)
 
 
 def compile_draws(
@@ -270,12 +298,14 @@ def report(
     proposal: "Proposal | None" = None,
     store: "Scores | None" = None,
     particle_chunk: int | None = None,
+    repair: bool = False,
 ) -> Report:
     """Everything that is said of a model on some rows, as plain values. Nats per datum unless the name says bits."""
     import pyro
     import torch
 
     from pyrovae import __version__
+    from pyrovae.inference.annealed import Sandwich
     from pyrovae.inference.bootstrap import interval
     from pyrovae.inference.compiled import Compiled
     from pyrovae.inference.diagnostics import KL_SHARE, kl_dimensions, measure
@@ -284,11 +314,15 @@ def report(
     from pyrovae.inference.objectives import kl_terms
     from pyrovae.inference.pair import evaluating
     from pyrovae.inference.seeding import seeded
+    from pyrovae.inference.simulated import Simulated
     from pyrovae.inference.verdict import verdict, worst_rows
 
     result = score(model, x, num_particles, seed, chunk_size, progress, proposal, store)
     exact = result.num_particles == 0
-    check = check_of(model, x, num_particles, seed, proposal, store)
+    if repair:
+        result = repaired(model, x, result, progress)
+    better = None if result.origin is None else result.origin.repair
+    check = check_of(model, x, num_particles, seed, proposal, store, chunk_size, better, progress)
     judgement = verdict(result, check)
     with seeded(seed, "terms", device=x.device), evaluating(model.model, model.guide):
         terms = measure(model.model, model.guide, x.split(200), objective, particle_chunk)
@@ -348,8 +382,21 @@ def report(
             "rows_without_finite_estimate": len(result.invalid),
             "zero_weights": int(result.zero_weights.sum()),
             "rows_with_zero_weights": int((result.zero_weights > 0).sum()),
+            "stated_bias": judgement.bias,
+            "unreliable_rows": result.unreliable.nonzero().flatten().tolist(),
+            "repaired_rows": None if result.repaired is None else list(result.repaired),
+            "simulated": None
+            if not isinstance(check, Simulated)
+            else {
+                "lower": check.lower.mean().item(),
+                "upper": check.upper.mean().item(),
+                "width": check.width,
+                "width_error": check.error,
+                "validated": check.validated,
+                "rows": len(check.lower),
+            },
             "sandwich": None
-            if check is None
+            if not isinstance(check, Sandwich)
             else {
                 "forward": check.forward.mean().item(),
                 "reverse": check.reverse.mean().item(),
@@ -499,11 +546,22 @@ def describe(name: str, values: Report) -> str:
         if k_hat["median"] is not None and values["sandwich"] is None:
             share = f"{100 * k_hat['share_over_threshold']:.1f} % of rows over {k_hat['threshold']:.2f}"
             line("Pareto k-hat", f"{k_hat['median']:.2f}", f"median; largest {k_hat['max']:.2f}; {share}")
+        if (check := values["simulated"]) is not None:
+            note = f"log p(x) from both sides on {check['rows']} simulated rows; " + (
+                "narrow enough" if check["validated"] else "too wide"
+            )
+            line("sandwich's width", number(check["width"], check["width_error"]), note)
         if (check := values["sandwich"]) is not None:
             simulated = f"on {check['simulated_data']} simulated data; acceptance {check['acceptance']:.2f}"
             line("sandwich, below", number(check["forward"]), simulated)
             line("sandwich, above", number(check["reverse"]))
             line("  its width", number(check["width"], check["width_error"]), "validated" if check["validated"] else "")
+        if values["repaired_rows"]:
+            line("repaired rows", str(len(values["repaired_rows"])), listed(values["repaired_rows"]))
+        if values["unreliable_rows"]:
+            bad = values["unreliable_rows"]
+            again = "" if values["repaired_rows"] is not None else "; --repair scores them again"
+            line("unreliable rows", str(len(bad)), listed(bad) + again)
         if values["zero_weights"]:
             line("weights of zero", f"{values['zero_weights']}", f"in {values['rows_with_zero_weights']} rows")
         lines += ["", f"  {'K-curve, from the same draws':<44}   less the last, on the same rows"]
@@ -517,6 +575,11 @@ def describe(name: str, values: Report) -> str:
             error, ess = short(row["standard_error"]), f"{row['ess']:.1f}"
             lines.append(f"  {row['row']:>10}{row['log_marginal']:>14.2f}{error:>20}{ess:>9}{k_hat:>9}")
     return "\n".join(lines)
+
+
+def listed(rows: list[int], most: int = 10) -> str:
+    """Row numbers, the first ones of many."""
+    return ", ".join(map(str, rows[:most])) + (", ..." if len(rows) > most else "")
 
 
 INDENT: dict[str, Any] = {"initial_indent": "  ", "subsequent_indent": "    "}
@@ -544,6 +607,7 @@ def evaluate(
     netcdf: Path | None = None,
     compile_mode: str = "auto",
     precision: str = "fp32",
+    repair: bool = False,
 ) -> Report:
     """Score a run, going on where an interrupted evaluation was; print and write the report and the K-curve."""
     from pyrovae.config import build_objective
@@ -577,6 +641,7 @@ def evaluate(
         proposal=drawn_from,
         store=scores,
         particle_chunk=run.config["particle_chunk"],
+        repair=repair,
     ) | {"notices": run.notices}
     name = "evaluation.json" if split == "test" else f"evaluation-{split}.json"
     write_json(run.directory / name, values)
@@ -661,6 +726,13 @@ def command(words: Sequence[str]) -> int:
     add_option(p, "--split", "test, validation or train (default test)", "NAME")
     add_option(p, "--seed", "of the draws (default 0)", "INT")
     add_choices(p, "proposal", PROPOSALS)
+    add_option(
+        p,
+        "--repair",
+        "score rows that may be missed by any distance (k-hat over 1, or an effective sample size below 10) again, "
+        "from a Gaussian fitted to each, and state the mean anew",
+        action="store_true",
+    )
     add_option(p, "--chunk-size", "particles evaluated at once; bounds memory, changes nothing else", "INT")
     drawn = "draws from guide, widened or prior as compiled code: auto, on or off (default auto: where that is repaid)"
     add_option(p, "--compile", drawn, "WHEN")
@@ -669,6 +741,10 @@ def command(words: Sequence[str]) -> int:
     add_option(p, "--anew", "forget what was scored before with these settings", action="store_true")
     add_option(p, "--device", "auto, cpu, cuda or cuda:N (default auto)", "NAME")
     options = given(p.parse_args(words))
+
+    from pyrovae.inference.annealed import Annealed
+    from pyrovae.inference.individual import Individual
+
     proposal = build_proposal(options.get("proposal"))
     k, seed = whole_option(options, "K", default_draws(proposal, 5000)), whole_option(options, "seed", 0)
     limit, chunk_size = whole_option(options, "rows", None), whole_option(options, "chunk_size", None)
@@ -677,15 +753,16 @@ def command(words: Sequence[str]) -> int:
         raise UsageError(f"--split: expected one of {', '.join(SPLITS)}, got {split}")
     run = open_run(options["run"])
     if run.config["model"]["name"] == "mixture":
-        unused = ("K", "chunk_size", "proposal", "compile", "precision", "netcdf", "anew")
+        unused = ("K", "chunk_size", "proposal", "repair", "compile", "precision", "netcdf", "anew")
         refuse(options, unused, "the log p(x) of a mixture is exact")
     netcdf = Path(str(options["netcdf"])) if "netcdf" in options else None
     device = str(options.get("device", "auto"))
+    if "repair" in options and isinstance(proposal, Annealed | Individual):
+        raise UsageError("--repair: is for draws from guide, widened or prior; these are made for each row already")
     mode = when("compile", options.get("compile", "auto"))
     precision = one_of("fp32", "bf16")("precision", options.get("precision", "fp32"))
-    evaluate(
-        run, k, limit, split, seed, chunk_size, device, proposal, bool(options.get("anew")), netcdf, mode, precision
-    )
+    anew, repair = bool(options.get("anew")), bool(options.get("repair"))
+    evaluate(*(run, k, limit, split, seed, chunk_size, device, proposal, anew, netcdf, mode, precision, repair))
     return 0
 
 

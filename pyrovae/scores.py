@@ -11,19 +11,21 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyrovae.errors import OutputError
 from pyrovae.inference.checkpoint import write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from pyrovae.inference.annealed import Annealed, Sandwich
+    from pyrovae.inference.annealed import Sandwich
     from pyrovae.inference.log_marginal import LogMarginal
+    from pyrovae.inference.simulated import Simulated
+
+    Check = TypeVar("Check", Sandwich, Simulated)
 
 FOLDER = "scores"
-SANDWICH = ("forward", "reverse", "acceptance")
 
 
 class Scores:
@@ -95,29 +97,40 @@ class Scores:
 
     def clear(self) -> None:
         """Forget what was scored."""
-        for path in (self.path, self.check_path):
+        for path in (self.path, self.check_path(), self.check_path(repaired=True)):
             path.unlink(missing_ok=True)
         self.blocks, self.found = {}, 0
 
-    @property
-    def check_path(self) -> Path:
-        """Where the check of an annealed setting is kept."""
-        return self.path.with_suffix(".json")
+    def check_path(self, repaired: bool = False) -> Path:
+        """Where the check of an estimate on simulated data is kept."""
+        return self.path.with_name(f"{self.path.stem}{'-repaired' * repaired}.json")
 
-    def check(self, annealed: "Annealed", make: "Callable[[], Sandwich]") -> "Sandwich":
-        """The check of an annealed setting on simulated data: the one that is kept here, or a new one."""
+    def check(
+        self,
+        names: "Sequence[str]",
+        make: "Callable[[], Check]",
+        build: "Callable[..., Check]",
+        repaired: bool = False,
+    ) -> "Check":
+        """A check on simulated data: build(**tensors) of the one that is kept here, or a new one, by make().
+
+        Args:
+            names: Its tensors, each of shape (N,), which are kept.
+            make: Makes it.
+            build: Makes it of these tensors.
+            repaired: It is of estimates whose unreliable rows were scored again.
+        """
         import torch
 
-        from pyrovae.inference.annealed import Sandwich
-
+        path = self.check_path(repaired)
         try:
-            kept = json.loads(self.check_path.read_text())
-            forward, reverse, acceptance = (torch.tensor(kept[name], dtype=torch.float64) for name in SANDWICH)
+            kept = json.loads(path.read_text())
+            tensors = {name: torch.tensor(kept[name], dtype=torch.float64) for name in names}
         except (OSError, ValueError, KeyError, TypeError):
             made = make()
-            write_atomically(self.check_path, json.dumps({name: getattr(made, name).tolist() for name in SANDWICH}))
+            write_atomically(path, json.dumps({name: getattr(made, name).tolist() for name in names}))
             return made
-        return Sandwich(torch.empty(0), forward, reverse, acceptance, self.settings["K"], annealed)
+        return build(**tensors)
 
     def tidy(self, rows: int) -> None:
         """When all rows are scored, write each once, without what a crash or a process beside this one left.

@@ -14,6 +14,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -169,7 +170,7 @@ class Compiled:
     def __call__(self, model: Callable, guide: Callable, x: Tensor) -> Sampler:
         if self.precision == "bf16" and x.dtype != torch.float32:
             raise UsageError(f"precision: bf16 is for data and models in single precision, got x of {x.dtype}")
-        plain = self.proposal(model, guide, x)
+        plain = cast(Sampler, self.proposal(model, guide, x))
         starts: list[tuple[Tensor, ...]] = []
 
         @torch.no_grad()

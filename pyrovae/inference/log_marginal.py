@@ -120,7 +120,7 @@ class LogMarginal:
     @classmethod
     def from_columns(cls, columns: Tensor, num_particles: int, estimator: str) -> "LogMarginal":
         """The inverse of `columns`, for estimates by draws."""
-        values: dict[str, Tensor] = dict(zip(PER_ROW, columns, strict=False))
+        values: dict[str, Any] = dict(zip(PER_ROW, columns, strict=False))
         values["zero_weights"] = values["zero_weights"].long()
         curve = dict(zip(curve_sizes(num_particles), columns[len(PER_ROW) :], strict=True))
         return cls(**values, curve=curve, num_particles=num_particles, estimator=estimator)
@@ -277,8 +277,9 @@ def block_of(x: Tensor, num_particles: int, chunk_size: int | None = None) -> tu
 
 def join(blocks: Sequence[LogMarginal]) -> LogMarginal:
     """Results of several blocks of rows as one."""
+    values: dict[str, Any] = {name: torch.cat([getattr(block, name) for block in blocks]) for name in PER_ROW}
     return LogMarginal(
-        **{name: torch.cat([getattr(block, name) for block in blocks]) for name in PER_ROW},
+        **values,
         curve={k: torch.cat([block.curve[k] for block in blocks]) for k in blocks[0].curve},
         num_particles=blocks[0].num_particles,
         estimator=blocks[0].estimator,

@@ -5,8 +5,8 @@ Where all weight of a row is on a handful of draws, or its k-hat is over 1, its 
 again from a proposal of their own, and only they; the estimate that was bad is not looked at, so that nothing is chosen
 by its value.
 
-That a row is drawn again depends on its first draws, which moves the certificate of `LogMarginal.excess`: for a row that
-is drawn again with probability P_n, E exp(estimate - log p(x_n)) <= 1 + P_n, so that over all rows
+That a row is drawn again depends on its first draws, which moves the certificate of `LogMarginal.excess`: for a row
+that is drawn again with probability P_n, E exp(estimate - log p(x_n)) <= 1 + P_n, so that over all rows
 
     E exp sum_n (estimate_n - log p(x_n)) <= prod_n (1 + P_n) <= exp(sum_n P_n).
 

@@ -1,20 +1,20 @@
 r"""Simulated data: what a proposal misses, seen where the answer is known.
 
-Draws from a proposal r(z|x) show nothing of what r never visits. In data simulated from the model, (z*, x*) ~ p(z) p(x|z),
-z* is an exact draw of the posterior p(z|x*), which goes wherever the posterior has mass. With w(z) = p(x*, z) / r(z|x*)
-and z_k ~ r, on average over such data
+Draws from a proposal r(z|x) show nothing of what r never visits. In data simulated from the model,
+(z*, x*) ~ p(z) p(x|z), z* is an exact draw of the posterior p(z|x*), which goes wherever the posterior has mass. With
+w(z) = p(x*, z) / r(z|x*) and z_k ~ r, on average over such data
 
     L_K = log (1/K) (w(z_1) + ... + w(z_K))              E L_K <= E log p(x*)
     U_K = log (1/K) (w(z*) + w(z_2) + ... + w(z_K))      E U_K >= E log p(x*)
 
-The first is the estimate of log p(x). For the second, put z* at a random place among the others: such K latents have the
-density (1/K) sum_j p(z_j|x*) prod_{k != j} r(z_k|x*), which is prod_k r(z_k|x*) times the mean weight over p(x*). So
-U_K - log p(x*) is the log of the ratio of two densities at a draw from the upper one, and its mean is a
+The first is the estimate of log p(x). For the second, put z* at a random place among the others: such K latents have
+the density (1/K) sum_j p(z_j|x*) prod_{k != j} r(z_k|x*), which is prod_k r(z_k|x*) times the mean weight over p(x*).
+So U_K - log p(x*) is the log of the ratio of two densities at a draw from the upper one, and its mean is a
 Kullback-Leibler divergence.
 
 The width, the mean of U_K - L_K, is then at least the bias of L_K, for data like those that the model makes. Both share
-z_2 .. z_K, whose noise cancels. A guide on one of two modes, a state that it never draws, a collapsed guide and tails too
-light for the posterior make it wide; a good guide makes it 0.
+z_2 .. z_K, whose noise cancels. A guide on one of two modes, a state that it never draws, a collapsed guide and tails
+too light for the posterior make it wide; a good guide makes it 0.
 
 References:
     Grosse, Ghahramani and Adams 2015, Sandwiching the Marginal Likelihood, https://arxiv.org/abs/1511.02543

@@ -65,9 +65,9 @@ def verdict(result: LogMarginal, check: Sandwich | Simulated | None = None) -> V
 
     Args:
         result: The estimate.
-        check: `simulated` data of the same pair, proposal and K; for annealed importance sampling, its `sandwich`. None:
-            made here for an estimate that `log_marginal` returned, where it is needed, with the pair as it is now. It
-            costs as much as an estimate of 300 rows.
+        check: `simulated` data of the same pair, proposal and K; for annealed importance sampling, its `sandwich`.
+            None: made here for an estimate that `log_marginal` returned, where it is needed, with the pair as it is
+            now. It costs as much as an estimate of 300 rows.
     """
     rows = len(result.estimate)
     if result.invalid:
@@ -112,8 +112,7 @@ def by_draws(result: LogMarginal) -> Verdict | None:
         return Verdict(
             "lower bound only",
             f"{single} of {rows} rows may be missed by any distance, with a k-hat over {MOST_K_HAT:g} or an effective "
-            f"sample size below {LEAST_ESS:g} (the worst: rows {named(result, single)}); a better proposal for them, by "
-            "`repair`, says more",
+            f"sample size below {LEAST_ESS:g} (the worst: {named(result, single)}); they ask for a better proposal",
         )
     bias = jackknifed(result)
     return None if bias <= MOST_BIAS else by_jackknife(bias)

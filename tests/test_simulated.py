@@ -1,0 +1,264 @@
+"""What a proposal misses, found on simulated data, and repaired: pairs whose log p(x) is known."""
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from scipy.stats import poisson
+from torch import Tensor
+from torch.testing import assert_close
+
+from pyrovae.errors import PairError, UsageError
+from pyrovae.inference import FromPrior, Individual, Widened, log_marginal, repair, simulated, verdict
+from pyrovae.inference.compiled import Compiled
+from pyrovae.inference.log_marginal import FROM_GUIDE, Origin
+from pyrovae.inference.repair import FROM_BOTH, better_than_guide
+from pyrovae.inference.simulated import like
+
+NOISE = 0.5
+VARIANCE = NOISE**2 / (1 + NOISE**2)  # of the posterior
+
+
+def model(x: Tensor) -> None:
+    """z ~ N(0, 1), x|z ~ N(z, NOISE)."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z, NOISE), obs=x)
+
+
+def gaussian(width: float = 1.0, miss: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], None]:
+    """A guide of that many times the posterior's width, off by miss(x)."""
+
+    def guide(x: Tensor) -> None:
+        mean = x / (1 + NOISE**2) + (0.0 if miss is None else miss(x))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(mean, torch.full_like(x, width * math.sqrt(VARIANCE))))
+
+    return guide
+
+
+def data(rows: int) -> Tensor:
+    """Draws of x."""
+    torch.manual_seed(rows)
+    return torch.randn(rows, dtype=torch.float64) * math.sqrt(1 + NOISE**2)
+
+
+def exact(x: Tensor) -> Tensor:
+    """log p(x), shape (N,)."""
+    return dist.Normal(torch.zeros((), dtype=torch.float64), math.sqrt(1 + NOISE**2)).log_prob(x)
+
+
+def absolute(x: Tensor) -> None:
+    """z ~ N(0, 1), x|z ~ N(|z|, 0.1): two modes."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z.abs(), 0.1), obs=x)
+
+
+def one_mode(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x / 1.01, torch.full_like(x, 0.1 / math.sqrt(1.01))))
+
+
+def states(x: Tensor) -> None:
+    """One of two states, of which x says nothing."""
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(x.new_tensor([0.5, 0.5])))
+        pyro.sample("x", dist.Normal(0.0 * z, x.new_ones(())), obs=x)
+
+
+def one_state(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Categorical(x.new_tensor([1 - 1e-6, 1e-6]).expand(len(x), 2)))
+
+
+# -- The sandwich ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("proposal", [FROM_GUIDE, Widened(), FromPrior(), Individual(steps=10, draws=8)])
+def test_both_sides_hold_log_p_and_an_exact_guide_closes_them(proposal) -> None:
+    """E L_K <= E log p(x) <= E U_K on data of the model, with K small enough for either to be off."""
+    check = simulated(model, gaussian(2.0), data(2000), 3, proposal, seed=1)
+    entropy = -0.5 * math.log(2 * math.pi * math.e * (1 + NOISE**2))
+    spread = math.sqrt(0.5 / 2000)  # of the mean log p(x) of 2000 data
+    for side, sign in ((check.lower, -1), (check.upper, 1)):
+        error = (side.std() / math.sqrt(2000)).item()
+        assert sign * (side.mean().item() - entropy) > -5 * math.hypot(error, spread)
+    assert check.width > (2 if isinstance(proposal, Individual) else 5) * check.error
+    closed = simulated(model, gaussian(1.0), data(50), 3, seed=1)
+    assert_close(closed.upper, closed.lower, rtol=0, atol=1e-10)
+
+
+def test_the_width_against_its_closed_form_for_one_draw() -> None:
+    """K = 1: the mean of U - L is KL(p || q) + KL(q || p), for Gaussians of equal means a function of the width c."""
+    c = 1.5
+    check = simulated(model, gaussian(c), data(20_000), 1, seed=3)
+    truth = (c**2 + c**-2 - 2) / 2
+    assert abs(check.width - truth) < 5 * check.error
+    assert check.error < 0.05 * truth
+
+
+def test_the_upper_side_takes_the_exact_draw_for_one_of_k_and_not_as_one_more() -> None:
+    """With weights that are all equal but that of z*, U - L = log(1 + (w* / w - 1) / K)."""
+    check = simulated(states, one_state, data(40), 50, seed=0)
+    in_other = check.upper > check.lower + 1e-6
+    assert 0 < in_other.sum() < 40
+    ratio = (0.5 / 1e-6) / (0.5 / (1 - 1e-6))
+    gap = math.log1p((ratio - 1) / 50)
+    assert_close((check.upper - check.lower)[in_other], torch.full_like(check.upper[in_other], gap), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("pair", [(absolute, one_mode), (states, one_state), (model, gaussian(0.1))])
+def test_what_is_never_drawn_is_found(pair) -> None:
+    """A second mode, a state, all of the posterior but a sliver of it: draws look good in the first two."""
+    x = data(60).abs() + 1
+    result = log_marginal(*pair, x, 200, seed=0)
+    assert verdict(result).kind == "lower bound only"
+    if pair[1] is not gaussian:
+        assert simulated(*pair, like(x), 200).most > 0.5
+
+
+def test_a_good_guide_is_ok_and_its_bias_small() -> None:
+    x = data(60)
+    result = log_marginal(model, gaussian(1.15), x, 500, seed=0)
+    said = verdict(result)
+    assert said.kind == "ok"
+    assert said.bias < 0.003
+    assert abs(result.mean - exact(x).mean().item()) < said.bias + 4 * result.monte_carlo_error
+    assert said == verdict(result, simulated(model, gaussian(1.15), like(x), 500, seed=0))
+
+
+def test_compiled_draws_are_checked_as_they_are() -> None:
+    """The same noise gives the same sandwich to rounding."""
+    x = data(20).float()
+    plain, fast = (simulated(model, gaussian(1.3), x, 40, p, seed=2) for p in (FROM_GUIDE, Compiled(FROM_GUIDE)))
+    assert_close(fast.upper - fast.lower, plain.upper - plain.lower, rtol=0, atol=1e-4)
+
+
+def test_pairs_that_cannot_be_simulated_are_unchecked() -> None:
+    """A factor has no sampler; the draws are judged all the same, and the reason is given."""
+
+    def factor(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.factor("x", dist.Normal(z, NOISE).log_prob(x))
+
+    said = verdict(log_marginal(factor, gaussian(1.1), data(30), 300, seed=0))
+    assert said.kind == "unchecked"
+    assert "'x' is a pyro.factor" in said.reason
+    poor = verdict(log_marginal(factor, gaussian(0.2), data(30), 300, seed=0))
+    assert poor.kind == "lower bound only"
+
+
+def test_a_proposal_that_weighs_no_given_latents_is_unchecked() -> None:
+    class Mine:
+        name = "mine"
+
+        def __call__(self, model, guide, x):
+            return FROM_GUIDE(model, guide, x).draw
+
+    result = log_marginal(model, gaussian(1.1), data(30), 300, proposal=Mine(), seed=0)
+    assert verdict(result).kind == "unchecked"
+    with pytest.raises(PairError, match="Mine does not weigh given latents; return a Sampler"):
+        simulated(model, gaussian(1.1), data(5), 10, Mine())
+
+
+def test_the_check_leaves_the_random_state_as_it_was() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    simulated(model, gaussian(), data(5), 3)
+    torch.manual_seed(0)
+    assert torch.equal(torch.get_rng_state(), before)
+    state = torch.get_rng_state()
+    verdict(log_marginal(model, gaussian(1.1), exact(torch.ones(5)), 50, seed=0))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_pair_is_not_saved_with_the_numbers() -> None:
+    result = log_marginal(model, gaussian(1.1), data(400), 50, seed=4)
+    assert isinstance(result.origin, Origin)
+    assert len(result.origin.x) == 300
+    for kept in (pickle.loads(pickle.dumps(result)), copy.deepcopy(result)):
+        assert kept.origin is None
+        assert torch.equal(kept.estimate, result.estimate)
+
+
+# -- Repair ------------------------------------------------------------------------------------------------------------
+
+
+def far_off(x: Tensor) -> Tensor:
+    """40 standard deviations of the posterior for rows above 3."""
+    return torch.where(x > 3, 40 * math.sqrt(VARIANCE), 0.0)
+
+
+def test_missed_rows_are_named_scored_again_and_the_mean_is_right() -> None:
+    x = data(200).clamp(max=2.5)
+    x[[17, 90]] = 3.2
+    guide = gaussian(1.1, far_off)
+    result = log_marginal(model, guide, x, 400, seed=0)
+    truth = exact(x).mean().item()
+    assert result.mean < truth - 5
+    assert result.unreliable.nonzero().flatten().tolist() == [17, 90]
+    again = repair(model, guide, x, result)
+    assert again.repaired == (17, 90)
+    assert abs(again.mean - truth) < 5 * again.monte_carlo_error
+    assert "2 of 200 rows again by" in again.estimator
+    untouched = [i for i in range(200) if i not in (17, 90)]
+    for name in ("estimate", "standard_error", "ess", "pareto_k", "jackknife"):
+        assert torch.equal(getattr(again, name)[untouched], getattr(result, name)[untouched])
+    assert torch.equal(again.elbo, result.elbo)
+    assert all(torch.equal(again.curve[k][untouched], result.curve[k][untouched]) for k in again.curve)
+    assert_close(again.curve[400], again.estimate)
+    assert verdict(again).kind == "ok"
+
+
+def test_repair_is_checked_by_the_same_procedure() -> None:
+    """Simulated rows that the guide misses are repaired too: without that, the sandwich would stay wide."""
+    x = data(100).clamp(max=2.9)
+    guide = gaussian(1.1, lambda x: torch.where(x > 1.8, 40 * math.sqrt(VARIANCE), 0.0))
+    as_it_is = simulated(model, guide, like(x), 200, seed=0)
+    assert as_it_is.width > 1
+    assert simulated(model, guide, like(x), 200, seed=0, repair=Individual(steps=1000)).validated
+
+
+def test_nothing_to_repair_changes_no_number() -> None:
+    x = data(30)
+    result = log_marginal(model, gaussian(1.1), x, 200, seed=0)
+    again = repair(model, gaussian(1.1), x, result)
+    assert again.repaired == ()
+    assert torch.equal(again.columns(), result.columns())
+
+
+def test_the_certificate_pays_for_the_choice_of_rows() -> None:
+    """-log(p/2) for the weights, and the Poisson mean of which so few rows have probability p/2, over N."""
+    x = data(200).clamp(max=2.5)
+    x[17] = 3.2
+    guide = gaussian(1.1, far_off)
+    result = log_marginal(model, guide, x, 100, seed=0)
+    assert result.excess(1e-3) == pytest.approx(math.log(1e3) / 200)
+    again = repair(model, guide, x, result)
+    expected = again.excess(1e-3) * 200 - math.log(2e3)
+    assert poisson.cdf(1, expected) == pytest.approx(5e-4, rel=1e-6)
+
+
+def test_discrete_latents_are_repaired_by_the_prior() -> None:
+    """A state that the guide all but never draws, half of the posterior: the mixture with the prior finds it."""
+    x = data(10)
+    assert better_than_guide(states, one_state, x) is FROM_BOTH
+    assert better_than_guide(model, gaussian(), x) == Individual(steps=1000)
+    result = log_marginal(states, one_state, x, 400, proposal=FROM_BOTH, seed=0)
+    truth = dist.Normal(torch.zeros((), dtype=torch.float64), 1.0).log_prob(x).mean().item()
+    assert abs(result.mean - truth) < 5 * result.monte_carlo_error
+
+
+def test_repair_takes_the_rows_that_were_scored() -> None:
+    x = data(10)
+    result = log_marginal(model, gaussian(1.1), x, 50, seed=0)
+    for wrong, rows in ((result, x[:5]), (pickle.loads(pickle.dumps(result)), x)):
+        with pytest.raises(UsageError, match="expected what log_marginal returned for x"):
+            repair(model, gaussian(1.1), rows, wrong)
