@@ -31,6 +31,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,20 +106,23 @@ class Scored:
 
         return torch.tensor(self.means, dtype=torch.float64).std().item() if len(self.results) > 1 else None
 
-    @property
-    def verdict(self) -> "Verdict":
-        """The least that is said of any seed's estimate."""
+    @cached_property
+    def judgements(self) -> "list[Verdict]":
+        """What is said of each seed's estimate."""
         from pyrovae.inference.verdict import verdict
 
         checks = self.checks or [None] * len(self.results)
-        said = [verdict(result, check) for result, check in zip(self.results, checks, strict=True)]
-        return max(said, key=lambda v: VERDICTS.index(v.kind))
+        return [verdict(result, check) for result, check in zip(self.results, checks, strict=True)]
+
+    @property
+    def verdict(self) -> "Verdict":
+        """The least of them."""
+        return max(self.judgements, key=lambda v: VERDICTS.index(v.kind))
 
     @property
     def slack(self) -> float:
         """How far its log p(x) may be above `estimate`, in nats: by the bias that is stated, or by anything."""
-        bias = sum((r.jackknife - r.estimate).mean().item() for r in self.results) / len(self.results)
-        return math.inf if self.verdict.kind == "lower bound only" or math.isnan(bias) else max(bias, 0.0)
+        return sum(math.inf if v.bias is None else v.bias for v in self.judgements) / len(self.judgements)
 
     @property
     def monte_carlo_error(self) -> float:

@@ -558,7 +558,7 @@ def describe(name: str, values: Report) -> str:
             line("  its width", number(check["width"], check["width_error"]), "validated" if check["validated"] else "")
         if values["repaired_rows"]:
             line("repaired rows", str(len(values["repaired_rows"])), listed(values["repaired_rows"]))
-        if values["unreliable_rows"]:
+        if values["unreliable_rows"] and values["sandwich"] is None:
             bad = values["unreliable_rows"]
             again = "" if values["repaired_rows"] is not None else "; --repair scores them again"
             line("unreliable rows", str(len(bad)), listed(bad) + again)

@@ -60,6 +60,7 @@ Z95 = 1.96  # standard errors in half a 95% interval
 VERDICT_MARKS = {
     "exact": (INK, "D", "exact"),
     "ok": (BLUE, "o", "ok: a tight lower bound"),
+    "unchecked": (BLUE, ">", "unchecked: a lower bound, not tried on simulated data"),
     "importance-sampled": (BLUE, "o", "importance-sampled"),
     "lower bound only": (VERMILLION, ">", "lower bound only: log p(x) may be far higher"),
     "invalid": (FAINT, "x", "invalid"),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyro.distributions as dist
 import pytest
 import torch
 import yaml
@@ -26,7 +27,7 @@ from pyrovae.errors import CheckpointError, DataError, NumericalError, OutputErr
 from pyrovae.inference import checkpoint
 from pyrovae.inference.checkpoint import load, load_latest, steps
 from pyrovae.inference.log_marginal import log_marginal
-from pyrovae.models import BernoulliMixture
+from pyrovae.models import BernoulliMixture, MeanFieldNormal
 from pyrovae.plots import Style
 from pyrovae.run import open_run
 
@@ -620,7 +621,8 @@ def test_chunks_bound_memory_and_change_nothing_else(monkeypatch):
     assert set(sizes) == {100}
     sizes.clear()
     chunked = scored(run, "--K 100 --rows 90 --chunk-size 33")
-    assert sizes == [33, 33, 33, 1]
+    assert sizes[:4] == [33, 33, 33, 1]  # then those of simulated data
+    assert set(sizes) == {33, 1}
     assert chunked["K"] == whole["K"] == 100
     difference = abs(chunked["log_marginal"] - whole["log_marginal"])
     assert difference < 5 * np.hypot(chunked["monte_carlo_error"], whole["monte_carlo_error"])
@@ -685,10 +687,56 @@ def test_the_check_of_a_setting_is_kept_with_the_scores(capsys, trained, monkeyp
     words = "--K 8 --rows 10 --proposal annealed --proposal.temperatures 10 --proposal.leapfrog 2"
     first = scored(run, words)
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["pyrovae.inference.annealed"], "sandwich", None)  # to run it would be an error
+        patch.setattr(sys.modules["pyrovae.inference.annealed"], "simulate", None)  # to run it would be an error
         assert scored(run, words) == first
     assert scored(run, words + " --anew") == first
     assert first["sandwich"]["simulated_data"] == 50
+
+
+def test_the_sandwich_of_simulated_data_is_reported_and_kept(capsys, trained, monkeypatch):
+    """Its width stands in the report, the verdict rests on it, and the same evaluation again does not make it anew."""
+    run = Path("copy")
+    shutil.copytree(trained, run)
+    first = scored(run, "--K 200 --rows 20")
+    check = first["simulated"]
+    assert check["rows"] == 300
+    assert check["width"] == pytest.approx(check["upper"] - check["lower"], abs=1e-9)
+    assert f"on 300 simulated data the sandwich is {check['width']:.2g}" in first["reason"] or first["verdict"] != "ok"
+    assert "sandwich's width" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["pyrovae.inference.simulated"], "simulate", None)  # to run it would be an error
+        assert scored(run, "--K 200 --rows 20") == first
+
+
+def test_rows_that_are_missed_are_named_and_repaired(capsys, trained, monkeypatch):
+    """A guide that is far off where x is large: `evaluate` names those rows, and --repair scores just those again."""
+    run = Path("copy")
+    shutil.copytree(trained, run)
+    true = scored(run, "--K 400 --rows 30 --proposal individual")
+    original = MeanFieldNormal.forward
+
+    def far_off(self, x):
+        q = original(self, x).base_dist
+        return dist.Normal(q.loc + 15 * (x[..., :1] > 1.8).to(q.loc), q.scale).to_event(1)
+
+    monkeypatch.setattr(MeanFieldNormal, "forward", far_off)
+    x = open_run(run).rows().test[:30]
+    missed = (x[:, 0] > 1.8).nonzero().flatten().tolist()
+    assert 0 < len(missed) < 5
+    capsys.readouterr()
+    plain = scored(run, "--K 400 --rows 30")
+    assert set(missed) <= set(plain["unreliable_rows"])
+    assert plain["log_marginal"] < true["log_marginal"] - 1
+    out = capsys.readouterr().out
+    assert "--repair scores them again" in out
+    repaired = scored(run, "--K 400 --rows 30 --repair")
+    assert repaired["repaired_rows"] == plain["unreliable_rows"]
+    error = np.hypot(true["monte_carlo_error"], repaired["monte_carlo_error"])
+    assert abs(repaired["log_marginal"] - true["log_marginal"]) < 5 * error + 0.1
+    assert repaired["excess"]["nats"] > plain["excess"]["nats"]
+    assert f"{len(missed)}   " in capsys.readouterr().out
+    with pytest.raises(UsageError, match="--repair: is for draws from guide, widened or prior"):
+        evaluate.command([str(run), "--repair", "--proposal", "individual"])
 
 
 def test_one_draw_is_a_bound_without_an_error(capsys, trained):

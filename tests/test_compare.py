@@ -33,6 +33,7 @@ from pyrovae.compare import (
 from pyrovae.errors import UsageError
 from pyrovae.evaluate import number, score
 from pyrovae.inference.log_marginal import LogMarginal, exact, summarise
+from pyrovae.inference.simulated import Simulated
 from pyrovae.models import BernoulliMixture, GaussianMixture
 from pyrovae.run import open_run
 
@@ -142,9 +143,15 @@ def bound(values: torch.Tensor) -> LogMarginal:
 
 
 def estimate(values: torch.Tensor, bias: float) -> LogMarginal:
-    """An estimate that is ok, and so much too low by its jackknife."""
+    """An estimate whose draws are good, and that is so much too low by its jackknife."""
     log_w = values + 0.1 * torch.randn(400, len(values), dtype=torch.float64)
     return dataclasses.replace(summarise(log_w), estimate=values, jackknife=values + bias)
+
+
+def checked(name: str, *results: LogMarginal) -> Scored:
+    """A model whose estimates are as good on simulated data."""
+    nothing = torch.zeros(300, dtype=torch.float64)
+    return Scored(name, results, [Simulated(nothing, nothing, nothing + 1, r.num_particles, "") for r in results])
 
 
 def test_ranks_leave_open_what_a_lower_bound_may_be():
@@ -176,10 +183,10 @@ def test_an_estimate_may_be_better_by_the_bias_that_is_stated():
     """Two estimates 0.02 nat apart: ranked where their biases are smaller, tied where the lower one's is larger."""
     rows = shifted()
     for bias, ranks in ((0.01, ["1", "2"]), (0.03, ["1-2", "1-2"])):
-        frame = table([Scored("a", [estimate(rows, 0.0)]), Scored("b", [estimate(rows - 0.02, bias)])])
+        frame = table([checked("a", estimate(rows, 0.0)), checked("b", estimate(rows - 0.02, bias))])
         assert frame["verdict"].tolist() == ["ok", "ok"]
         assert readable(frame)["rank"].tolist() == ranks
-    frame = table([Scored("a", [estimate(rows, 0.03)]), Scored("b", [estimate(rows - 0.02, 0.0)])])
+    frame = table([checked("a", estimate(rows, 0.03)), checked("b", estimate(rows - 0.02, 0.0))])
     assert readable(frame)["rank"].tolist() == ["1", "2"]  # the better one's bias opens nothing
 
 
@@ -225,7 +232,7 @@ def test_the_best_comes_first_and_estimates_are_marked():
     log_w = 0.1 * shifted(400 * 20).reshape(400, 20)
     entries = [
         Scored("c", [exact(torch.full((20,), -9.0))]),
-        Scored("b", [summarise(log_w)]),
+        checked("b", summarise(log_w)),
         Scored("a", [exact(torch.ones(20))]),
     ]
     frame = table(entries)
@@ -247,7 +254,7 @@ def test_the_best_comes_first_and_estimates_are_marked():
 
 def test_the_verdict_of_a_pool_is_its_worst_and_its_reason_is_told():
     good, bad = summarise(0.1 * shifted(8000).reshape(400, 20)), summarise(20 * shifted(8000).reshape(400, 20))
-    frame = table([Scored("doubtful", [good, bad, good]), Scored("fine", [good, good])]).set_index("name")
+    frame = table([checked("doubtful", good, bad, good), checked("fine", good, good)]).set_index("name")
     assert frame["verdict"].to_dict() == {"doubtful": "lower bound only", "fine": "ok"}
     (note,) = [note for note in legend(frame.reset_index()) if note.startswith("doubtful")]
     assert note == f"doubtful: lower bound only, {frame['reason']['doubtful']}"

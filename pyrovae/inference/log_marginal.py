@@ -172,11 +172,13 @@ class LogMarginal:
 
     @property
     def unreliable(self) -> Tensor:
-        """Which rows may be missed by any distance: k-hat over 1, or an effective sample size below 10, shape (N,).
+        """Which rows may be missed by any distance, shape (N,); `pyrovae.inference.repair` scores them again.
 
-        Not where all weights are equal. `repair` scores such rows by a better proposal.
+        Those with an effective sample size below 10, or below K / 2 and a k-hat over 1: a heavy tail of weights that
+        hardly vary is that of a few values, as discrete latents have them.
         """
-        return ~(self.pareto_k <= MOST_K_HAT) | (self.ess < LEAST_ESS)
+        heavy = ~(self.pareto_k <= MOST_K_HAT) & (self.ess < self.num_particles / 2)
+        return heavy | (self.ess < LEAST_ESS)
 
 
 class Store(Protocol):
