@@ -1,23 +1,25 @@
 """What the commands have in common: reading options, and how they end.
 
-Options are read by jsonargparse, from the command line and from YAML. A part and its own settings are written
+Options are read by jsonargparse. A word stays the word that was typed, whatever YAML would make of `007`, `yes` or
+`[a]`: it gets its meaning in `pyrovae.config`, as do the values of a YAML file. A part and its own settings are written
 `--prior VampPrior --prior.components 500`, and in YAML
 
     prior:
       name: VampPrior
       components: 500
 
-Values are checked in `pyrovae.config`, where they get their meaning. A command ends with one line on the error output
-and the exit code of `pyrovae.errors`; `--debug` shows the traceback.
+A command ends with one line on the error output and the exit code of `pyrovae.errors`; `--debug` shows the traceback.
 """
 
+import argparse
 import difflib
 import os
 import re
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pyrovae.errors import OutputError, PyrovaeError, UsageError, one_line
@@ -50,8 +52,7 @@ def parser(command: str, description: str, usage: str = "[options]") -> Any:
             return f"{message} (see --help)" if "--help" not in message else message
 
         def format_help(self, *formatter: Any) -> str:
-            text = re.sub(r"\s*\((type:\s+Any,\s+)?default:\s+null\)", "", super().format_help(*formatter))
-            text = re.sub(r"^  --\S+ \S+\s+==SUPPRESS==\n", "", text, flags=re.M)
+            text = re.sub(r"\s*\((type:\s+[^)]*?,\s+)?default:\s+null\)", "", super().format_help(*formatter))
             # As wide as before, so that the columns stay where they are.
             return re.sub(r"(--\w+)\.name( \S+)", r"\1\2     ", text).replace(" \n", "\n")
 
@@ -72,12 +73,19 @@ def parser(command: str, description: str, usage: str = "[options]") -> Any:
     )
 
 
+def word(value: str) -> str:
+    """What was typed, as it was typed: jsonargparse reads as YAML what has no type of its own."""
+    if not value:
+        raise argparse.ArgumentTypeError("expected a value, got an empty word")
+    return value
+
+
 def add_option(group: Any, flag: str, text: str, metavar: str | None = None, **settings: Any) -> None:
     """Add an option whose value is checked later."""
     if settings.get("action") == "store_true":
         group.add_argument(flag, help=text, default=None, **settings)
     else:
-        group.add_argument(flag, help=text, default=None, type=Any, metavar=metavar, **settings)
+        group.add_argument(flag, help=text, default=None, type=word, metavar=metavar, **settings)
 
 
 def add_choices(group: Any, part: str, choices: "Mapping[str, Choice]") -> None:
@@ -99,13 +107,13 @@ def shown(value: Any) -> str:
 
 
 def given(namespace: Any) -> dict[str, Any]:
-    """The options that were given, nested as in YAML, without those left at None."""
+    """The options that were given, nested as a configuration is, without those left at None."""
 
     def prune(values: dict[str, Any]) -> dict[str, Any]:
         nested = {k: prune(v) if isinstance(v, dict) else v for k, v in values.items()}
         return {k: v for k, v in nested.items() if v is not None and v != {}}
 
-    return prune({k: v for k, v in namespace.as_dict().items() if k != "config"})
+    return prune(namespace.as_dict())
 
 
 def main(command: str, run: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
@@ -131,6 +139,11 @@ def main(command: str, run: Callable[[list[str]], int | None], argv: Sequence[st
     sys.exit(code)
 
 
+def leading() -> bool:
+    """Whether this is the only process, or the one of several that writes and speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 LESS_MEMORY = (
     "Draw fewer of the K particles at a time (fit --particle-chunk, evaluate --chunk-size) or lower --batch-size"
 )
@@ -154,8 +167,34 @@ def explain(error: Exception) -> tuple[int, str]:
     return 1, f"{type(error).__name__}: {line} (a defect; --debug shows where)"
 
 
+def warn(text: str) -> None:
+    """Write a line to the error output from a signal handler, where nothing that buffers or waits may be used.
+
+    Not print(): the handler may have interrupted a print, and Python refuses the second (a "reentrant call").
+    """
+    with suppress(OSError, ValueError, AttributeError):  # the last two: closed, or none
+        descriptor = sys.stderr.fileno()
+        if writable(descriptor):
+            os.write(descriptor, f"\n{text}\n".encode())
+
+
+def stop_waiting() -> None:
+    """Give up an output that nobody reads, such as a pipe to a pager, so that a print which waits for it goes on."""
+    with suppress(OSError, ValueError, AttributeError):
+        descriptor = sys.stdout.fileno()
+        if not writable(descriptor):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+
+
+def writable(descriptor: int) -> bool:
+    """Whether a line can be written without waiting."""
+    return bool(select.select([], [descriptor], [], 0)[1])
+
+
 @contextmanager
-def stoppable(say: Callable[[str], None]) -> Iterator[Callable[[], int]]:
+def stoppable() -> Iterator[Callable[[], int]]:
     """Turn SIGINT and SIGTERM into a request to stop; yields what tells the signal, 0 for none. Twice: out now."""
     received = 0
 
@@ -164,7 +203,9 @@ def stoppable(say: Callable[[str], None]) -> Iterator[Callable[[], int]]:
         if received:
             os._exit(128 + number)
         received = number
-        say("stopping after this step and saving the state; once more stops at once")
+        stop_waiting()
+        if leading():
+            warn("stopping after this step and saving the state; once more stops at once")
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

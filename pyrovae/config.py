@@ -7,10 +7,12 @@ a pair, an objective and rows. This is the one place where a name stands for a c
 
 import difflib
 import math
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from pyrovae.errors import UsageError
@@ -95,8 +97,10 @@ def nearest(word: str, names: tuple[str, ...] | list[str]) -> str:
 
 
 def text(name: str, value: Any) -> str:
-    """Any words."""
-    return str(value)
+    """A word or a path, which no number stands for: YAML reads 007 as 7, and 12:30 as 750."""
+    if isinstance(value, str | PathLike) and str(value):
+        return str(value)
+    raise UsageError(f"--{name}: expected a word, got {value!r}; put it in quotes in YAML")
 
 
 def flag(name: str, value: Any) -> bool:
@@ -106,16 +110,21 @@ def flag(name: str, value: Any) -> bool:
     raise UsageError(f"--{name}: expected true or false, got {value}")
 
 
+def several(value: Any) -> list[Any]:
+    """The items of 200,200 or [200,200] as typed, or of a YAML list."""
+    if isinstance(value, list | tuple):
+        return list(value)
+    return re.sub(r"^\[(.*)\]$", r"\1", str(value).strip()).split(",")
+
+
 def widths(name: str, value: Any) -> list[int]:
     """Whole numbers, as 200,200 or a YAML list."""
-    items = value if isinstance(value, list | tuple) else str(value).split(",")
-    return [whole(1)(name, item) for item in items]
+    return [whole(1)(name, item) for item in several(value)]
 
 
 def factors(name: str, value: Any) -> list[float]:
     """Positive numbers, as 1,1.5 or a YAML list."""
-    items = value if isinstance(value, list | tuple) else str(value).split(",")
-    return [number(0, open_below=True)(name, item) for item in items]
+    return [number(0, open_below=True)(name, item) for item in several(value)]
 
 
 def scale(name: str, value: Any) -> float | str:
@@ -366,7 +375,7 @@ def resolve(given: Config) -> Config:
     unknown = [key for key in given if key not in SETTINGS and key not in PARTS]
     if unknown:
         known = [*SETTINGS, *PARTS]
-        raise UsageError(f"configuration: {nearest(unknown[0], known)}")
+        raise UsageError(f"configuration: {nearest(str(unknown[0]), known)}")
     config: Config = {}
     model = choose("model", given.get("model"), "vae")
     config["model"] = model
@@ -427,9 +436,12 @@ def resolve_bound(config: Config, given: Config) -> None:
 
 def choose(part: str, value: Any, default: str | None, among: Mapping[str, Choice] | None = None) -> Any:
     """A part's name and settings: what was given, short names resolved, with the defaults filled in, or None."""
+    if not isinstance(value, str | Mapping | None):
+        raise UsageError(f"--{part}: expected a name, or a name and settings, got {value!r}")
     value = {"name": value} if isinstance(value, str) else dict(value or {})
     choices = PARTS[part] if among is None else among
-    name = value.pop("name", default)
+    name = value.pop("name", None)
+    name = default if name is None else name
     if name is None:
         if value:
             raise UsageError(f"--{part}.{option(next(iter(value)))}: say which --{part} it is for")

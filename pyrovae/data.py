@@ -30,6 +30,7 @@ import gzip
 import hashlib
 import math
 import os
+import re
 import struct
 import zipfile
 import zlib
@@ -619,7 +620,10 @@ def _read_npy(path: Path, where: str, stream: str) -> _Found:
     streamed = stream == "on" or (stream == "auto" and header.needed > _available_memory())
     if not streamed:
         _require_memory(header.needed, where)
-    rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False, max_header_size=_NPY_HEADER_SIZE)
+    except ValueError as error:
+        raise DataError(f"{where}: cannot be read ({_one_line(error)}); save it again") from error
     if streamed and rows.ndim > 1 and rows.size:
         if not rows.flags.c_contiguous:
             raise DataError(f"{where}: stored column by column, so rows cannot be read from it; save it in C order")
@@ -631,7 +635,9 @@ def _read_npy(path: Path, where: str, stream: str) -> _Found:
 def _read_npz(path: Path, where: str) -> _Found:
     try:
         archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
+    except OSError:
+        raise
+    except Exception as error:  # zipfile trusts the numbers of a damaged directory, and fails as each of them makes it
         size = path.stat().st_size
         expected = max(size, _zip_bytes(path))
         raise DataError(
@@ -680,7 +686,7 @@ def _npz_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> 
 
 def _npz_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> np.ndarray:
     with _zip_member(archive, info, where) as stream:
-        return np.lib.format.read_array(stream, allow_pickle=False)
+        return np.lib.format.read_array(stream, allow_pickle=False, max_header_size=_NPY_HEADER_SIZE)
 
 
 @contextmanager
@@ -691,7 +697,7 @@ def _zip_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> 
             yield stream
     except DataError:
         raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
+    except Exception as error:  # as where the archive is opened
         raise DataError(f"{where}: damaged inside its archive ({_one_line(error)}); copy or save it again") from error
 
 
@@ -706,8 +712,11 @@ def _zip_bytes(path: Path) -> int:
             if size == 0xFFFFFFFF and len(extra) >= 20:  # a zip64 member: id, length, size, compressed size
                 size = struct.unpack_from("<12xQ", extra)[0]
             end = stream.tell() + size
-            stream.seek(end)
+            stream.seek(min(end, path.stat().st_size))
     return end
+
+
+_NPY_HEADER_SIZE = 2**16  # the most that a header of version 1.0 can have
 
 
 class _NpyHeader(NamedTuple):
@@ -715,25 +724,50 @@ class _NpyHeader(NamedTuple):
     needed: int  # of memory, for the rows in their final type and the copies made on the way
 
 
+# What np.save writes for an array without fields, its entries in any order. Nothing else is handed to NumPy's parser,
+# which evaluates the header and so fails in as many ways as there are expressions.
+_NPY_HEADER = re.compile(
+    rb"""\{(?:\s*(?:
+        'descr'\s*:\s*'(?P<descr>[<>|=]?[?a-zA-Z][0-9]{0,9}(?:\[[0-9a-zA-Z]{1,9}\])?)'
+      | 'fortran_order'\s*:\s*(?P<order>True|False)
+      | 'shape'\s*:\s*\((?P<shape>\s*(?:(?:SIZE\s*,\s*)+(?:SIZE\s*)?)?)\)
+    )\s*(?:,|(?=\}))){3}\s*\}\s*""".replace(rb"\s", rb"[\t\r\n\x20]").replace(b"SIZE", b"(?:0|[1-9][0-9]{0,17})"),
+    re.VERBOSE,
+)
+
+
 def _npy_header(stream: IO[bytes], where: str) -> _NpyHeader:
     """Read the header of a .npy file and allocate nothing.
 
     Only version 1.0 is read: later ones exist for structured types, and may claim a header of 4 GB.
     """
+
+    def refused(reason: str) -> DataError:
+        return DataError(f"{where}: not a NumPy array of numbers ({reason}); save it with np.save")
+
+    begin = stream.read(10)
+    if begin[:6] != b"\x93NUMPY" or len(begin) < 10:
+        raise refused(f"it begins with {begin!r}")
+    if begin[6:8] != b"\x01\x00":
+        raise refused(f"format version {tuple(begin[6:8])}, of structured arrays")
+    length = int.from_bytes(begin[8:10], "little")
+    header = stream.read(length)
+    found = _NPY_HEADER.fullmatch(header) if len(header) == length else None
+    if found is None or None in found.groups():
+        raise refused(f"its header is {header[:200].strip()!r}" if len(header) == length else "its header is cut short")
     try:
-        version = np.lib.format.read_magic(stream)
-        if version != (1, 0):
-            raise ValueError(f"format version {version}, of structured arrays")
-        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-    except ValueError as error:
-        raise DataError(f"{where}: not a NumPy array of numbers ({_one_line(error)}); save it with np.save") from error
+        dtype = np.dtype(found["descr"].decode())
+    except (TypeError, ValueError) as error:
+        raise refused(_one_line(error)) from error
     if dtype.hasobject:
         raise DataError(
             f"{where}: an array of Python objects ({dtype}), which is never unpickled; "
             "save numbers, e.g. np.save(path, array.astype(np.float32))"
         )
-    if min(shape, default=0) < 0:
-        raise DataError(f"{where}: its header claims the shape {shape}; save it again")
+    shape = tuple(int(size) for size in found["shape"].split(b",") if size.strip())
+    # Sizes beside a zero are bounded by no file.
+    if not dtype.itemsize or len(shape) > 32 or math.prod(filter(None, shape)) * dtype.itemsize >= 2**63:
+        raise refused(f"its header claims {dtype} of shape {shape}"[:200])
     count = math.prod(shape)
     each = {"u1": 1, "b1": 1, "f4": 4}.get(dtype.str[1:], 8)
     return _NpyHeader(stream.tell() + count * dtype.itemsize, count * each)
@@ -841,7 +875,7 @@ def _image(file: Path) -> Iterator[Any]:
             yield image
     except DataError:
         raise
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+    except Exception as error:  # each of PIL's formats fails in ways of its own
         raise DataError(f"{file}: not a whole image ({_one_line(error)}); remove or replace it") from error
 
 

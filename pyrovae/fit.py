@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyrovae.command import add_choices, add_option, given, main, parser, stoppable
+from pyrovae.command import add_choices, add_option, given, leading, main, parser, stoppable
 from pyrovae.config import (
     DERIVED,
     OPTIONS,
@@ -22,6 +22,7 @@ from pyrovae.config import (
     build_schedule,
     option,
     resolve,
+    text,
     title,
     warnings,
 )
@@ -46,9 +47,7 @@ def options_parser() -> Any:
     p = parser(
         "fit", "Train a deep latent variable model, score its test log p(x), and save it all in a run directory."
     )
-    p.add_argument(
-        "--config", action="config", metavar="FILE.yaml", help="options from a file, such as a run's config.yaml"
-    )
+    add_option(p, "--config", "options from a file, such as a run's config.yaml", "FILE.yaml")
     for heading, options in OPTIONS.items():
         group = p.add_argument_group(heading, DATA_HELP if heading == "Data" else None)
         for name, setting in options.items():
@@ -66,8 +65,6 @@ def options_parser() -> Any:
     add_option(group, "--overwrite", "replace the run that --out holds", action="store_true")
     add_option(group, "--no-plots", "write no plots", action="store_true")
     group.add_argument("--debug", action="store_true", default=None, help="show tracebacks")
-    for hidden in DERIVED:
-        p.add_argument(f"--{hidden}", type=Any, default=None, help="==SUPPRESS==")
     return p
 
 
@@ -75,11 +72,6 @@ DATA_HELP = (
     "names: digits (8x8, embedded), mnist, fashion-mnist, kmnist, emnist, omniglot, cifar10, svhn, celeba (by "
     "torchvision); three-gaussians, ring, pinwheel (toys in the plane)"
 )
-
-
-def leading() -> bool:
-    """Whether this is the only process, or the one of several that writes and speaks."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str) -> None:
@@ -102,7 +94,7 @@ def command(words: Sequence[str]) -> int:
         if "seed" not in options and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UsageError("--seed: several processes must be given one, so that they agree")
         config = resolve(options)
-        directory = None if output["out"] is None else Path(str(output["out"]))
+        directory = None if output["out"] is None else Path(text("out", output["out"]))
     for note in warnings(config):
         say(f"note: {note}")
 
@@ -166,27 +158,29 @@ def read_options(words: Sequence[str]) -> Config:
     What a choice on the command line makes meaningless in the file is dropped: the settings of another prior, or the
     beta of another bound.
     """
-    p = options_parser()
-    options = given(p.parse_args(words))
-    typed = given(p.parse_args(without_config(words)))
+    typed = given(options_parser().parse_args(words))
+    stored = read_config(Path(typed.pop("config"))) if "config" in typed else {}
     if "elbo" in typed:
         for key in ("K", "alpha", "beta"):
-            if key not in typed:
-                options.pop(key, None)
-    for part in PARTS:
-        if "name" in dict(typed.get(part, {})):
-            options[part] = typed[part]
-    return options
+            stored.pop(key, None)
+    return overlaid(stored, typed)
 
 
-def without_config(words: Sequence[str]) -> list[str]:
-    """The command line without --config FILE."""
-    kept, skip = [], False
-    for word in words:
-        if not skip and word != "--config" and not word.startswith("--config="):
-            kept.append(word)
-        skip = not skip and word == "--config"
-    return kept
+def read_config(file: Path) -> Config:
+    """The options in a YAML file.
+
+    Raises:
+        UsageError: there is no such file, or it holds something else.
+    """
+    from pyrovae.files import read_yaml
+
+    try:
+        content = read_yaml(file)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--config {file}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UsageError(f"--config {file}: expected lines such as `elbo: iwae`, as in a run's config.yaml")
+    return {key: value for key, value in content.items() if value is not None}
 
 
 def has_checkpoints(directory: Path) -> bool:
@@ -229,9 +223,10 @@ def overlaid(stored: Config, options: Config) -> Config:
     """A stored configuration with options over it, as if all of it had been given."""
     kept = {key: value for key, value in stored.items() if key not in DERIVED}
     for key, value in options.items():
-        renamed = isinstance(value, dict) and "name" in value
-        both = isinstance(value, dict) and isinstance(kept.get(key), dict) and not renamed
-        kept[key] = {**kept[key], **value} if both else value
+        if isinstance(value, dict) and "name" not in value:
+            theirs = kept.get(key) or {}
+            value = {**(theirs if isinstance(theirs, dict) else {"name": theirs}), **value}
+        kept[key] = value
     return kept
 
 
@@ -330,7 +325,7 @@ def train(
                 f"validation {metrics['validation_bound']:.2f} nats{active}, {metrics['rows_per_second']:,.0f} rows/s"
             )
 
-    with stoppable(say) as stopped_by:
+    with stoppable() as stopped_by:
         fitted = fit(
             model.model,
             model.guide,

@@ -388,7 +388,7 @@ def test_data_that_changed_in_between(capsys):
         ("stray", 2, "stray: no such option"),
         ("--elbo", 2, "--elbo: expected one argument"),
         ("--prior", 2, "argument --prior: expected one argument"),
-        ("--config nowhere.yaml", 2, "does not exist"),
+        ("--config nowhere.yaml", 2, "--config nowhere.yaml: cannot be read (No such file or directory)"),
         ("--data minst", 2, "did you mean 'mnist'"),
         ("--data nowhere.npz", 3, "nowhere.npz (/"),
         ("--data three-gaussians --likelihood bernoulli", 3, "have no mass on {0,1}"),

@@ -1242,3 +1242,76 @@ def test_importing_data_imports_nothing_heavy():
 def test_data_say_what_they_are_in_one_line():
     assert isinstance(load_data("ring"), Data)
     assert "tensor" not in repr(load_data("ring"))
+
+
+# ------------------------------------------------------------------------------------------- headers that are damaged
+
+
+def with_header(header: str, content: bytes = bytes(80), version: int = 1) -> bytes:
+    size = struct.pack("<H" if version == 1 else "<I", len(header))
+    return b"\x93NUMPY" + bytes((version, 0)) + size + header.encode("latin1") + content
+
+
+HEADERS = (
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (10, 2)",  # TokenError
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (10, 2L), [1]: 2}",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (10, {[]: 1})}",  # TypeError
+    "{'descr': '<f4', 'fortran_order': False, b'shape': (10, 2)}",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (0, " + "9" * 30 + ")}",  # OverflowError
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (" + "9" * 5000 + ",)}",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': " + "(" * 300 + ")" * 300 + "}",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': " + "-" * 60000 + "1}",  # MemoryError, RecursionError
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (10, 007)}",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (10)}",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (" + "1, " * 70 + ")}",
+    "{'descr': '<f4', 'fortran_order': 1, 'shape': (10, 2)}",
+    "{'descr': '<f4', 'shape': (10, 2)}",
+    "{'descr': '<f4', 'descr': '<f4', 'shape': (10, 2)}",
+    "{'descr': '|S0', 'fortran_order': False, 'shape': (10, 2)}",
+    "{'descr': '<f77', 'fortran_order': False, 'shape': (10, 2)}",
+    "{'descr': '(2,)f4', 'fortran_order': False, 'shape': (10, 2)}",
+    "{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (10, 2)}",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (10, 2), 'é\x00': 1}",
+    "",
+)
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=range(len(HEADERS)))
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_damaged_headers_are_refused_in_a_line(tmp_path, header, suffix):
+    path = tmp_path / f"x{suffix}"
+    content = with_header(header)
+    if suffix == ".npy":
+        path.write_bytes(content)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x.npy", content)
+    with raises(DataError, str(path)):
+        load_data(path)
+
+
+def test_headers_in_any_order_and_spacing_are_read(tmp_path):
+    """What other programs write."""
+    rows = np.arange(20, dtype=np.float32).reshape(10, 2)
+    for header in (
+        "{'shape':(10,2),'descr':'<f4','fortran_order':False}",
+        "{ 'fortran_order' : False ,\n'shape' : ( 10 , 2 , ) , 'descr' : '<f4' , }" + " " * 20000,
+    ):
+        (tmp_path / "x.npy").write_bytes(with_header(header, rows.tobytes()))
+        data = load_data(tmp_path / "x.npy")
+        assert sorted(torch.cat([data.train, data.validation, data.test])[:, 0].tolist()) == rows[:, 0].tolist()
+
+
+def test_archives_that_claim_the_impossible(tmp_path):
+    """A directory of wrong numbers: a version that does not exist, an offset beyond 64 bits."""
+    path = Path(saved(tmp_path / "x.npz", x=FLOATS))
+    whole = path.read_bytes()
+    at = whole.index(b"PK\x01\x02")
+    path.write_bytes(whole[: at + 6] + b"\x80" + whole[at + 7 :])
+    with raises(DataError, str(path)):
+        load_data(path)
+    huge = struct.pack("<HHQQ", 1, 16, 2**64 - 1, 2**64 - 1)
+    head = struct.pack("<4s5H3I2H", b"PK\x03\x04", 45, 0, 0, 0, 0, 0, 2**32 - 1, 2**32 - 1, 5, len(huge))
+    path.write_bytes(head + b"x.npy" + huge + bytes(100))
+    with raises(DataError, str(path), "not a whole .npz archive"):
+        load_data(path)
