@@ -36,7 +36,7 @@ from pyrovae.inference.seeding import derive_seed
 ROUNDING = {torch.float64: {"rtol": 1e-8, "atol": 1e-8}, torch.float32: {"rtol": 1e-3, "atol": 1e-3}}
 # Eager and compiled, in one go and resumed; in the script, every so many pairs, since tracing takes longest.
 MODES = [("off", False), ("off", True), ("on", False), ("on", True)]
-EVERY = (1, 1, 2, 8)
+EVERY = (1, 1, 4, 16)
 MOVED = 1e-3  # how far training moves some parameter at least, to be worth a comparison
 
 # An optimiser by its name, fused where torch has it; eps as large as to keep rounding from becoming a step.
@@ -333,12 +333,12 @@ def main() -> None:
     parser.add_argument("--compiler", action="store_true", help="compiled steps alone, through torch's compiler")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    started, equal, differing = time.time(), Counter(), set()
+    started, counts, differing = time.time(), Counter(), set()
 
     def attempt(number: int, what: str, run: Callable[[], object]) -> None:
         try:
             run()
-            equal[what] += 1
+            counts[what] += 1
         except Exception as error:
             differing.add(number)
             print(f"pair {number}, {what}: {type(error).__name__}: {error}", flush=True)
@@ -346,12 +346,17 @@ def main() -> None:
     for number in range(options.start, options.start + options.pairs):
         modes = [("on", False)] if options.compiler else [m for i, m in enumerate(MODES) if number % EVERY[i] == 0]
         with tempfile.TemporaryDirectory() as directory, nullcontext() if options.compiler else uncompiled():
-            wanted = trained_plainly(number)
+            try:
+                wanted = trained_plainly(number)
+            except ValueError as error:  # Pyro refuses the parameters that a step too long has left
+                print(f"pair {number} diverges by itself: {str(error).splitlines()[0]}", flush=True)
+                counts["diverging by itself"] += 1
+                continue
             for compiled, resumed in modes:
                 what = ("compiled" if compiled == "on" else "eager") + ", resumed" * resumed
                 attempt(number, what, partial(check, number, compiled, resumed, Path(directory) / what, wanted))
         attempt(number, "scored", partial(check_scores, number))
-    print(f"equal: {dict(equal)}; differing: {sorted(differing)}; {time.time() - started:.0f} s")
+    print(f"{dict(counts)}; differing: {sorted(differing)}; {time.time() - started:.0f} s")
 
 
 if __name__ == "__main__":
