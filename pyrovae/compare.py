@@ -361,9 +361,10 @@ def finished(directory: Path) -> Run:
 
 
 def run_around(out: Path, named: Sequence[Path]) -> Path | None:
-    """The run that a directory is, or lies in."""
+    """The run that a directory is, or lies in; a damaged one, too."""
+    runs = [directory.resolve() for directory in named if directory.is_dir()]
     for place in (out.resolve(), *out.resolve().parents):
-        if place in [directory.resolve() for directory in named if directory.is_dir()]:
+        if place in runs or ((place / "config.yaml").is_file() and (place / "checkpoints").is_dir()):
             return place
         with suppress(CheckpointError):
             return open_run(place).directory

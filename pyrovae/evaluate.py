@@ -693,6 +693,7 @@ def save_draws(
     from pyrovae.inference.individual import Individual
     from pyrovae.inference.inference_data import to_inference_data
 
+    print(f"drawing {SAVED_DRAWS} times from p(z|x) and p(x|z) for each of {len(x)} rows", flush=True)
     data = to_inference_data(
         model.model,
         model.guide,

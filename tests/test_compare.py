@@ -585,6 +585,11 @@ def test_what_is_no_finished_run_is_named_and_left_out(runs, capsys, tmp_path):
     """Files, foreign folders, damaged and unfinished runs among runs/*: the rest is compared as if alone."""
     for name in ("damaged", "unfinished", "started"):
         shutil.copytree(runs / "a", tmp_path / name)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "checkpoints").mkdir()
+    (tmp_path / "broken" / "config.yaml").write_text("[")
+    code, message = fails(capsys, f"{runs}/a --out broken/tables")
+    assert (code, "would write into the run" in message) == (2, True)
     for path in (tmp_path / "damaged" / "checkpoints").rglob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-9])
     shutil.rmtree(tmp_path / "started" / "checkpoints")
