@@ -41,6 +41,8 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyrovae.inference import code_cache
+
 aten = torch.ops.aten
 
 # Products of this many numbers from 1 to 2 cannot overflow in single precision.
@@ -188,10 +190,13 @@ def inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     options = {"fallback_random": True}
     try:
         # Takes the processor's word for what it can do: trying all of it takes 8 s, the first time on a machine.
-        return torch._inductor.compile(copy.deepcopy(graph), inputs, {**options, "cpp.vec_isa_ok": True})
+        with code_cache.verified():
+            return torch._inductor.compile(copy.deepcopy(graph), inputs, {**options, "cpp.vec_isa_ok": True})
     except Exception:
-        valid_vec_isa_list.cache_clear()  # the C++ compiler may be too old for the processor
-        return torch._inductor.compile(graph, inputs, options)
+        # Damaged files that look whole, or a C++ compiler that is too old for the processor.
+        valid_vec_isa_list.cache_clear()
+        with code_cache.fresh():
+            return torch._inductor.compile(graph, inputs, options)
 
 
 @contextmanager
