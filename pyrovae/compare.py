@@ -472,6 +472,8 @@ def score_run(
         print(f"note: {notice}")
     proposal = compile_draws(model, x, num_particles, proposal, "auto", "fp32")
     print(f"scoring {run.name}", flush=True)
+    if not run.writable:
+        print(f"note: {run.directory} cannot be written to, so that its scores are not kept")
     store = open_scores(run, model, rows, x, num_particles, seed, proposal=proposal)
     result = score(model, x, num_particles, seed, progress=True, proposal=proposal, store=store)
     return result, check_of(model, x, num_particles, seed, proposal, store)

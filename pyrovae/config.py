@@ -513,8 +513,10 @@ def warnings(config: Config) -> list[str]:
     return notes
 
 
-def build_rows(config: Config) -> "Rows":
+def build_rows(config: Config, download: bool = True) -> "Rows":
     """Load the data, settle what depends on it (`likelihood`, `binarize`), and split it.
+
+    `download` allows torchvision to fetch what is not here.
 
     Raises:
         DataError: the data is missing, damaged, or does not suit the likelihood.
@@ -523,7 +525,7 @@ def build_rows(config: Config) -> "Rows":
 
     if config["data_root"] is not None and str(config["data"]).lower().replace("_", "-") not in DOWNLOADED:
         raise UsageError(f"--data-root: not used by --data {config['data']}; it is for {', '.join(DOWNLOADED)}")
-    data = load_data(config["data"], config["data_root"], stream=config["stream"])
+    data = load_data(config["data"], config["data_root"], download, stream=config["stream"])
     if config["likelihood"] is None:
         binarised = config["binarize"] is not None
         measure = "mass" if binarised else default_measure(data)

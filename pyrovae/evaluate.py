@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pyrovae.command import add_choices, add_option, given, main, parser
 from pyrovae.config import PROPOSALS, build_proposal, one_of, option, refuse, when, whole
 from pyrovae.errors import NumericalError, OutputError, UsageError
+from pyrovae.files import inside
 from pyrovae.run import Run, open_run
 from pyrovae.scores import Scores
 
@@ -247,7 +248,10 @@ def open_scores(
     proposal: "Proposal | None" = None,
     split: str = "test",
 ) -> "Scores | None":
-    """Where the scores of these rows are kept as they are made, and found again; None for a mixture, which is quick."""
+    """Where the scores of these rows are kept as they are made, and found again.
+
+    None for a mixture, which is quick, and where nothing can be kept.
+    """
     import pyro
     import torch
 
@@ -255,7 +259,7 @@ def open_scores(
     from pyrovae.inference.log_marginal import FROM_GUIDE
     from pyrovae.models.mixture import Mixture
 
-    if isinstance(model, Mixture):
+    if isinstance(model, Mixture) or not run.writable:
         return None
     proposal = proposal or FROM_GUIDE
     settings = {
@@ -611,7 +615,6 @@ def evaluate(
 ) -> Report:
     """Score a run, going on where an interrupted evaluation was; print and write the report and the K-curve."""
     from pyrovae.config import build_objective
-    from pyrovae.inference.checkpoint import write_json
 
     started = time.perf_counter()
     place = pick_device(device)
@@ -626,6 +629,8 @@ def evaluate(
         scores.clear()
     for notice in run.notices:
         print(f"note: {notice}")
+    if scores is not None and scores.strange:
+        print(f"note: {scores.path}: has scores that another user or a version before wrote; they are not used")
     if scores is not None and scores.found:
         print(f"note: {scores.found} rows were scored before with these settings, see {scores.path}; --anew repeats it")
     values = report(
@@ -644,11 +649,11 @@ def evaluate(
         repair=repair,
     ) | {"notices": run.notices}
     name = "evaluation.json" if split == "test" else f"evaluation-{split}.json"
-    write_json(run.directory / name, values)
+    run.keep(name, values)
     refuse_invalid(values)
     print(describe(run.name, values))
     print(f"\n  {'time':<26}{time.perf_counter() - started:>16.1f} s")
-    if values["K"] is not None:
+    if values["K"] is not None and run.writable:
         save_curve(run, values)
     if netcdf is not None:
         save_draws(netcdf, model, x, rows, num_particles, seed, proposal)
@@ -793,7 +798,7 @@ def save_curve(run: Run, values: Report) -> Path:
         elbo=values["elbo"],
         title=f"{run.name}, {values['rows']} {values['split']} rows; {values['verdict']}",
     )
-    return save_figure(figure, run.directory / "plots", "k_curve")
+    return save_figure(figure, inside(run.directory, "plots"), "k_curve")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -29,31 +31,43 @@ CAREFULLY = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr
 NOT_A_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """An ordinary file, to read.
+
+    Raises:
+        OSError: it cannot be opened, or is a directory, a FIFO or a device.
+        ValueError: its name is none.
+    """
+    descriptor = os.open(path, os.O_RDONLY | CAREFULLY)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not an ordinary file")
+        with open(descriptor, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(descriptor)
+
+
 def read_bytes(path: Path, most: int = LARGEST) -> bytes:
     """The content of an ordinary file.
 
     Raises:
-        OSError: it cannot be opened, or is a directory, a FIFO or a device.
-        ValueError: it is larger than `most` bytes, or its name is none.
+        OSError: see `opened`.
+        ValueError: it is larger than `most` bytes.
     """
-    descriptor = os.open(path, os.O_RDONLY | CAREFULLY)
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not an ordinary file")
-        if status.st_size > most:
-            raise ValueError(f"it has {status.st_size:,} bytes, more than the {most:,} it may have")
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read(status.st_size)
-    finally:
-        os.close(descriptor)
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise ValueError(f"it has {size:,} bytes, more than the {most:,} it may have")
+        return file.read(size)
 
 
 def read_json(path: Path, most: int = LARGEST) -> Any:
     """The value in a JSON file.
 
     Raises:
-        OSError: see `read_bytes`.
+        OSError: see `opened`.
         ValueError: it is no JSON, too large, or nested too deeply.
     """
     try:
@@ -73,12 +87,12 @@ PlainLoader.yaml_implicit_resolvers = {
 
 
 def read_yaml(path: Path) -> Any:
-    """The plain value in a YAML file.
+    """The plain value in a YAML file: words, numbers of 64 bits, true, false and null, in lists and by name.
 
     Raises:
-        OSError: see `read_bytes`.
-        ValueError: it is no YAML, too large, nested too deeply, or has aliases, by which a line can stand for a
-            gigabyte.
+        OSError: see `opened`.
+        ValueError: it is no YAML, too large, nested too deeply, or holds something else; or has aliases, by which a
+            line can stand for a gigabyte.
     """
     content = read_bytes(path, LARGEST_YAML)
     try:
@@ -89,9 +103,29 @@ def read_yaml(path: Path) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST:
                 raise ValueError("it is nested too deeply")
-        return yaml.load(content, PlainLoader)
+        value = yaml.load(content, PlainLoader)
+        check_plain(value)
+        return value
     except (yaml.YAMLError, TypeError) as error:  # TypeError: a key that is a list
         raise ValueError(f"it is no YAML ({type(error).__name__})") from error
+
+
+def check_plain(value: Any) -> None:
+    """Refuse what YAML has beyond plain values, and words that a terminal would act on or that no file name has."""
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise ValueError("it has names that are no words")
+        for item in (*value, *value.values()):
+            check_plain(item)
+    elif isinstance(value, list):
+        for item in value:
+            check_plain(item)
+    elif isinstance(value, str) and not (value.isprintable() and len(value) <= 4096):
+        raise ValueError(f"it has a word of control characters, or without end: {value[:40]!r}")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError("it has a number of more than 64 bits")
+    elif not isinstance(value, str | int | float | None):
+        raise ValueError(f"it has a value of type {type(value).__name__}")
 
 
 def inside(directory: Path, *names: str) -> Path:

@@ -1,9 +1,10 @@
 """python -m pyrovae.fit: train a pair on data, score it, and keep all of it in a run directory."""
 
+import io
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,8 @@ from pyrovae.config import (
     title,
     warnings,
 )
-from pyrovae.errors import CheckpointError, DataError, OutputError, UsageError
+from pyrovae.errors import CheckpointError, DataError, UsageError
+from pyrovae.files import inside
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -104,7 +106,7 @@ def command(words: Sequence[str]) -> int:
     device = pick_device(config["device"])
     check_precision(config["precision"] or "fp32", device)
     expected = config.get("data_hash")
-    rows = build_rows(config)
+    rows = build_rows(config, download=not output["resume"])
     for note in rows.notices:
         say(f"note: {note}")
     if expected is not None and rows.hash != expected:
@@ -126,16 +128,22 @@ def command(words: Sequence[str]) -> int:
     with lock(directory) if leading() else nullcontext() as notice:
         if notice:
             say(f"note: {notice}")
-        if leading():
-            if output["overwrite"]:
-                clear(directory)
-            write_config(directory, config)
+
+        def begin() -> None:
+            """Make the directory that of this run."""
+            if leading():
+                if not output["resume"]:
+                    clear(directory)
+                write_config(directory, config)
+
+        if not (directory / "config.yaml").exists():
+            begin()  # so that a run that is killed while it compiles can be resumed
         announce(config, rows, model, directory, device.type)
         ready = time.perf_counter()
         resume = bool(output["resume"]) and has_checkpoints(directory)
         if output["resume"] and not resume:
             say("note: the run was stopped before its first checkpoint, so it starts from the beginning")
-        fitted, signal = train(config, rows, model, directory, resume, device)
+        fitted, signal = train(config, rows, model, directory, resume, device, on_start=begin)
         if fitted.stopped == "interrupted":
             say(f"stopped at epoch {len(fitted.history) + 1}, step {fitted.step}; the state is saved. Continue with")
             say(f"  python -m pyrovae.fit --resume {directory}")
@@ -196,6 +204,7 @@ def resumed(options: Config, output: dict[str, Any]) -> tuple[Path, Config]:
     Raises:
         CheckpointError: there is none, or the options given are not its own.
     """
+    from pyrovae.inference.checkpoint import load_latest
     from pyrovae.run import open_run
 
     if output["overwrite"]:
@@ -205,7 +214,10 @@ def resumed(options: Config, output: dict[str, Any]) -> tuple[Path, Config]:
         raise UsageError("--resume: name the run directory, as --resume DIR")
     if output["resume"] is not True and output["out"] not in (None, output["resume"]):
         raise UsageError(f"--resume {directory}: continues in its own directory; leave out --out {output['out']}")
-    stored = open_run(str(directory)).config
+    run = open_run(str(directory))
+    stored = run.config
+    if has_checkpoints(run.directory):
+        run.pair_with(load_latest(run.directory))  # sizes that its weights do not have are refused here
     changes = resolve(overlaid(stored, options))
     asked = [key for key in options if changes[key] != stored[key]]
     forbidden = [f"{option(key)}: {stored[key]} then, {changes[key]} now" for key in asked if key not in RESUMABLE]
@@ -233,10 +245,11 @@ def overlaid(stored: Config, options: Config) -> Config:
 def check_epochs(directory: Path, stored: Config, epochs: int) -> None:
     """Refuse a number of epochs that a run cannot be continued to."""
     from pyrovae.inference.checkpoint import load_latest
+    from pyrovae.run import position
 
     if not has_checkpoints(directory):
         return
-    done = load_latest(directory).training["progress"]["epoch"]
+    done, _, _ = position(load_latest(directory), directory)
     if epochs < done:
         raise UsageError(
             f"--epochs {epochs}: {directory} has been trained for {done} already; give more, or leave it out"
@@ -307,7 +320,13 @@ def describe_bound(config: Config) -> str:
 
 
 def train(
-    config: Config, rows: "Rows", model: "Model", directory: Path, resume: bool, device: Any
+    config: Config,
+    rows: "Rows",
+    model: "Model",
+    directory: Path,
+    resume: bool,
+    device: Any,
+    on_start: Callable[[], None],
 ) -> "tuple[Fit, int]":
     """Run the training loop; returns its result and the signal that stopped it, or 0."""
     from pyrovae.inference.svi import fit
@@ -345,6 +364,7 @@ def train(
             particle_chunk=config["particle_chunk"],
             directory=directory,
             resume=resume,
+            on_start=on_start,
             on_epoch=on_epoch,
             on_notice=lambda text: say(f"note: {text}"),
             should_stop=lambda: bool(stopped_by()),
@@ -456,12 +476,12 @@ def save_figure(figure: "Figure", directory: Path, name: str) -> Path:
     Raises:
         OutputError: it cannot be written.
     """
+    from pyrovae.inference.checkpoint import write_atomically
+
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
     path = directory / f"{name}.png"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise OutputError(f"{path}: could not be written ({error.strerror or error})") from error
+    write_atomically(path, picture.getvalue())
     return path
 
 
@@ -501,7 +521,7 @@ def write_plots(
     from pyrovae.models import HierarchicalVAE
     from pyrovae.run import Run
 
-    name, folder, style = directory.name, directory / "plots", style_of(rows)
+    name, folder, style = directory.name, inside(directory, "plots"), style_of(rows)
     save_figure(plots.training_curves(fitted.metrics, title=name), folder, "training_curves")
     device = next(model.parameters()).device
     with torch.no_grad(), seeded(config["seed"], "plots", device=device):

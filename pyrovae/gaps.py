@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pyrovae.command import add_option, given, main, parser
 from pyrovae.errors import NumericalError, UsageError
 from pyrovae.evaluate import SPLITS, Report, heading, number, pick_device, rows_done, rows_of, whole_option
+from pyrovae.files import inside
 from pyrovae.run import Run, open_run
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ def analyse(
     """
     import torch
 
-    from pyrovae.inference.checkpoint import write_json
     from pyrovae.inference.gaps import QUANTITIES, gaps
 
     place = pick_device(device)
@@ -64,7 +64,7 @@ def analyse(
             f"{', '.join(map(str, bad[:5]))}: some weights are zero, NaN or infinite under this model"
         )
     values = report(result, rows, split, seed, place.type) | {"notices": run.notices}
-    write_json(run.directory / "gaps.json", values)
+    run.keep("gaps.json", values)
     return values
 
 
@@ -204,7 +204,8 @@ def command(words: Sequence[str]) -> int:
         raise UsageError(f"{run.directory}: holds a mixture, whose log p(x) is exact: there is no gap to split")
     values = analyse(run, k, limit, split, seed, chunk_size, str(options.get("device", "auto")), family)
     print(describe(run.name, values))
-    save_gaps(run, values)
+    if run.writable:
+        save_gaps(run, values)
     return 0
 
 
@@ -229,7 +230,7 @@ def save_gaps(run: Run, values: Report) -> Path:
         dimensions=DataFrame(values["dimensions"]),
         title=f"{run.name}, {values['rows']} {values['split']} rows",
     )
-    return save_figure(figure, run.directory / "plots", "gaps")
+    return save_figure(figure, inside(run.directory, "plots"), "gaps")
 
 
 if __name__ == "__main__":

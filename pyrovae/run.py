@@ -10,16 +10,20 @@ gaps.json            where the bound is lost
 plots/
 """
 
-import shutil
+import re
 import warnings
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from pyrovae import config as configuration
-from pyrovae.errors import CheckpointError, DataError, OutputError, UsageError
+from pyrovae.errors import CheckpointError, DataError, OutputError, UsageError, one_line
+from pyrovae.files import inside, is_writable, read_yaml, refuse_links
 from pyrovae.inference import checkpoint as checkpoints
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.seeding import seeded
@@ -29,19 +33,26 @@ if TYPE_CHECKING:
 
     from pyrovae.config import Config, Model
     from pyrovae.data import Rows
+    from pyrovae.inference.checkpoint import Checkpoint
 
-CONTENTS = (
-    "config.yaml",
-    "metrics.csv",
-    "tensorboard",
-    "checkpoints",
-    "evaluation.json",
-    "evaluation-validation.json",
-    "evaluation-train.json",
-    "scores",
-    "gaps.json",
-    "plots",
-)
+PLOTS = (
+    "training_curves", "samples", "reconstructions", "neighbourhood", "latent_map", "traversals", "k_curve", "gaps",
+)  # fmt: skip
+# What commands write into a run beside config.yaml and the lock: files by name, and how those begin whose names others
+# may use as well.
+WRITTEN = {
+    r"metrics\.csv": b"epoch,",
+    r"evaluation(-train|-validation)?\.json": b"",
+    r"gaps\.json": b"",
+    rf"plots/({'|'.join(PLOTS)})\.png": b"\x89PNG",
+    r"scores/[0-9a-f]{16}\.csv": b"# {",
+    r"scores/[0-9a-f]{16}(-repaired)?\.json": b"{",
+    r"tensorboard/events\.out\.tfevents\.[^/]+": b"",
+    r"checkpoints/step-\d{9,18}/(weights\.safetensors|training\.safetensors|training\.json|manifest\.json)": b"",
+}
+FOLDERS = ("checkpoints", "scores", "plots", "tensorboard")
+# What a command that was killed left under a temporary name: .NAME.PID
+LEFTOVER = re.compile(r"(^|/)\.([^/]+)\.\d+(?=/|$)")
 
 
 @dataclass
@@ -56,16 +67,30 @@ class Run:
     @property
     def name(self) -> str:
         """How tables call it: the name of its directory."""
-        return self.directory.resolve().name
+        return one_line(self.directory.resolve().name)
+
+    @cached_property
+    def writable(self) -> bool:
+        """Whether results can be kept in it: it may be another user's, or on a disk that is read-only."""
+        return is_writable(self.directory)
+
+    def keep(self, name: str, values: dict[str, Any]) -> None:
+        """Write results to a JSON file of that name, or say that they are not kept."""
+        if self.writable:
+            checkpoints.write_json(self.directory / name, values)
+        else:
+            print(
+                f"note: {self.directory} cannot be written to, so that neither {name} nor scores and figures are kept"
+            )
 
     def rows(self) -> "Rows":
-        """The rows it was trained on and is scored on.
+        """The rows it was trained on and is scored on, which are here already: nothing is downloaded.
 
         Raises:
             DataError: they are not those of the training any more.
         """
         config = dict(self.config)
-        rows = configuration.build_rows(config)
+        rows = configuration.build_rows(config, download=False)
         if rows.hash != self.config["data_hash"]:
             raise DataError(
                 f"{self.directory}: the data has changed since the training: hash {rows.hash[:12]} now, "
@@ -75,20 +100,49 @@ class Run:
 
     def model(self, device: "torch.device | str" = "cpu") -> "Model":
         """The pair with the weights of its best epoch, in evaluation mode."""
-        with seeded("build"):
-            model = configuration.build_model(self.config, tuple(self.config["event_shape"]))
         latest = checkpoints.load_latest(self.directory)
         self.notices = list(latest.notices)
-        progress, patience = latest.training["progress"], self.config["patience"]
-        done, planned = progress["epoch"], self.config["epochs"]
-        if done < planned and (patience is None or done - progress["best_epoch"] < patience):
-            self.unfinished = f"{self.directory}: trained for {done} of {planned} epochs so far"
-            self.notices.append(self.unfinished)
-        best = latest.training["progress"]["best_step"]
-        saved = latest if best in (None, latest.step) else checkpoints.load(self.directory, best)
-        pair = Pair(model.model, model.guide)
-        checkpoints.assign(pair.tensors(), saved.weights, f"{self.directory}, step {saved.step}")
-        return model.to(device).eval()
+        epoch, best_epoch, best_step = position(latest, self.directory)
+        planned, patience = self.config["epochs"], self.config["patience"]
+        if epoch < planned and (patience is None or epoch - best_epoch < patience):
+            self.notices.append(f"{self.directory}: trained for {epoch} of {planned} epochs so far")
+        saved = latest if best_step in (None, latest.step) else checkpoints.load(self.directory, best_step)
+        return self.pair_with(saved).to(device).eval()
+
+    def pair_with(self, saved: "Checkpoint") -> "Model":
+        """The pair that the configuration declares, with a checkpoint's weights.
+
+        Raises:
+            CheckpointError: they do not fit. Sizes that the weights do not have are never allocated.
+        """
+        import torch
+
+        for device in ("meta", "cpu"):  # first without memory
+            try:
+                with seeded("build"), torch.device(device):
+                    model = configuration.build_model(self.config, tuple(self.config["event_shape"]))
+            except (UsageError, RuntimeError, TypeError, ArithmeticError) as error:
+                raise CheckpointError(f"{self.directory / 'config.yaml'}: declares no model ({error})") from error
+            tensors = Pair(model.model, model.guide).tensors()
+            checkpoints.assign(tensors, saved.weights, f"{self.directory}, step {saved.step}")
+        return model
+
+
+def position(saved: "Checkpoint", directory: Path) -> tuple[int, int, int | None]:
+    """How far a checkpoint is trained: epochs finished, the best of them, and its step if there is one.
+
+    Raises:
+        CheckpointError: it does not say.
+    """
+    progress = saved.training.get("progress")
+    found: list[Any] = (
+        [progress.get(key) for key in ("epoch", "best_epoch", "best_step")] if isinstance(progress, dict) else [""]
+    )
+    counts = [type(value) is int and value >= 0 for value in found]
+    if not all(counts[:2]) or not (counts[2:] == [True] or found[2:] == [None]):
+        raise CheckpointError(f"{directory}, step {saved.step}: its training.json says no epoch and best step")
+    epoch, best_epoch, best_step = found
+    return epoch, best_epoch, best_step
 
 
 def open_run(directory: str | Path) -> Run:
@@ -98,28 +152,42 @@ def open_run(directory: str | Path) -> Run:
         CheckpointError: there is no run, or its configuration is damaged.
     """
     path = Path(directory)
-    file = path / "config.yaml"
     if not path.is_dir():
-        raise CheckpointError(f"{directory}: no such run directory ({path.resolve()})")
+        raise CheckpointError(f"{directory}: no such run directory ({path.absolute()})")
+    if not (path / "config.yaml").is_file():
+        raise CheckpointError(f"{directory}: not a run directory, it has no config.yaml ({path.absolute()})")
+    refuse_links(path)
+    return Run(path, read_config(path))
+
+
+def read_config(directory: Path) -> "Config":
+    """The configuration of a run, checked.
+
+    Raises:
+        CheckpointError: there is none, or it is not as pyrovae.fit writes it.
+    """
+    file = inside(directory, "config.yaml")
     try:
-        content: Any = yaml.safe_load(file.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{directory}: not a run directory, it has no config.yaml ({path.resolve()})") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CheckpointError(
-            f"{file}: cannot be read ({type(error).__name__}); it is not a run's config.yaml"
-        ) from error
+        content = read_yaml(file)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); it is not a run's config.yaml") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}); it is not a run's config.yaml") from error
     derived = ("data_hash", "event_shape")
-    if not isinstance(content, dict) or any(key not in content for key in derived):
+    if not isinstance(content, dict) or any(key not in content for key in (*derived, "likelihood")):
         raise CheckpointError(f"{file}: not written by pyrovae.fit: {' and '.join(derived)} are missing")
-    shape = content["event_shape"]
-    if not isinstance(shape, list) or any(not isinstance(size, int) or size < 1 for size in shape):
+    shape, digest = content["event_shape"], content["data_hash"]
+    if not isinstance(shape, list) or any(type(size) is not int or size < 1 for size in shape):
         raise CheckpointError(f"{file}: event_shape: expected a list of whole numbers, got {shape!r}")
+    if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise CheckpointError(f"{file}: data_hash: expected a SHA-256, got {digest!r}")
     try:
         config = configuration.resolve({k: v for k, v in content.items() if k not in configuration.DERIVED})
-    except UsageError as error:
+    except (UsageError, ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from error
-    return Run(path, config | {key: content[key] for key in derived})
+    if config["likelihood"] is None:
+        raise CheckpointError(f"{file}: likelihood: a run has one")
+    return config | {key: content[key] for key in derived}
 
 
 def load(directory: str | Path) -> "Model":
@@ -147,23 +215,27 @@ def claim(directory: Path, config: "Config", overwrite: bool) -> None:
     """Make sure that a new run may be written to a directory.
 
     Raises:
-        UsageError: something is there.
+        UsageError: something is there, and it is not certainly a run, which may be replaced.
+        CheckpointError: it is a run with a link in it.
     """
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+    if not directory.exists():
         return
     if not directory.is_dir():
         raise UsageError(f"--out {directory}: is a file; choose a directory")
-    file = directory / "config.yaml"
-    if not file.exists():
-        if {path.name for path in directory.iterdir()} <= {"lock"}:
+    names = [path.name for path in directory.iterdir()]
+    if "config.yaml" not in names:
+        if all(name == "lock" or LEFTOVER.fullmatch(name) for name in names):
             return
         raise UsageError(f"--out {directory}: is not empty and holds no run; choose another")
+    try:
+        theirs = read_config(directory)
+        refuse_links(directory)
+        list(written(directory))
+    except UsageError as error:
+        raise UsageError(f"--out {directory}: {error}; choose another --out") from error
     if overwrite:
         return
-    try:
-        keys = differences(yaml.safe_load(file.read_text()) or {}, config)
-    except (OSError, ValueError, yaml.YAMLError):
-        keys = ["config.yaml cannot be read"]
+    keys = differences(theirs, config)
     what = f"a run of another configuration ({'; '.join(keys)})" if keys else "a run of this configuration"
     raise UsageError(
         f"--out {directory}: holds {what}; continue it with --resume {directory}, replace it with --overwrite, or "
@@ -171,19 +243,46 @@ def claim(directory: Path, config: "Config", overwrite: bool) -> None:
     )
 
 
+def written(directory: Path) -> Iterator[Path]:
+    """What commands have written into a run beside its config.yaml, and may remove again.
+
+    Raises:
+        UsageError: a file has a name that they use, and is none of theirs.
+    """
+    for path in sorted(directory.rglob("*")):
+        relative = path.relative_to(directory).as_posix()
+        name = LEFTOVER.sub(r"\1\2", relative)
+        head = next((head for pattern, head in WRITTEN.items() if re.fullmatch(pattern, name, re.A)), None)
+        if path.is_dir():
+            continue
+        if name == relative and (
+            re.match(r"checkpoints/step-\d{9,18}/", name, re.A) if head is None else not begins(path, head)
+        ):
+            raise UsageError(f"{path} was not written by pyrovae, so the directory is not certainly a run")
+        if head is not None or name == "config.yaml" != relative:
+            yield path
+
+
+def begins(path: Path, head: bytes) -> bool:
+    """Whether a file begins with these bytes, or has none at all, as after a crash."""
+    with path.open("rb") as file:
+        return file.read(len(head)) in (head, b"")
+
+
 def clear(directory: Path) -> None:
-    """Remove an older run from a directory, and nothing else.
+    """Remove an older run from a directory, and nothing else; its config.yaml is left to be replaced.
 
     Raises:
         OutputError: something cannot be removed.
     """
     try:
-        for name in CONTENTS:
-            path = directory / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        for path in [*written(directory)]:
+            path.unlink()
+        for folder in FOLDERS:
+            for path in [*sorted((directory / folder).glob("*")), directory / folder]:
+                if path.is_dir():
+                    with suppress(OSError):  # something else is in it
+                        path.rmdir()
     except OSError as error:
         raise OutputError(f"--overwrite: {error.filename} cannot be removed ({error.strerror})") from error
 

@@ -1,6 +1,7 @@
 """Scores on disk: an evaluation that was interrupted goes on where it was, and gives the same answer."""
 
 import math
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from pyrovae.errors import OutputError
+from pyrovae.errors import CheckpointError, OutputError
 from pyrovae.inference import log_marginal
 from pyrovae.inference.log_marginal import PER_ROW, LogMarginal
 from pyrovae.models import MLP, VAE, Bernoulli, MeanFieldNormal, StandardNormal
-from pyrovae.scores import Scores, closing
+from pyrovae.scores import Scores, closing, heading, own_key
 
 SETTINGS = {"estimator": "importance sampling from the guide", "K": 50, "seed": 3}
 
@@ -83,6 +84,98 @@ def test_what_is_damaged_or_cut_off_is_scored_again(vae: VAE, tmp_path: Path) ->
         Scores(tmp_path, SETTINGS)
 
 
+def forged(lines: list[str], scores: Scores) -> str:
+    """Rows with a right checksum, as anybody can make them."""
+    return scores.header + heading(SETTINGS["K"]) + "".join(lines) + closing(lines)
+
+
+def test_scores_that_another_made_up_are_not_believed(vae: VAE, tmp_path: Path, monkeypatch) -> None:
+    """Their checksum is right; but they bear no seal, that of another user, or that of other settings."""
+    scores = Scores(tmp_path, SETTINGS)
+    whole = score(vae, scores)
+    lines = [line + "\n" for line in scores.path.read_text().splitlines() if line[:1].isdigit()][:100]
+    better = [",".join([line.split(",")[0], "99.0", *line.split(",")[2:]]) for line in lines]
+    other = Scores(tmp_path, SETTINGS | {"model": "another"})
+    with monkeypatch.context() as patch:
+        patch.setattr("pyrovae.scores.own_key", lambda: b"another user's")
+        of_another_user = scores.seal(better)
+    for seal in ("", "# sealed \n", of_another_user, other.seal(better), scores.seal(lines)):
+        scores.path.write_text(forged(better, scores) + seal)
+        found = Scores(tmp_path, SETTINGS)
+        assert (found.found, found.strange) == (0, 1)
+        assert_equal(score(vae, found), whole)
+    scores.path.write_text(forged(better, scores) + scores.seal(better))
+    assert Scores(tmp_path, SETTINGS).get(0, 100).estimate.eq(99).all()  # type: ignore[union-attr]
+
+
+def test_rows_that_are_none_are_scored_again(vae: VAE, tmp_path: Path) -> None:
+    """Whatever bears seal and checksum: words, other columns, other rows, counts that are none, digits without end."""
+    scores = Scores(tmp_path, SETTINGS)
+    whole = score(vae, scores)
+    rows = [line for line in scores.path.read_text().splitlines() if line[:1].isdigit()][:100]
+    place = heading(SETTINGS["K"]).split(",").index("zero_weights")
+
+    def changed(column: int, value: str) -> list[str]:
+        return [",".join(value if i == column else v for i, v in enumerate(row.split(","))) + "\n" for row in rows]
+
+    cases = [changed(1, "much"), changed(1, ""), changed(0, "7"), changed(0, "²")]
+    cases += [changed(0, "9" * 400), changed(0, "9" * 5000), [row + ",1.0\n" for row in rows], [rows[0] + "\n"] * 100]
+    cases += [changed(place, value) for value in ("nan", "inf", "-1.0", "0.5", "51", "1e300")]
+    for lines in cases:
+        scores.path.write_text(forged(lines, scores) + scores.seal(lines))
+        found = Scores(tmp_path, SETTINGS)
+        assert found.found == 0
+        assert_equal(score(vae, found), whole)
+
+
+def test_a_file_without_an_end_is_left_where_a_line_has_none(tmp_path: Path) -> None:
+    path = Scores(tmp_path, SETTINGS).path
+    path.parent.mkdir()
+    with path.open("wb") as file:
+        file.truncate(10**12)
+    assert Scores(tmp_path, SETTINGS).found == 0
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(OutputError, match="not an ordinary file"):
+        Scores(tmp_path, SETTINGS)
+
+
+@pytest.mark.parametrize("kind", ["file", "hard link", "folder"])
+def test_nothing_is_written_through_a_link(vae: VAE, tmp_path: Path, kind: str) -> None:
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    (run / "scores").mkdir(parents=True)
+    outside.mkdir()
+    scores = Scores(run, SETTINGS)
+    mine = outside / scores.path.name
+    mine.write_text("1,2,3\n")
+    if kind == "folder":
+        scores.path.parent.rmdir()
+        scores.path.parent.symlink_to(outside)
+    elif kind == "file":
+        scores.path.symlink_to(mine)
+    else:
+        scores.path.hardlink_to(mine)
+    with pytest.raises(CheckpointError, match="link"):
+        score(vae, scores)
+    assert mine.read_text() == "1,2,3\n"
+    assert [*outside.iterdir()] == [mine]
+
+
+def test_the_key_is_made_once_and_is_the_users_own(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    make = own_key.__wrapped__
+    first = make()
+    path = tmp_path / "pyrovae" / "key"
+    assert path.read_bytes() == first == make()
+    assert len(first) == 32
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [*path.parent.iterdir()] == [path]
+    for damaged in (b"", first[:10], first * 2):  # a key that can be guessed is none
+        path.write_bytes(damaged)
+        assert len(make()) == 32
+        assert make() != make()
+
+
 def test_other_settings_are_another_file(vae: VAE, tmp_path: Path) -> None:
     score(vae, Scores(tmp_path, SETTINGS))
     for key, value in (("K", 60), ("seed", 4), ("estimator", "another")):
@@ -128,7 +221,7 @@ def test_a_block_of_other_columns_is_scored_again(vae: VAE, tmp_path: Path) -> N
     scores = Scores(tmp_path, SETTINGS)
     score(vae, scores)
     lines = [f"{i},1.0,2.0\n" for i in range(3)]
-    scores.path.write_text(scores.header + "".join(lines) + closing(lines))
+    scores.path.write_text(scores.header + "".join(lines) + closing(lines) + scores.seal(lines))
     assert Scores(tmp_path, SETTINGS).found == 0
 
 

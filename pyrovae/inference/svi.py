@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyrovae.errors import CheckpointError, DataError, NumericalError, OutputError, PyrovaeError, UsageError
+from pyrovae.files import inside
 from pyrovae.inference import checkpoint as checkpoints
 from pyrovae.inference.batches import RowSource, gather
 from pyrovae.inference.checks import check_count, check_rows
@@ -155,6 +156,7 @@ def fit(
     directory: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    on_start: Callable[[], None] | None = None,
     on_epoch: Callable[[Metrics], None] | None = None,
     on_notice: Callable[[str], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -188,6 +190,8 @@ def fit(
         directory: Where to keep metrics.csv, TensorBoard records and checkpoints; None: nowhere.
         resume: Continue from the newest whole checkpoint in `directory`.
         progress: Show a progress bar when the output is a terminal.
+        on_start: Called when everything is checked, and a checkpoint restored if asked, before the first step. Until
+            then nothing in `directory` is changed; it may remove older checkpoints there.
         on_epoch: Called with the measurements of each epoch.
         on_notice: Called with what the user should read, when it comes up. They are in `Fit.notices` as well.
         should_stop: Asked after every step; True saves the state and returns.
@@ -248,7 +252,7 @@ def fit(
         arithmetic(precision, trainer.device),
         flushing(underflows),
     ):
-        trainer.start(Path(directory) if directory is not None else None, resume, compile)
+        trainer.start(Path(directory) if directory is not None else None, resume, compile, on_start)
         return trainer.run(patience, progress, on_epoch, should_stop)
 
 
@@ -310,7 +314,9 @@ class Trainer:
             if alone:
                 AcceleratorState._reset_state(reset_partial_state=True)
 
-    def start(self, directory: Path | None, resume: bool, compile: str) -> None:
+    def start(
+        self, directory: Path | None, resume: bool, compile: str, on_start: Callable[[], None] | None = None
+    ) -> None:
         """Put everything on the device, check the pair, and restore a checkpoint if asked."""
         self.directory = directory
         self.pair.to(self.device)
@@ -322,10 +328,8 @@ class Trainer:
             raise DataError(
                 f"validation: {len(bad)} rows are not finite, the first being {bad[:5]}; repair or drop them"
             )
-        if directory is not None and not resume and checkpoints.steps(directory):
-            raise UsageError(
-                f"directory: {directory} holds the checkpoints of another run; pass resume=True, or choose another"
-            )
+        if on_start is None and not resume:
+            self.refuse_others()
         sampled = self.data[:: max(1, len(self.data) // 1000)].cpu().contiguous()
         self.fingerprint = hashlib.sha256(sampled.numpy().tobytes()).hexdigest()[:16]
         self.discover()
@@ -357,6 +361,17 @@ class Trainer:
         )
         if self.step.compiled:
             self.inspect()
+        if on_start is not None:
+            on_start()
+            if not resume:
+                self.refuse_others()
+
+    def refuse_others(self) -> None:
+        """Refuse a directory that holds another run."""
+        if self.directory is not None and self.rank == 0 and checkpoints.steps(self.directory):
+            raise UsageError(
+                f"directory: {self.directory} holds the checkpoints of another run; pass resume=True, or choose another"
+            )
 
     def notice(self, text: str) -> None:
         """Keep a sentence for the user, and say it if there is somebody to say it to."""
@@ -778,7 +793,7 @@ class Record:
             directory.mkdir(parents=True, exist_ok=True)
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(os.fspath(directory / "tensorboard"))
+            self.writer = SummaryWriter(os.fspath(inside(directory, "tensorboard")))
         except OSError as error:
             raise OutputError(f"{directory}: cannot be written ({error.strerror or error})") from error
 
