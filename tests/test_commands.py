@@ -637,8 +637,12 @@ def test_other_splits_are_labelled(capsys):
     assert (report["split"], report["rows"], report["rows_in_split"]) == ("train", 40, 4000)
     assert "train_bound" in report
     assert "test_bound" not in report
-    assert scored(run, "--K 30 --split validation", "evaluation-validation.json")["split"] == "validation"
+    validation = scored(run, "--K 30 --split validation", "evaluation-validation.json")
     assert (run / "evaluation.json").read_text() == before
+    test = scored(run, "--K 30")
+    assert validation["split"] == "validation"
+    assert validation["rows"] == test["rows"]
+    assert validation["log_marginal"] != test["log_marginal"]  # the scores kept of one are not those of the other
 
 
 def test_too_few_draws_have_no_tail_diagnostic(capsys):
