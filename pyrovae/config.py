@@ -513,10 +513,10 @@ def warnings(config: Config) -> list[str]:
     return notes
 
 
-def build_rows(config: Config, download: bool = True) -> "Rows":
+def build_rows(config: Config) -> "Rows":
     """Load the data, settle what depends on it (`likelihood`, `binarize`), and split it.
 
-    `download` allows torchvision to fetch what is not here.
+    The configuration of a run, which has the hash of its rows, downloads nothing: it may be a stranger's.
 
     Raises:
         DataError: the data is missing, damaged, or does not suit the likelihood.
@@ -525,7 +525,7 @@ def build_rows(config: Config, download: bool = True) -> "Rows":
 
     if config["data_root"] is not None and str(config["data"]).lower().replace("_", "-") not in DOWNLOADED:
         raise UsageError(f"--data-root: not used by --data {config['data']}; it is for {', '.join(DOWNLOADED)}")
-    data = load_data(config["data"], config["data_root"], download, stream=config["stream"])
+    data = load_data(config["data"], config["data_root"], "data_hash" not in config, stream=config["stream"])
     if config["likelihood"] is None:
         binarised = config["binarize"] is not None
         measure = "mass" if binarised else default_measure(data)

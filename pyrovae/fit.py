@@ -106,7 +106,7 @@ def command(words: Sequence[str]) -> int:
     device = pick_device(config["device"])
     check_precision(config["precision"] or "fp32", device)
     expected = config.get("data_hash")
-    rows = build_rows(config, download=not output["resume"])
+    rows = build_rows(config)
     for note in rows.notices:
         say(f"note: {note}")
     if expected is not None and rows.hash != expected:

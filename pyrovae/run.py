@@ -90,7 +90,7 @@ class Run:
             DataError: they are not those of the training any more.
         """
         config = dict(self.config)
-        rows = configuration.build_rows(config, download=False)
+        rows = configuration.build_rows(config)
         if rows.hash != self.config["data_hash"]:
             raise DataError(
                 f"{self.directory}: the data has changed since the training: hash {rows.hash[:12]} now, "
@@ -105,7 +105,8 @@ class Run:
         epoch, best_epoch, best_step = position(latest, self.directory)
         planned, patience = self.config["epochs"], self.config["patience"]
         if epoch < planned and (patience is None or epoch - best_epoch < patience):
-            self.notices.append(f"{self.directory}: trained for {epoch} of {planned} epochs so far")
+            self.unfinished = f"{self.directory}: trained for {epoch} of {planned} epochs so far"
+            self.notices.append(self.unfinished)
         saved = latest if best_step in (None, latest.step) else checkpoints.load(self.directory, best_step)
         return self.pair_with(saved).to(device).eval()
 
@@ -156,8 +157,9 @@ def open_run(directory: str | Path) -> Run:
         raise CheckpointError(f"{directory}: no such run directory ({path.absolute()})")
     if not (path / "config.yaml").is_file():
         raise CheckpointError(f"{directory}: not a run directory, it has no config.yaml ({path.absolute()})")
+    run = Run(path, read_config(path))
     refuse_links(path)
-    return Run(path, read_config(path))
+    return run
 
 
 def read_config(directory: Path) -> "Config":
