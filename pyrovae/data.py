@@ -66,6 +66,7 @@ _TORCHVISION = {
     "celeba": ("CelebA", {split: {"split": split[:5], "target_type": []} for split in SPLITS}),  # its "valid"
 }
 _PLANE = ("three-gaussians", "ring", "pinwheel")
+HANDWRITING = ("digits", "mnist", "kmnist", "emnist", "omniglot")  # bright strokes on black, in all of them
 DOWNLOADED: tuple[str, ...] = tuple(_TORCHVISION)  # by torchvision, to a root
 NAMES: tuple[str, ...] = ("digits", *_TORCHVISION, *_PLANE)
 _FORMATS = ".npz, .npy, .csv, or a folder of images"

@@ -485,15 +485,15 @@ def save_figure(figure: "Figure", directory: Path, name: str) -> Path:
     return path
 
 
-def style_of(rows: "Rows") -> "Style":
-    """How these rows are drawn: bits as ink on paper, grey levels as photographs, tables by the names of columns."""
-    from pyrovae.data import Standardize
+def style_of(config: Config, rows: "Rows") -> "Style":
+    """How these rows are drawn: handwriting as ink on paper, other images as photographs, tables by their columns."""
+    from pyrovae.data import HANDWRITING, Standardize
     from pyrovae.plots import Style
 
     low, high = rows.test.min().item(), rows.test.max().item()
     inside = (low >= 0 and high <= 1) or low == high
     return Style(
-        ink=rows.measure.kind == "mass",
+        ink=str(config["data"]).lower().replace("_", "-") in HANDWRITING,
         limits=(0.0, 1.0) if inside else (low, high),
         columns=rows.columns,
         unit="standardised" if isinstance(rows.transform, Standardize) else "",
@@ -521,7 +521,7 @@ def write_plots(
     from pyrovae.models import HierarchicalVAE
     from pyrovae.run import Run
 
-    name, folder, style = directory.name, inside(directory, "plots"), style_of(rows)
+    name, folder, style = directory.name, inside(directory, "plots"), style_of(config, rows)
     save_figure(plots.training_curves(fitted.metrics, title=name), folder, "training_curves")
     device = next(model.parameters()).device
     with torch.no_grad(), seeded(config["seed"], "plots", device=device):

@@ -10,8 +10,8 @@ How a datum is drawn follows from its event shape alone:
     (2,)                 point in the plane
     (D,)                 line profile: value over index
 
-`Style` changes that: `ink` draws 1 as black on white paper, which is how strokes are written, and how the commands draw
-what is a mass on {0,1}; other `limits` than 0 and 1 suit other units; `columns` are the names of a vector's elements.
+`Style` changes that: `ink` draws 1 as black on white paper, as strokes are written, and as the commands draw the data
+sets of handwriting; other `limits` than 0 and 1 suit other units; `columns` are the names of a vector's elements.
 
 Flattened images are profiles until they are given their shape back: `x.unflatten(1, (28, 28))`.
 Colours are told apart by the colour-blind (Okabe and Ito's, and three more for classes); markers and dashes repeat

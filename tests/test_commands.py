@@ -123,21 +123,23 @@ def test_the_evaluation_says_what_its_numbers_are(trained):
 
 
 def test_rows_are_drawn_as_what_they_are(tmp_path):
-    """Bits as ink, levels and colours as photographs, other units between their ends, tables by their columns."""
+    """Handwriting as ink, all else as photographs, other units between their ends, tables by their columns."""
     rows = pyrovae.load_data("digits").rows("mass")
-    assert fit.style_of(rows) == Style(ink=True)
+    assert fit.style_of({"data": "Digits"}, rows) == fit.style_of({"data": "mnist"}, rows) == Style(ink=True)
+    assert fit.style_of({"data": "photographs.npz"}, rows) == Style()
+    assert fit.style_of({"data": "fashion_mnist"}, rows) == Style()
     assert fit.named_labels(rows, 3) is not None
-    assert fit.style_of(pyrovae.load_data("digits").rows("density")) == Style()
+    own = {"data": "own.npz"}
     images = np.linspace(-3, 5, 40 * 12, dtype=np.float32).reshape(40, 1, 4, 3)
     np.savez(tmp_path / "wide.npz", x=images, y=np.array(["cat", "dog"] * 20))
     wide = pyrovae.load_data(tmp_path / "wide.npz").rows("density")
-    assert fit.style_of(wide).limits == (wide.test.min().item(), wide.test.max().item())
+    assert fit.style_of(own, wide).limits == (wide.test.min().item(), wide.test.max().item())
     assert fit.named_labels(wide, 3) == [["cat", "dog"][label] for label in wide.labels["test"][:3].tolist()]
     (tmp_path / "table.csv").write_text("height,weight\n" + "".join(f"{i},{i * i}\n" for i in range(30)))
     table = pyrovae.load_data(tmp_path / "table.csv")
-    assert fit.style_of(table.rows("density", standardize=True)).unit == "standardised"
-    assert fit.style_of(table.rows("density")).columns == ("height", "weight")
-    assert fit.style_of(table.rows("density")).unit == ""
+    assert fit.style_of(own, table.rows("density", standardize=True)).unit == "standardised"
+    assert fit.style_of(own, table.rows("density")).columns == ("height", "weight")
+    assert fit.style_of(own, table.rows("density")).unit == ""
     assert fit.named_labels(table.rows("density"), 3) is None
 
 
