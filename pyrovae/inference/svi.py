@@ -26,11 +26,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.flop_counter import FlopCounterMode
 
-from pyrovae.errors import CheckpointError, DataError, NumericalError, OutputError, PyrovaeError, UsageError
+from pyrovae.errors import CheckpointError, DataError, NumericalError, OutputError, PairError, PyrovaeError, UsageError
 from pyrovae.files import inside
 from pyrovae.inference import checkpoint as checkpoints
 from pyrovae.inference.batches import RowSource, gather
-from pyrovae.inference.checks import check_count, check_rows
+from pyrovae.inference.checks import check_count, check_programs, check_rows
 from pyrovae.inference.diagnostics import measure
 from pyrovae.inference.graphs import CompileWarning
 from pyrovae.inference.log_weights import draw, sample_sites
@@ -56,6 +56,7 @@ from pyrovae.inference.steps import (
     check_precision,
     flushing,
 )
+from pyrovae.inference.validity import WHOLE, automatic, examine, set_up, undone, why_no_density
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -138,7 +139,7 @@ class Progress:
 def fit(
     model: Program,
     guide: Program,
-    data: "Tensor | RowSource",
+    data: "Tensor | RowSource | None" = None,
     objective: PyroELBO | None = None,
     *,
     epochs: int = 100,
@@ -210,6 +211,11 @@ def fit(
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
         if value is not None:
             check_count(name, value)
+    if data is None:
+        raise UsageError(
+            "data: none given; fit takes a model, a guide and rows, as in fit(vae.model, vae.guide, rows, objective)"
+        )
+    check_programs(model, guide)
     # What is no tensor may read its rows from elsewhere, by announcing them first.
     check_rows("data", data[:1] if hasattr(data, "announce") else data)
     if validation is not None:
@@ -290,6 +296,8 @@ class Trainer:
         self.device = self.requested or here
         self.progress = Progress()
         self.step: Step  # made by `start`
+        self.whole = False  # the pair works on all rows together only, in their order
+        self.no_density: str | None = None  # why what is maximised is no bound
         self.notices: list[str] = []
         self.best_weights: dict[str, Tensor] | None = None
         self.kept_best: int | None = None  # best step as of the checkpoint before
@@ -421,18 +429,57 @@ class Trainer:
         state.restore()
 
     def discover(self) -> None:
-        """Run the pair once with a gradient: it must work, and every parameter should get one."""
-        rows = torch.arange(min(2, self.batch_size))
+        """Look at the pair, and run it once with a gradient: it must work, and every parameter should get one."""
+        rows = torch.arange(self.batch_size)
         x = self.transform(self.data[rows].to(self.device))
         if self.validation is not None and self.validation.shape[1:] != x.shape[1:]:
             raise UsageError(
                 f"validation: expected event shape {tuple(x.shape[1:])}, that of the training rows, got "
                 f"{tuple(self.validation.shape[1:])}"
             )
+        with undone(self.pair.model, self.pair.guide), self.diagnosing(x, rows):
+            self.examine(x)
+            # Fewer rows than a step has, for the memory of all particles at once.
+            self.probe(x[:2] if isinstance(self.objective, Objective) and not self.whole else x)
+            if not isinstance(self.objective, Objective):
+                self.whole = self.whole or any(len(self.data) in p.shape[:1] for p in self.pair.trainable().values())
+
+    def examine(self, x: Tensor) -> None:
+        """Refuse a pair that cannot be trained, on a batch as steps have them."""
+        model, guide, total = self.pair.model, self.pair.guide, len(self.data)
+        per_row = bool(automatic(guide))
+        declared = poutine.trace(param_only=True)
+        try:
+            if not per_row or self.batch_size == total:
+                set_up(guide, x)
+                with declared:
+                    findings = examine(model, guide, x, total=total) if isinstance(self.objective, Objective) else None
+                self.whole = per_row or (findings is not None and findings.whole)
+                self.no_density = findings.no_density if findings else why_no_density(model, guide, x)
+        except Exception as error:
+            stored = [site["value"] for site in declared.trace.nodes.values() if site["type"] == "param"]
+            per_row = any(total in p.shape[:1] for p in (*self.pair.parameters(), *stored))
+            if self.batch_size == total or not per_row:
+                raise
+            raise PairError(self.only_whole()) from error
+        if (self.whole or per_row) and (self.batch_size < total or self.world > 1):
+            raise PairError(self.only_whole())
+        if self.whole and self.validation is not None:
+            raise UsageError(f"validation: {WHOLE}, so that it cannot be run on others; leave validation out")
+        if self.no_density is not None:
+            self.notice(f"{self.no_density}. It is trained all the same, and what is recorded is no bound")
+
+    def only_whole(self) -> str:
+        """What to say of a pair that would be run on parts of its rows, but cannot."""
+        return (
+            f"batch_size: {WHOLE}; use batch_size={len(self.data)}, on one process, or a guide that is a function of x"
+        )
+
+    def probe(self, x: Tensor) -> None:
+        """A gradient of the loss on x, for the parameters that it depends on."""
         before = getattr(self.objective, "step", 0)
         state = Before(self.pair, self.device)
         with (
-            self.diagnosing(x, rows),
             poutine.trace(param_only=True) as declared,
             FlopCounterMode(display=False) as counter,
         ):
@@ -495,7 +542,9 @@ class Trainer:
         """Train on the batches of the current epoch that are left; False if asked to stop before its end."""
         state = self.progress
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", state.epoch))
-        batches = torch.randperm(len(self.data), generator=generator).split(self.batch_size)
+        order = torch.randperm(len(self.data), generator=generator)
+        # Parameters for each row are by the row's place.
+        batches = (order if not self.whole else torch.arange(len(self.data))).split(self.batch_size)
         left = batches[state.batch :]
         # A process without rows of its own still has to take part: it does so with rows that do not count.
         mine = [rows[self.rank :: self.world] if len(rows) > self.rank else rows[:1] for rows in left]
@@ -618,12 +667,12 @@ class Trainer:
         metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
         metrics["rows_per_second"] = state.rows / max(state.seconds, 1e-9)
         metrics["seconds"] = state.seconds
-        state.history.append(metrics)
+        bound = metrics.get("validation_bound", math.inf)
+        state.history.append(metrics if self.no_density is None else without_bounds(metrics))
         state.epoch += 1
         state.batch, state.total, state.rows, state.seconds = 0, 0.0, 0, 0.0
         if self.scheduler is not None:
             self.scheduler.step()
-        bound = metrics.get("validation_bound", math.inf)
         improved = self.validation is None or bound > state.best_bound
         if not math.isfinite(bound) and self.validation is not None:
             self.notice(f"epoch {state.epoch}: the validation bound is {bound}, so it cannot be the best")
@@ -741,6 +790,12 @@ class Trainer:
             "machine": platform.machine(),
             "particle_chunk": self.particle_chunk,
         }
+
+
+def without_bounds(metrics: Metrics) -> Metrics:
+    """Measurements of a pair without a density, under names that claim no bound and no KL."""
+    named = {name.replace("_bound", "_objective"): value for name, value in metrics.items()}
+    return {k: v for k, v in named.items() if k != "validation_elbo" and k != "kl" and not k.startswith("kl_")}
 
 
 def saved_seconds(flops: float, device: torch.device) -> float:

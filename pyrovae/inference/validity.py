@@ -32,7 +32,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer.autoguide import AutoContinuous, AutoGuide
+from pyro.infer.autoguide import AutoContinuous, AutoGuide, AutoLaplaceApproximation
 from torch import Tensor, nn
 from torch.distributions import biject_to
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -45,6 +45,9 @@ from pyrovae.inference.seeding import seeded
 
 # Draws whose Jacobian is looked at: a map that folds, such as |a|, shows both of its sides in so many.
 DRAWS_OF_MAP = 16
+WHOLE = "the pair works on all of its rows together only, as a guide does that has parameters for each row"
+# Elements of x on which a pair is tried as a whole that fails on parts of it.
+MOST_ELEMENTS = 2**22
 WRAPPERS = (dist.ExpandedDistribution, torch.distributions.Independent, dist.MaskedDistribution)
 
 
@@ -65,10 +68,7 @@ class Findings:
     def by_parts(self, what: str) -> None:
         """Refuse a pair that works on all of its rows only, for something that runs it on parts of them."""
         if self.whole:
-            raise PairError(
-                f"{what}: the pair works on all rows together only, as a guide with parameters for each row does, and "
-                "this runs it on parts of them; write a guide that is a function of x, or use log_marginal"
-            )
+            raise PairError(f"{what}: {WHOLE}; write a guide that is a function of x, or use log_marginal")
 
 
 def check_pair(model: Callable, guide: Callable, x: Tensor, rows: int | None = None) -> Findings:
@@ -93,24 +93,52 @@ def check_pair(model: Callable, guide: Callable, x: Tensor, rows: int | None = N
     return findings
 
 
-def examine(model: Callable, guide: Callable, x: Tensor, rows: int | None = None) -> Findings:
-    """What `check_pair` does, except that a guide without a density is told and not refused."""
+def examine(model: Callable, guide: Callable, x: Tensor, rows: int | None = None, total: int | None = None) -> Findings:
+    """What `check_pair` does, except that a guide without a density is told and not refused.
+
+    Args:
+        total: Rows of the training data, if the pair is about to be trained. Parameters for each of them may be alike
+            before, so that they have to be moved for their places to be seen.
+    """
     check_programs(model, guide)
     check_rows("x", x)
     rows = len(x) if rows is None else min(rows, len(x))
     with evaluating(model, guide), torch.no_grad(), undone(model, guide), seeded("validity", device=x.device):
+        check_automatic(guide)
         set_up(guide, x)
         looked = look(model, guide, x, rows)
         rows = len(looked.x)
-        looked.check_norms()
-        looked.check_neighbours()
-        whole = not looked.works_on_fewer() or bool(automatic(guide))
-        if whole and rows < len(x):
-            raise PairError(
-                f"the pair works on {rows} rows together, but on no fewer, so that it cannot be run on all {len(x)} "
-                f"rows of x by parts; pass x in batches of {rows} rows"
-            )
-        return Findings(rows, whole, looked.why_no_density())
+        by_place = [] if total is None else [p for p in parameters(model, guide) if p.shape[:1] in ((rows,), (total,))]
+        with stirred(by_place):
+            looked = Look(model, guide, looked.x) if by_place else looked
+            looked.check_norms()
+            looked.check_neighbours()
+            whole = not looked.works_on_fewer() or bool(automatic(guide))
+            if whole and rows < len(x):
+                raise PairError(
+                    f"the pair works on {rows} rows together, but on no fewer, so that it cannot be run on all "
+                    f"{len(x)} rows of x by parts; pass x in batches of {rows} rows"
+                )
+            return Findings(rows, whole, looked.why_no_density())
+
+
+def parameters(model: Callable, guide: Callable) -> list[Tensor]:
+    """Those of the modules behind a pair, and all that Pyro's store has, unconstrained."""
+    stored = [p for _, p in pyro.get_param_store().named_parameters()]
+    return stored + [p for program in (model, guide) for _, m in modules_of(program) for p in m.parameters()]
+
+
+@contextmanager
+def stirred(tensors: list[Tensor]) -> Iterator[None]:
+    """Add noise to tensors, for as long as it lasts."""
+    before = [tensor.detach().clone() for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.add_(0.1 * torch.randn_like(tensor))
+        yield
+    finally:
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(value)
 
 
 def look(model: Callable, guide: Callable, x: Tensor, rows: int) -> "Look":
@@ -118,10 +146,27 @@ def look(model: Callable, guide: Callable, x: Tensor, rows: int) -> "Look":
     try:
         return Look(model, guide, x[:rows])
     except Exception:
-        if rows < len(x):
+        per_row = any(len(x) in p.shape[:1] for p in parameters(model, guide))
+        if rows < len(x) and (per_row or x.numel() <= MOST_ELEMENTS):
             with suppress(Exception):
                 return Look(model, guide, x)
         raise
+
+
+def why_no_density(model: Callable, guide: Callable, x: Tensor) -> str | None:
+    """Why log q of a guide is no density, as far as it can be told by drawing from it; for any objective."""
+    for auto in automatic(guide):
+        if isinstance(auto, AutoLaplaceApproximation):
+            return "AutoLaplaceApproximation finds a mode (MAP), where there is no log q(z|x) for a bound or log p(x)"
+    with (
+        suppress(Exception),
+        evaluating(model, guide),
+        torch.no_grad(),
+        undone(model, guide),
+        seeded("validity", device=x.device),
+    ):
+        return Look(model, guide, x).why_no_density()
+    return None
 
 
 class Look:
@@ -429,20 +474,22 @@ def automatic(guide: Callable) -> list[AutoGuide]:
 
 
 def set_up(guide: Callable, x: Tensor) -> None:
-    """Have automatic guides look at their model for x, without the plate of particles that they are run in later.
-
-    Raises:
-        PairError: a guide that draws the latents of all rows as one vector.
-    """
+    """Have automatic guides look at their model for x, without the plate of particles that they are run in later."""
     for auto in automatic(guide):
-        if isinstance(auto, AutoContinuous):
-            raise PairError(
-                f"{type(auto).__name__} draws the latents of all rows as one vector, so that there is no log q(z|x) of "
-                "a row; use AutoNormal, or a guide that is a function of x, such as those of pyrovae.models"
-            )
         if auto.prototype_trace is None:
             with pyro.poutine.block():
                 auto(x)
+
+
+def check_automatic(guide: Callable) -> None:
+    """Refuse an automatic guide that has no density for each row."""
+    for auto in automatic(guide):
+        if isinstance(auto, AutoContinuous):
+            raise PairError(
+                f"{type(auto).__name__} draws the latents of all rows as one vector, so there is no log q(z|x) of a "
+                "row: fit trains it with pyro.infer.Trace_ELBO() alone. Use AutoNormal, or a guide that is a function "
+                "of x, such as those of pyrovae.models"
+            )
 
 
 @contextmanager
