@@ -193,13 +193,6 @@ def explain(error: Exception, trace: Trace, program: Callable, role: str, x: Ten
             check_plates(site, f"{role} site '{name}'", len(x))
         except PairError as fault:
             raise fault from error
-    if found := re.match(r"Shape mismatch inside plate\('(.*)'\) at site (.*) dim (-?\d+), (\d+) vs (\d+)", what):
-        plate, name, dim, size, got = found.groups()
-        over = "particles" if plate == PARTICLES else f"'{plate}'"
-        raise PairError(
-            f"{role} site '{name}': its batch shape has {got} at dim {dim}, where the plate over {over} has {size}; "
-            "declare the dimensions of an event with .to_event()"
-        ) from error
     if found := re.search(r"at plates? (.*), collide at dim=(-?\d+)", what):
         raise PairError(
             f"{role}: plates {found[1].replace(PARTICLES, 'over particles')} collide at dim {found[2]}; have one plate "
@@ -216,12 +209,21 @@ def explain(error: Exception, trace: Trace, program: Callable, role: str, x: Ten
             raise UsageError(
                 f"x: expected {floating[0]}, that of the {role}'s parameters, got {x.dtype}; pass x.to({floating[0]})"
             ) from error
-    if type(error) in (RuntimeError, IndexError) and "memory" not in what and runs_by_itself(program, x):
+    mismatch = re.match(r"Shape mismatch inside plate\('(.*)'\) at site (.*) dim (-?\d+), (\d+) vs (\d+)", what)
+    of_shapes = mismatch or (type(error) in (RuntimeError, IndexError) and "memory" not in what)
+    if of_shapes and runs_by_itself(program, x):
         raise PairError(
             f"{role}: it runs by itself, but not for several particles at once, where a latent has shape (K, N, "
             f"*event) while x has (N, *event): {what}. Count dimensions from the end, as in z[..., 0], "
             "softmax(dim=-1) and x.expand(*z.shape[:-1], -1), or wrap a network of one batch dimension in "
             "pyrovae.models.Network"
+        ) from error
+    if mismatch:
+        plate, name, dim, size, got = mismatch.groups()
+        over = "particles" if plate == PARTICLES else f"'{plate}'"
+        raise PairError(
+            f"{role} site '{name}': its batch shape has {got} at dim {dim}, where the plate over {over} has {size}; "
+            "declare the dimensions of an event with .to_event()"
         ) from error
 
 

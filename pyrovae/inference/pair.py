@@ -144,6 +144,7 @@ def unregistered(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def parts_of(value: Any) -> Iterator[tuple[str, Any]]:
     """What an object that is no module is made of or refers to, with the names by which it does."""
+    yield "", getattr(value, "__dict__", {}).get("__wrapped__")  # as of functools.wraps and functools.cache
     if isinstance(value, functools.partial):
         yield "", value.func
         yield from ((f"arg{i}", a) for i, a in enumerate(value.args))
@@ -170,7 +171,6 @@ def parts_of(value: Any) -> Iterator[tuple[str, Any]]:
             slots = vars(owner).get("__slots__", ())
             yield from ((k, getattr(value, k, None)) for k in ([slots] if isinstance(slots, str) else slots))
             yield "", owner
-        yield "", getattr(value, "__wrapped__", None)
 
 
 def references_of(function: FunctionType) -> Iterator[tuple[str, Any]]:

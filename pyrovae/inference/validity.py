@@ -213,10 +213,11 @@ class Look:
                 "pyrovae.models.Network does"
             )
 
-    def at(self, particles: int, rows: Tensor) -> dict[str, Tensor]:
+    def at(self, particles: int, rows: Tensor, rows_of_x: Tensor | None = None) -> dict[str, Tensor]:
         """`densities` of some particles and rows of the draws, each of shape (particles, len(rows))."""
         values = {name: taken(value, particles, rows) for name, value in self.values.items()}
-        return densities(draw(self.model, self.guide, self.x[rows], particles, values))
+        x = self.x[rows if rows_of_x is None else rows_of_x]
+        return densities(draw(self.model, self.guide, x, particles, values))
 
     def differing(
         self, got: dict[str, Tensor], rows: Tensor, columns: Tensor | None = None, rough: bool = False
@@ -250,7 +251,11 @@ class Look:
             # The other rows are replaced by those that are kept: the same batch with other neighbours.
             rows = kept[every % len(kept)]
             rows[kept] = kept
-            if name := self.differing(self.at(self.k, rows), rows, kept):
+            try:
+                beside_others = self.at(self.k, rows)
+            except Exception:  # as of a guide that was made for this x and no other: then with latents replaced alone
+                beside_others = self.at(self.k, rows, every)
+            if name := self.differing(beside_others, rows, kept):
                 self.check_noise()
                 raise PairError(
                     f"{name}: the log-density of a row depends on the other rows of the batch, so that there is none "
