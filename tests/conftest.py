@@ -72,12 +72,12 @@ def noise(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def unexamined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`log_marginal` without its look at the pair: for programs that play back a table, which a look would use up."""
+    """`log_marginal` and `fit` without their look at the pair: for programs that change from run to run on purpose."""
     from pyrovae.inference.validity import Findings
 
-    # The package has a function of the module's name.
-    monkeypatch.setattr(
-        import_module("pyrovae.inference.log_marginal"),
-        "check_pair",
-        lambda model, guide, x, rows: Findings(rows=rows, whole=False, no_density=None),
-    )
+    def found(model: object, guide: object, x: Tensor, rows: int | None = None, total: int | None = None) -> Findings:
+        return Findings(rows=rows or len(x), whole=False, no_density=None)
+
+    # The package has functions of the modules' names.
+    monkeypatch.setattr(import_module("pyrovae.inference.log_marginal"), "check_pair", found)
+    monkeypatch.setattr(import_module("pyrovae.inference.svi"), "examine", found)

@@ -302,10 +302,10 @@ class Looking(nn.Module):
 
 
 def branch(pair: Looking, x: Tensor, z: Tensor) -> float:
-    return 1.0 if z.mean() > 0 else -1.0
+    return 1.0 if z.isfinite().all() else -1.0
 
 
-@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.usefixtures("uncompiled", "unexamined")
 @pytest.mark.parametrize(
     ("look", "why"),
     [
