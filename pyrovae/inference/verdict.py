@@ -129,7 +129,8 @@ def by_simulation(result: LogMarginal, check: Simulated | None) -> Verdict:
     if check is None:
         origin = result.origin
         if origin is None or isinstance(origin.proposal, Annealed):
-            return Verdict("unchecked", f"{draws}, but what is never drawn they do not show; pass `check`")
+            why = "what is never drawn they do not show, and nothing was tried on simulated data"
+            return Verdict("unchecked", f"{draws}, but {why}")
         try:
             check = simulated(
                 *(origin.model, origin.guide, like(origin.x), result.num_particles),
