@@ -200,7 +200,7 @@ def check_of(
         drawn_from = proposal or FROM_GUIDE
         make = partial(simulated, *pair, like(x), num_particles, drawn_from, seed, chunk_size, repair)
         build = partial(Simulated, num_particles=num_particles, estimator=drawn_from.name)
-        names = ("lower", "upper", "jackknife")
+        names = ("lower", "upper", "jackknife")  # of the models that runs hold, all latents are continuous
 
     def checked() -> Any:
         if progress:
@@ -392,8 +392,8 @@ def report(
             "simulated": None
             if not isinstance(check, Simulated)
             else {
-                "lower": check.lower.mean().item(),
-                "upper": check.upper.mean().item(),
+                "lower": check.weighted(check.lower).mean().item(),
+                "upper": check.weighted(check.upper).mean().item(),
                 "width": check.width,
                 "width_error": check.error,
                 "validated": check.validated,

@@ -16,15 +16,21 @@ The width, the mean of U_K - L_K, is then at least the bias of L_K, for data lik
 z_2 .. z_K, whose noise cancels. A guide on one of two modes, a state that it never draws, a collapsed guide and tails
 too light for the posterior make it wide; a good guide makes it 0.
 
+A state of a discrete latent that is rare would rarely be simulated, though rows that it makes may be missed by far. So
+each such site is drawn from its prior p and from the uniform distribution over its S states, half and half, and the row
+counts with the weight p / (p/2 + 1/2S), at most 2.
+
 References:
     Grosse, Ghahramani and Adams 2015, Sandwiching the Marginal Likelihood, https://arxiv.org/abs/1511.02543
     Sobolev and Vetrov 2019, Importance Weighted Hierarchical Variational Inference, https://arxiv.org/abs/1905.03290
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrovae.errors import PairError
@@ -40,6 +46,8 @@ from pyrovae.inference.seeding import seeded
 SIMULATED_ROWS = 300
 # A proposal is good enough where the sandwich is narrower than this, in nats, two standard errors added.
 MOST_WIDTH = 0.1
+# Discrete sites of which rare states are simulated more often than they come.
+MOST_SPREAD = 2
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,7 @@ class Simulated:
         jackknife: L_K without its bias of order 1/K, as the draws alone tell it.
         num_particles: K. The width is that of estimates from so many draws.
         estimator: What was drawn from, in words.
+        weight: For how many data of the model's a row counts; None: each for one.
     """
 
     lower: Tensor
@@ -59,16 +68,26 @@ class Simulated:
     jackknife: Tensor
     num_particles: int
     estimator: str
+    weight: Tensor | None = None
+
+    def weighted(self, values: Tensor) -> Tensor:
+        """Values of the rows, of which the plain mean is that over data of the model's."""
+        return values if self.weight is None else self.weight * values
 
     @property
     def width(self) -> float:
         """Mean of upper - lower over data: on average, an estimate is at most so much too low."""
-        return (self.upper - self.lower).mean().item()
+        return self.weighted(self.upper - self.lower).mean().item()
 
     @property
     def error(self) -> float:
         """Standard error of `width` over data; NaN for a single one."""
-        return standard_error(self.upper - self.lower)
+        return standard_error(self.weighted(self.upper - self.lower))
+
+    @property
+    def jackknifed(self) -> float:
+        """The mean bias of `lower` that the jackknife finds."""
+        return self.weighted(self.jackknife - self.lower).mean().item()
 
     @property
     def most(self) -> float:
@@ -113,10 +132,11 @@ def simulated(
     sizes = [min(chunk, num_particles - done) for done in range(0, num_particles, chunk)]
     lower, upper, corrected = [], [], []
     with evaluating(model, guide), torch.no_grad(), seeded(seed, "simulated", device=x_like.device):
-        x, z = simulate(model, x_like)
-        probe = draw(model, guide, x)
+        probe = draw(model, guide, x_like)
         if auxiliary := set(probe.log_guides) - set(probe.latents):
             raise PairError(f"guide site '{min(auxiliary)}' is auxiliary, so that q(z|x) at a given z is not known")
+        with Spread(set(probe.latents)) as spread:
+            x, z = simulate(model, x_like)
 
         def weigh(wanted: Proposal, block: Tensor) -> tuple[Tensor, Tensor]:
             """Log-weights of K draws (K, n) for some rows, and of z* (1, n)."""
@@ -136,7 +156,42 @@ def simulated(
             upper.append(log_mean_exp(torch.cat([exact, log_w[1:]])))
             corrected.append(jackknife(log_w))
     below, above, without_bias = (torch.cat(part).cpu() for part in (lower, upper, corrected))
-    return Simulated(below, above, without_bias, num_particles, proposal.name)
+    weight = spread.log_weight.exp().double().cpu().expand(len(x)) if spread.sites else None
+    return Simulated(below, above, without_bias, num_particles, proposal.name, weight)
+
+
+class Spread(Messenger):
+    """Draw latent sites of few states from their prior and uniformly, half and half.
+
+    Args:
+        latents: The sites' names.
+
+    Attributes:
+        sites: Those that were drawn so, at most `MOST_SPREAD`: each may double a row's weight.
+        log_weight: Of the prior to what was drawn from, shape (N,) if any were.
+    """
+
+    def __init__(self, latents: set[str]) -> None:
+        super().__init__()
+        self.latents = latents
+        self.sites: list[str] = []
+        self.log_weight = torch.zeros(())
+
+    def _pyro_sample(self, msg: dict) -> None:
+        p = msg["fn"]
+        if msg["name"] not in self.latents or msg["done"] or len(self.sites) >= MOST_SPREAD:
+            return
+        if not getattr(p, "has_enumerate_support", False) or p.event_shape:
+            return
+        states = p.enumerate_support(expand=False).flatten()
+        drawn = p.sample()
+        anywhere = states[torch.randint(len(states), drawn.shape, device=drawn.device)]
+        z = torch.where(torch.rand(drawn.shape, device=drawn.device) < 0.5, drawn, anywhere)
+        log_p = p.log_prob(z)
+        uniform = torch.full_like(log_p, -math.log(len(states)))
+        self.log_weight = self.log_weight + (log_p - torch.logaddexp(log_p, uniform) + math.log(2)).reshape(-1)
+        self.sites.append(msg["name"])
+        msg["value"], msg["done"] = z, True
 
 
 def like(x: Tensor, rows: int = SIMULATED_ROWS) -> Tensor:

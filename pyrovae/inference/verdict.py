@@ -153,7 +153,7 @@ def by_simulation(result: LogMarginal, check: Simulated | None) -> Verdict:
 
 def stated_bias(result: LogMarginal, check: Simulated) -> float:
     """How far the mean may be too low: as on simulated data, or worse where the jackknife of these rows is worse."""
-    here, there = jackknifed(result), (check.jackknife - check.lower).mean().item()
+    here, there = jackknifed(result), check.jackknifed
     worse = max(1.0, (max(here, 0.0) + LEAST_BIAS) / (max(there, 0.0) + LEAST_BIAS))
     return max(check.most * worse, here, LEAST_BIAS)
 
