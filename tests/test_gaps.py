@@ -374,7 +374,9 @@ def trained(tmp_path_factory):
     return directory
 
 
-def test_the_command_writes_what_it_prints(trained, capsys):
+def test_the_command_writes_what_it_prints(trained, capsys, monkeypatch):
+    # A number that no other count of dimensions can be taken for.
+    monkeypatch.setattr(diagnostics, "kl_dimensions", lambda kl: round(1e6 * sum(kl)))
     words = [str(trained), "--rows", "20", "--K", "100", "--device", "cpu"]
     assert gaps_command.command(words) == 0
     out = capsys.readouterr().out
