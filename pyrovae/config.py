@@ -89,6 +89,11 @@ def when(name: str, value: Any) -> str:
     return one_of("auto", "on", "off")(name, word)
 
 
+def thread_count(name: str, value: Any) -> int | str:
+    """A whole number, or auto."""
+    return "auto" if str(value).lower() == "auto" else whole(1, 4096)(name, value)
+
+
 def nearest(word: str, names: tuple[str, ...] | list[str]) -> str:
     """What to say about a word that is not among some names."""
     near = difflib.get_close_matches(word.lower(), [n.lower() for n in names], 1, 0.5)
@@ -346,6 +351,12 @@ OPTIONS: dict[str, dict[str, Setting]] = {
         "particle_chunk": Setting(
             whole(1), None, "draw so many of the K particles at a time, to save memory; the gradient is of all", "INT"
         ),
+        "threads": Setting(
+            thread_count,
+            "auto",
+            "processor threads: a number, or auto, fewer where other programs keep the machine busy (default auto)",
+            "INT|auto",
+        ),
     },
     "Evaluation": {
         "eval_K": Setting(whole(1), 1000, "particles for the test log p(x) at the end (default 1000)", "INT"),
@@ -356,7 +367,7 @@ SETTINGS = {name: setting for group in OPTIONS.values() for name, setting in gro
 # What a run adds to the options in its config.yaml.
 DERIVED = ("data_hash", "event_shape", "version")
 # What may differ between a run and its resumption.
-RESUMABLE = ("epochs", "patience", "eval_K", "eval_rows", "device", "compile", "particle_chunk", "stream")
+RESUMABLE = ("epochs", "patience", "eval_K", "eval_rows", "device", "compile", "particle_chunk", "threads", "stream")
 
 
 def option(key: str) -> str:

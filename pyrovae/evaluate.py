@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyrovae.command import add_choices, add_option, given, main, parser
-from pyrovae.config import PROPOSALS, build_proposal, one_of, option, refuse, when, whole
+from pyrovae.config import PROPOSALS, SETTINGS, build_proposal, one_of, option, refuse, thread_count, when, whole
 from pyrovae.errors import NumericalError, OutputError, UsageError
 from pyrovae.files import inside
 from pyrovae.run import Run, open_run
@@ -746,10 +746,12 @@ def command(words: Sequence[str]) -> int:
     add_option(p, "--netcdf", f"save {SAVED_DRAWS} posterior and predictive draws of each row for ArviZ", "FILE")
     add_option(p, "--anew", "forget what was scored before with these settings", action="store_true")
     add_option(p, "--device", "auto, cpu, cuda or cuda:N (default auto)", "NAME")
+    add_option(p, "--threads", SETTINGS["threads"].help, "INT|auto")
     options = given(p.parse_args(words))
 
     from pyrovae.inference.annealed import Annealed
     from pyrovae.inference.individual import Individual
+    from pyrovae.inference.threads import threads
 
     proposal = build_proposal(options.get("proposal"))
     k, seed = whole_option(options, "K", default_draws(proposal, 5000)), whole_option(options, "seed", 0)
@@ -768,7 +770,9 @@ def command(words: Sequence[str]) -> int:
     mode = when("compile", options.get("compile", "auto"))
     precision = one_of("fp32", "bf16")("precision", options.get("precision", "fp32"))
     anew, repair = bool(options.get("anew")), bool(options.get("repair"))
-    evaluate(*(run, k, limit, split, seed, chunk_size, device, proposal, anew, netcdf, mode, precision, repair))
+    number = thread_count("threads", options.get("threads", "auto"))
+    with threads(number, lambda text: print(f"note: {text}")):
+        evaluate(*(run, k, limit, split, seed, chunk_size, device, proposal, anew, netcdf, mode, precision, repair))
     return 0
 
 

@@ -102,6 +102,7 @@ def command(words: Sequence[str]) -> int:
 
     from pyrovae.evaluate import pick_device
     from pyrovae.inference.steps import check_precision
+    from pyrovae.inference.threads import threads
 
     device = pick_device(config["device"])
     check_precision(config["precision"] or "fp32", device)
@@ -152,7 +153,8 @@ def command(words: Sequence[str]) -> int:
             try:
                 trained = time.perf_counter()
                 seconds = {"start": ready - started, "training": trained - ready}
-                conclude(config, rows, model, directory, fitted, seconds, not output["no_plots"])
+                with threads(config.get("threads", "auto")):
+                    conclude(config, rows, model, directory, fitted, seconds, not output["no_plots"])
             except KeyboardInterrupt:
                 say("stopped while evaluating; the training is saved. Evaluate and plot with")
                 say(f"  python -m pyrovae.fit --resume {directory}")
@@ -219,8 +221,8 @@ def resumed(options: Config, output: dict[str, Any]) -> tuple[Path, Config]:
     if has_checkpoints(run.directory):
         run.pair_with(load_latest(run.directory))  # sizes that its weights do not have are refused here
     changes = resolve(overlaid(stored, options))
-    asked = [key for key in options if changes[key] != stored[key]]
-    forbidden = [f"{option(key)}: {stored[key]} then, {changes[key]} now" for key in asked if key not in RESUMABLE]
+    asked = [key for key in options if changes[key] != stored.get(key)]
+    forbidden = [f"{option(key)}: {stored.get(key)} then, {changes[key]} now" for key in asked if key not in RESUMABLE]
     if forbidden:
         raise CheckpointError(
             f"{directory}: cannot resume with another configuration ({'; '.join(forbidden)}); only "
@@ -362,6 +364,7 @@ def train(
             compile=config["compile"],
             precision=config["precision"] or "fp32",
             particle_chunk=config["particle_chunk"],
+            threads=config.get("threads", "auto"),  # which older runs do not have
             directory=directory,
             resume=resume,
             on_start=on_start,

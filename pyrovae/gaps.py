@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyrovae.command import add_option, given, main, parser
+from pyrovae.config import SETTINGS, thread_count
 from pyrovae.errors import NumericalError, UsageError
 from pyrovae.evaluate import SPLITS, Report, heading, number, pick_device, rows_done, rows_of, whole_option
 from pyrovae.files import inside
@@ -189,6 +190,7 @@ def command(words: Sequence[str]) -> int:
     add_option(p, "--seed", "of the draws (default 0)", "INT")
     add_option(p, "--chunk-size", "particles evaluated at once; bounds memory", "INT")
     add_option(p, "--device", "auto, cpu, cuda or cuda:N (default auto)", "NAME")
+    add_option(p, "--threads", SETTINGS["threads"].help, "INT|auto")
     options = given(p.parse_args(words))
     k, limit = whole_option(options, "K", 2000), whole_option(options, "rows", 200)
     seed, chunk_size = whole_option(options, "seed", 0), whole_option(options, "chunk_size", None)
@@ -202,7 +204,10 @@ def command(words: Sequence[str]) -> int:
     run = open_run(options["run"])
     if run.config["model"]["name"] == "mixture":
         raise UsageError(f"{run.directory}: holds a mixture, whose log p(x) is exact: there is no gap to split")
-    values = analyse(run, k, limit, split, seed, chunk_size, str(options.get("device", "auto")), family)
+    from pyrovae.inference.threads import threads
+
+    with threads(thread_count("threads", options.get("threads", "auto")), lambda text: print(f"note: {text}")):
+        values = analyse(run, k, limit, split, seed, chunk_size, str(options.get("device", "auto")), family)
     print(describe(run.name, values))
     if run.writable:
         save_gaps(run, values)

@@ -56,6 +56,7 @@ from pyrovae.inference.steps import (
     check_precision,
     flushing,
 )
+from pyrovae.inference.threads import threads as using_threads
 from pyrovae.inference.validity import WHOLE, automatic, examine, set_up, undone, why_no_density
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ def fit(
     compile: str = "auto",
     precision: str = "fp32",
     particle_chunk: int | None = None,
+    threads: int | str | None = None,
     directory: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -188,6 +190,8 @@ def fit(
             everything else, the bound above all, in single precision. Validation is in single precision.
         particle_chunk: Draw so many particles at a time. The gradient is that of all of them; the memory that of a
             chunk, for a third more time.
+        threads: Processor threads to compute with: a number; "auto", as many as torch would take, less those whose
+            cores other programs keep busy at the start; None: as many as torch has. They are as before at the end.
         directory: Where to keep metrics.csv, TensorBoard records and checkpoints; None: nowhere.
         resume: Continue from the newest whole checkpoint in `directory`.
         progress: Show a progress bar when the output is a terminal.
@@ -257,7 +261,9 @@ def fit(
         trainer.accelerated(),
         arithmetic(precision, trainer.device),
         flushing(underflows),
+        using_threads(threads, trainer.notice),
     ):
+        trainer.threads_vary = threads == "auto"
         trainer.start(Path(directory) if directory is not None else None, resume, compile, on_start)
         return trainer.run(patience, progress, on_epoch, should_stop)
 
@@ -301,6 +307,7 @@ class Trainer:
         self.notices: list[str] = []
         self.best_weights: dict[str, Tensor] | None = None
         self.kept_best: int | None = None  # best step as of the checkpoint before
+        self.threads_vary = False  # whether a resumed run may take fewer threads than are free
 
     @contextmanager
     def accelerated(self) -> Iterator[None]:
@@ -727,7 +734,10 @@ class Trainer:
             raise CheckpointError(f"{where}: cannot be resumed: its record is of another form")
         if differing := differences(training["run"], self.identity()):
             raise CheckpointError(f"{self.directory}: cannot resume, since it was run with {'; '.join(differing)}")
-        then, now = training["environment"], self.environment()
+        then = training["environment"]
+        if self.threads_vary and then.get("threads") in range(1, torch.get_num_threads()):
+            torch.set_num_threads(then["threads"])  # the run's own, for the same bits
+        now = self.environment()
         if changed := differences(then, now):
             self.notice(f"resumed in another environment, so not bit-exact: {'; '.join(changed)}")
         # All of it is looked at before any of it is taken over.
