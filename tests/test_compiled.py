@@ -209,6 +209,20 @@ def test_what_a_graph_does_not_freeze(look: Callable) -> None:
     assert_close(*on_the_same_noise(Compiled(), pair.model, pair.guide, x, 4))
 
 
+class Wasteful(Plain):
+    """Draws numbers that nothing uses, before those that count."""
+
+    def guide(self, x: Tensor) -> None:
+        torch.randn(3)
+        super().guide(x)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_draws_that_nothing_uses_move_the_noise_on() -> None:
+    pair, x = Wasteful(), torch.randn(5, 4, dtype=torch.float64)
+    assert_close(*on_the_same_noise(Compiled(), pair.model, pair.guide, x, 4))
+
+
 @pytest.mark.usefixtures("uncompiled")
 def test_a_pair_that_is_not_compiled_gives_its_own_numbers() -> None:
     pair, x = Plain(constant_branch), torch.randn(5, 4, dtype=torch.float64)
