@@ -57,8 +57,8 @@ MAPS: dict[str, Callable[[Any, Tensor, int, int], Tensor]] = {
     "convolution": lambda t, z, i, o: F.conv1d(z.reshape(-1, 1, i), t("w", o, 1, i)).reshape(*z.shape[:-1], o),
     "tensordot": lambda t, z, i, o: torch.tensordot(z, t("w", o, i), ([-1], [1])),
 }
-BIASES: dict[str, Callable[[Any, int], Tensor | float]] = {
-    "none": lambda t, o: 0.0,
+BIASES: dict[str, Callable[[Any, int], Tensor]] = {
+    "two of one gradient": lambda t, o: t("b", o) + t("c", o, 1).view(o),
     "vector": lambda t, o: t("b", o),
     "expanded": lambda t, o: t("b", 1).expand(o),
     "scalar": lambda t, o: t("b"),

@@ -39,16 +39,17 @@ MODES = [("off", False), ("off", True), ("on", False), ("on", True)]
 EVERY = (1, 1, 4, 16)
 MOVED = 1e-3  # how far training moves some parameter at least, to be worth a comparison
 
-# An optimiser by its name, fused where torch has it; eps as large as to keep rounding from becoming a step.
-OPTIMISERS: dict[str, tuple[type, bool, dict]] = {
-    "Adam": (torch.optim.Adam, True, {"lr": 0.03, "eps": 1e-2}),
-    "AMSGrad": (torch.optim.Adam, True, {"lr": 0.03, "eps": 1e-2, "amsgrad": True}),
-    "AdamW": (torch.optim.AdamW, True, {"lr": 0.03, "eps": 1e-2, "weight_decay": 0.1}),
-    "momentum": (torch.optim.SGD, True, {"lr": 1e-3, "momentum": 0.9, "nesterov": True}),
-    "SGD": (torch.optim.SGD, True, {"lr": 2e-3, "weight_decay": 0.1}),
-    "Adagrad": (torch.optim.Adagrad, True, {"lr": 0.03, "eps": 1e-2}),
-    "RMSprop": (torch.optim.RMSprop, False, {"lr": 0.01, "eps": 1e-1, "momentum": 0.5}),
-    "NAdam": (torch.optim.NAdam, False, {"lr": 0.03, "eps": 1e-2}),
+# An optimiser by its name, with the form that `fit` runs; eps is as large as to keep rounding from becoming a step.
+FUSED, FOREACH = {"fused": True}, {"foreach": True}
+OPTIMISERS: dict[str, tuple[type, dict, dict]] = {
+    "Adam": (torch.optim.Adam, FUSED, {"lr": 0.03, "eps": 1e-2}),
+    "AMSGrad": (torch.optim.Adam, FUSED, {"lr": 0.03, "eps": 1e-2, "amsgrad": True}),
+    "AdamW": (torch.optim.AdamW, FUSED, {"lr": 0.03, "eps": 1e-2, "weight_decay": 0.1}),
+    "momentum": (torch.optim.SGD, FOREACH, {"lr": 1e-3, "momentum": 0.9, "nesterov": True}),
+    "SGD": (torch.optim.SGD, FUSED, {"lr": 2e-3, "weight_decay": 0.1}),
+    "Adagrad": (torch.optim.Adagrad, FUSED, {"lr": 0.03, "eps": 1e-2}),
+    "RMSprop": (torch.optim.RMSprop, {}, {"lr": 0.01, "eps": 1e-1, "momentum": 0.5}),
+    "NAdam": (torch.optim.NAdam, {}, {"lr": 0.03, "eps": 1e-2}),
 }
 
 
@@ -83,9 +84,9 @@ class Training:
         }[self.objective_name]()
 
     def optimiser(self, parameters: list[Tensor], plainest: bool = False) -> torch.optim.Optimizer:
-        """The optimiser, fused where it can be, or in a loop over parameters."""
-        kind, can_fuse, options = OPTIMISERS[self.name]
-        return kind(parameters, **options, **({"foreach": False} if plainest else {"fused": True} if can_fuse else {}))
+        """The optimiser in its form, or in a loop over parameters."""
+        kind, form, options = OPTIMISERS[self.name]
+        return kind(parameters, **options, **({"foreach": False} if plainest else form))
 
     def schedule(self, optimiser: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         """The rate of each epoch."""

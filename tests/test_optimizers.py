@@ -39,6 +39,7 @@ class Awkward(nn.Module):
         self.transposed = nn.Parameter(weight(6, 2, 6).t())
         self.kernel = nn.Parameter(weight(7, 3, 2, 2, 2).to(memory_format=torch.channels_last))
         self.plus, self.minus = nn.Parameter(weight(8, 2, 6)), nn.Parameter(weight(9, 2, 6))
+        self.flat = nn.Parameter(weight(10, 12))
         self.first = nn.Linear(6, 2).double()
         self.tied = nn.Linear(2, 6, bias=False).double()
         self.tied.weight = self.einsum
@@ -55,7 +56,7 @@ class Awkward(nn.Module):
             + self.expanded.sum()
             + z @ self.transposed.T
             + features.repeat_interleave(2, -1)
-            + z @ (self.plus + self.minus)
+            + z @ (self.plus + self.minus + self.flat.view(2, 6))
             + self.tied(z)
         )
 

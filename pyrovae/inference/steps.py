@@ -616,9 +616,10 @@ def as_accumulated(gradients: Sequence[Tensor | None], parameters: Sequence[Tens
     seen: set[int] = set()
     for gradient, parameter in zip(gradients, parameters, strict=True):
         if gradient is not None and gradient.layout is torch.strided:
-            if gradient.stride() != parameter.stride() or id(gradient) in seen:
+            memory = gradient.untyped_storage()._cdata  # of several gradients, where one is a view of another
+            if gradient.stride() != parameter.stride() or memory in seen:
                 gradient = torch.empty_like(parameter).copy_(gradient)
-            seen.add(id(gradient))
+            seen.add(memory)
         found.append(gradient)
     return found
 
