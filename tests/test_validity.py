@@ -300,6 +300,19 @@ def test_masks_that_agree_are_fine() -> None:
     assert_close(log_marginal(masked, guide, x, 50).estimate, wanted, rtol=0, atol=1e-4)
 
 
+def test_a_masked_latent_that_still_matters_is_refused() -> None:
+    """Masked alike in both, but x depends on it: the weights are those of no density."""
+    leaving = functools.partial(poutine.mask, mask=torch.tensor(False))
+
+    def masked(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            with leaving():
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, S), obs=x)
+
+    refused("'z' is masked, but what is masked still matters", masked, leaving(in_plate(near)), data())
+
+
 def test_a_latent_that_is_a_function_in_model_and_guide_is_fine() -> None:
     """A Delta site of the model has to be one of the guide as well, and its density is 1 in both."""
 

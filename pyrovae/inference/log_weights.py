@@ -286,7 +286,8 @@ def check_plates(site: dict, where: str, rows: int) -> None:
     if len(frames) != 1 or frames[0].dim != -1 or frames[0].size != rows:
         raise PairError(
             f"{where} must be inside exactly one plate over the data (dim -1, size {rows}); its plates: {plates}. "
-            "Use `with pyro.plate('data', len(x)):` around every site, and .to_event() for dimensions of an event"
+            "Use `with pyro.plate('data', len(x)):` around every site, .to_event() for dimensions of an event, and a "
+            "parameter in place of a latent that all data share (weights, topics)"
         )
     scale = site["scale"]
     if isinstance(scale, Tensor) or scale != 1:

@@ -342,20 +342,17 @@ class Look:
         """Why the two distributions of a latent site cannot be weighed against each other."""
         if isinstance(plain(p["fn"]), dist.ImproperUniform):
             return f"model site '{name}' is ImproperUniform, under which x has no density; give it a proper prior"
-        masks = [site["mask"] for site in (p, q)]
-        inner = [masked_inside(site["fn"]) for site in (p, q)]
-        if any(m is not None and m is not True for m in (*masks, *inner)):
-            wide = [
-                torch.broadcast_to(
-                    torch.as_tensor(True if m is None else m, device=self.x.device), (self.k, len(self.x))
-                )
-                for m in (*masks, *inner)
-            ]
-            if not torch.equal(wide[0] & wide[2], wide[1] & wide[3]):
-                return (
-                    f"site '{name}' is masked differently in the model and in the guide, so that log q(z|x) leaves out "
-                    "draws that are weighed; mask both alike"
-                )
+        kept = [self.kept(site) for site in (p, q)]
+        if not torch.equal(*torch.broadcast_tensors(*kept)):
+            return (
+                f"site '{name}' is masked differently in the model and in the guide, so that log q(z|x) leaves out "
+                "draws that are weighed; mask both alike"
+            )
+        if not kept[0].all() and self.matters(name, kept[0]):
+            return (
+                f"site '{name}' is masked, but what is masked still matters to other sites, so that it is a latent "
+                "without a density; leave out what it enters as well, or the mask"
+            )
         delta = isinstance(plain(q["fn"]), dist.Delta)
         kinds = [kind(site["fn"]) for site in (p, q)]
         if not delta and {"discrete", "continuous"} == set(kinds):
@@ -366,6 +363,35 @@ class Look:
         if delta and isinstance(plain(p["fn"]), dist.Delta) and q["fn"].log_prob(q["value"]).any():
             return f"guide site '{name}' is a Delta with a log_density, as the model's is without; remove it"
         return None
+
+    def kept(self, site: dict) -> Tensor:
+        """What no mask leaves out, of `poutine.mask` or of the distribution itself: shape (K, N, elements or 1)."""
+        k, n = self.k, len(self.x)
+        masks = [] if site["mask"] is None else [(site["mask"], (k, n))]
+        distribution, event = site["fn"], 0  # dimensions of the event that are still those of a batch inside
+        while isinstance(distribution, WRAPPERS):
+            if isinstance(distribution, torch.distributions.Independent):
+                event += distribution.reinterpreted_batch_ndims
+            if isinstance(distribution, dist.MaskedDistribution):
+                inner = tuple(distribution.batch_shape)
+                masks.append((distribution._mask, (k, n, *inner[len(inner) - event :])))
+            distribution = distribution.base_dist
+        kept = torch.ones(k, n, 1, dtype=torch.bool, device=self.x.device)
+        for mask, shape in masks:
+            kept = kept & torch.as_tensor(mask, device=self.x.device).expand(shape).reshape(k, n, -1)
+        return kept
+
+    def matters(self, name: str, kept: Tensor) -> bool:
+        """Whether any log-density changes when other draws take the place of those that are masked."""
+        if name not in self.values:
+            return False
+        value = self.values[name]
+        flat = value.reshape(*kept.shape[:2], -1)
+        kept = kept.repeat_interleave(flat.shape[-1] // kept.shape[-1], -1)
+        changed = torch.where(kept, flat, flat.roll(1, 0))
+        values = {**self.values, name: changed.reshape(value.shape)}
+        every = torch.arange(len(self.x), device=self.x.device)
+        return self.differing(densities(draw(self.model, self.guide, self.x, self.k, values)), every) is not None
 
     def fault_of_map(self, noise: list[str], points: list[str]) -> str | None:
         """Why Deltas are not a one-to-one function of auxiliary sites with its density; None if they are."""
@@ -453,15 +479,6 @@ def kind(distribution: Any) -> str:
         return "discrete" if distribution.support.is_discrete else "continuous"
     except NotImplementedError:
         return "unknown"
-
-
-def masked_inside(distribution: Any) -> Any:
-    """The mask of a distribution made by its own `.mask()`, True without one."""
-    while isinstance(distribution, WRAPPERS):
-        if isinstance(distribution, dist.MaskedDistribution):
-            return distribution._mask
-        distribution = distribution.base_dist
-    return True
 
 
 def taken(value: Tensor, particles: int, rows: Tensor) -> Tensor:
