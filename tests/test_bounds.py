@@ -605,6 +605,9 @@ def test_masked_sites_carry_nothing() -> None:
     assert_close(seeded(auto, masked, x), sampled * keep, **EXACT)
     assert auto.kl_forms == {"z": "sampled"}
     assert_close(seeded(IWAE(3), masked, x), seeded(IWAE(3), pair, x) * keep, **EXACT)
+    for one_side in (Pair(masked.model, pair.guide), Pair(pair.model, masked.guide)):
+        assert_close(seeded(auto, one_side, x), seeded(ELBO(3, kl="sampled"), one_side, x), **EXACT)
+        assert auto.kl_forms == {"z": "sampled"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -748,13 +748,14 @@ def test_terms_kl_and_active_units_against_a_hand_computation():
     with torch.no_grad():  # one variance of E[z|x] on either side of 0.01, by a factor 2
         wanted, found = torch.tensor([0.02, 0.005], dtype=torch.float64), pair.encode(x).var(0, correction=0)
         pair.guides[0].head.weight[:2] *= (wanted / found).sqrt()[:, None]
-    report = measure(pair.model, pair.guide, x.split(9), ELBO())
+    report = measure(pair.model, pair.guide, x.split(9), ELBO(3))
     q = pair.posterior(x).base_dist
     kl = (0.5 * (q.loc**2 + q.scale**2 - 1) - q.scale.log()).mean(0)
     assert report["kl_z[0]"] == pytest.approx(kl[0].item(), abs=1e-10)
     assert report["kl_z[1]"] == pytest.approx(kl[1].item(), abs=1e-10)
     assert report["kl"] == pytest.approx(kl.sum().item(), abs=1e-10)
     assert report["bound"] == pytest.approx(report["reconstruction"] - report["kl"], abs=1e-10)
+    assert report["elbo"] == pytest.approx(report["bound"], abs=1e-10)
     variance = q.loc.var(0, correction=0)
     assert_close(variance, wanted)
     assert report["active_units"] == 1

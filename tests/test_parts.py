@@ -377,6 +377,11 @@ def test_gaussian_scale_has_a_floor_and_says_so(scale: str) -> None:
     assert (found >= 0.05).all()
     assert (found == 0.05).double().mean() == share
     assert part.scale_at_floor(z) == share
+    if scale == "learned":
+        for above, at_floor in ((0.0004, 1.0), (0.0006, 0.0)):  # within 1 % of 0.05, and beyond
+            with torch.no_grad():
+                part.raw_scale.fill_(math.log(math.expm1(above)))
+            assert part.scale_at_floor(z) == at_floor
     assert Gaussian(decoder((4,)), 0.01).scale_at_floor(z.float()) == 0
 
 
