@@ -312,9 +312,7 @@ def damage_checkpoint(path: Path, rng: random.Random) -> None:
         ("training.json", "training.json", "weights.safetensors", "training.safetensors", "manifest.json")
     )
     file = folder / name
-    if name == "training.json" and rng.random() < 0.8:
-        file.write_text(json.dumps(exchanged(json.loads(file.read_text()), rng)))
-    elif name == "manifest.json" and rng.random() < 0.5:
+    if (name == "training.json" and rng.random() < 0.8) or (name == "manifest.json" and rng.random() < 0.5):
         file.write_text(json.dumps(exchanged(json.loads(file.read_text()), rng)))
     else:
         damage_bytes(file, rng)

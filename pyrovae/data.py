@@ -76,6 +76,7 @@ _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".
 _SEED = {"permutation": 1, "plane": 2, "train": 3, "validation": 4, "test": 5}
 _PLANE_ROWS = 5000
 _HELD_OUT = 10_000  # rows of validation and test at most, where they are taken off the training rows
+_OTHERS = 10_000  # files without pixels in a folder of images
 _POSITION = 16  # bytes of memory for each row that stays in its file: its place, and room to draw it
 
 
@@ -546,9 +547,10 @@ def _construct(loader: Any, directory: Path, arguments: dict[str, Any], name: st
             return loader(directory, download=True, **arguments)
     except Exception as error:  # a download fails in as many ways as there are networks
         tried = "the download failed" if download else "download is off"
+        fetch = "" if download else f", or fetch it with pyrovae.load_data({name!r})"
         raise DataError(
             f"{name}: not found, or damaged, under {directory}, and {tried} ({_one_line(error)}); "
-            "give the directory that holds it with --data-root"
+            f"give the directory that holds it with --data-root{fetch}"
         ) from error
 
 
@@ -845,8 +847,19 @@ def _read_folder(path: Path, where: str) -> _Found:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in _IMAGES)
-    return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    """The images below a folder, but for hidden ones; one of all sorts of files, such as /, is not read through."""
+    images: list[Path] = []
+    others = 0
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(place, name) for name in names):
+            if path.suffix.lower() in _IMAGES and not path.name.startswith(".") and path.is_file():
+                images.append(path)
+            else:
+                others += 1
+        if others > _OTHERS and others > 10 * len(images):
+            raise DataError(f"{_place(folder, folder)}: holds all sorts of files; give a folder of images alone")
+    return sorted(images)
 
 
 def _image_shape(files: Sequence[Path]) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -76,6 +77,28 @@ DATA_HELP = (
 )
 
 
+def check_processes() -> None:
+    """Refuse a part of what a launcher of several processes sets: a process that is told so would write nothing."""
+    numbers = {}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        if (value := os.environ.get(name)) is not None:
+            if not re.fullmatch(r"\d{1,9}", value, re.A):
+                raise UsageError(
+                    f"{name}={value} in the environment: expected a whole number; unset it, or use torchrun"
+                )
+            numbers[name] = int(value)
+    world = numbers.get("WORLD_SIZE", 0 if numbers else 1)
+    missing = [name for name in ("RANK", "WORLD_SIZE") if name not in numbers]
+    if missing and (world != 1 or numbers.get("RANK", 0)):
+        found = ", ".join(f"{name}={number}" for name, number in numbers.items())
+        raise UsageError(
+            f"{found} in the environment without {' and '.join(missing)}: start several processes with torchrun or "
+            f"accelerate launch, or unset {' and '.join(numbers)} for one"
+        )
+    if numbers.get("RANK", 0) >= world:
+        raise UsageError(f"RANK={numbers['RANK']} in the environment, of WORLD_SIZE={world}: expected 0 to {world - 1}")
+
+
 def say(text: str) -> None:
     """Print a line at once; of several processes one speaks."""
     if leading():
@@ -84,6 +107,7 @@ def say(text: str) -> None:
 
 def command(words: Sequence[str]) -> int:
     """Parse the options, train, evaluate, plot."""
+    check_processes()
     options = read_options(words)
     output = {key: options.pop(key, None) for key in ("out", "resume", "overwrite", "no_plots", "debug")}
     for derived in DERIVED:

@@ -10,6 +10,7 @@ gaps.json            where the bound is lost
 plots/
 """
 
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -153,7 +154,7 @@ def open_run(directory: str | Path) -> Run:
         CheckpointError: there is no run, or its configuration is damaged.
     """
     path = Path(directory)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise CheckpointError(f"{directory}: no such run directory ({path.absolute()})")
     if not (path / "config.yaml").is_file():
         raise CheckpointError(f"{directory}: not a run directory, it has no config.yaml ({path.absolute()})")
@@ -176,7 +177,7 @@ def read_config(directory: Path) -> "Config":
     except ValueError as error:
         raise CheckpointError(f"{file}: cannot be read ({error}); it is not a run's config.yaml") from error
     derived = ("data_hash", "event_shape")
-    if not isinstance(content, dict) or any(key not in content for key in (*derived, "likelihood")):
+    if not isinstance(content, dict) or any(content.get(key) is None for key in (*derived, "likelihood", "version")):
         raise CheckpointError(f"{file}: not written by pyrovae.fit: {' and '.join(derived)} are missing")
     shape, digest = content["event_shape"], content["data_hash"]
     if not isinstance(shape, list) or any(type(size) is not int or size < 1 for size in shape):
@@ -187,8 +188,6 @@ def read_config(directory: Path) -> "Config":
         config = configuration.resolve({k: v for k, v in content.items() if k not in configuration.DERIVED})
     except (UsageError, ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from error
-    if config["likelihood"] is None:
-        raise CheckpointError(f"{file}: likelihood: a run has one")
     return config | {key: content[key] for key in derived}
 
 
