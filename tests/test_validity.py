@@ -29,7 +29,7 @@ from torch.distributions import transforms as T
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from pyrovae.errors import PairError, UsageError
+from pyrovae.errors import DataError, PairError, UsageError
 from pyrovae.inference import (
     ELBO,
     IWAE,
@@ -251,6 +251,25 @@ def test_a_guide_without_a_density_is_refused_by_name(case: str) -> None:
 
 def test_fewer_noises_than_latents_have_no_density() -> None:
     refused("2 numbers at functions of 1 have no density", two_latents, in_plate(fewer_dimensions), data())
+
+
+def test_a_map_that_takes_two_values_to_one_is_refused() -> None:
+    """(u + iv)^2 has the stretch that it says, of one sign, but (-u, -v) has it too."""
+
+    def plane(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    def sites(x: Tensor, power: int) -> None:
+        a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1), infer={"is_auxiliary": True})
+        u, v = a.unbind(-1)
+        z = torch.stack([u * u - v * v, 2 * u * v] if power == 2 else [2 * u - v, v + torch.sinh(u)], -1)
+        log_density = -(4 * (u * u + v * v) if power == 2 else 2 + torch.cosh(u)).log()
+        pyro.sample("z", dist.Delta(z, log_density, event_dim=1))
+
+    check_pair(plane, in_plate(lambda x: sites(x, 1)), data())
+    refused("not one to one", plane, in_plate(lambda x: sites(x, 2)), data())
 
 
 @pytest.mark.parametrize("entry", [name for name in ENTRIES if name != "fit"])
@@ -909,6 +928,25 @@ def test_a_user_s_own_error_stays_theirs() -> None:
     assert any("raised by the model for x of shape (12,)" in note for note in caught.value.__notes__)
 
 
+def test_values_outside_a_support_are_told() -> None:
+    def positive(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.HalfNormal(1.0))
+            with poutine.mask(mask=~x.isnan()):
+                pyro.sample("x", dist.Normal(z, S), obs=x)
+
+    x = data()
+    for entry in ("log_marginal", "fit"):
+        with pytest.raises(PairError, match="model site 'z': the guide draws values outside its support") as caught:
+            ENTRIES[entry](positive, in_plate(near), x)
+        assert "\n" not in str(caught.value)
+    x[3] = math.nan
+    guide = in_plate(lambda x: pyro.sample("z", dist.HalfNormal(torch.ones(len(x)))))
+    with pytest.raises(DataError, match=r"model site 'x': x has values, such as nan, outside.*nan_to_num") as caught:
+        log_marginal(positive, guide, x, 10)
+    assert "\n" not in str(caught.value)
+
+
 def test_types_of_numbers_are_told() -> None:
     linear = nn.Linear(3, 2)
 
@@ -945,6 +983,9 @@ def test_arguments_in_the_wrong_places_are_told() -> None:
         ),
         r"data: expected a tensor .* got ndarray of shape": lambda: fit(vae.model, vae.guide, x.numpy()),
         "model: VAE is a class": lambda: log_marginal(VAE, vae.guide, x),
+        r"guide: cannot be called as guide\(x\) \(missing a required argument: 'y'\)": lambda: fit(
+            vae.model, lambda x, y: vae.guide(x), x
+        ),
     }
     for message, call in calls.items():
         with pytest.raises(UsageError, match=message) as caught:

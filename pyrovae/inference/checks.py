@@ -1,5 +1,6 @@
 """What arguments are checked for, in one place, so that wrong ones read alike everywhere."""
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,6 +40,14 @@ def check_programs(model: object, guide: object) -> None:
             )
         if isinstance(program, type):
             raise UsageError(f"{role}: {program.__name__} is a class; pass an object of it that is called as {role}(x)")
+        try:
+            inspect.signature(program.forward if isinstance(program, nn.Module) else program).bind(None)
+        except TypeError as error:
+            raise UsageError(
+                f"{role}: cannot be called as {role}(x) ({error}); give it other arguments by functools.partial"
+            ) from None
+        except ValueError:
+            continue  # what has no signature in Python
 
 
 def describe(x: Any) -> str:

@@ -24,7 +24,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyrovae.errors import PairError, PyrovaeError, UsageError
+from pyrovae.errors import DataError, PairError, PyrovaeError, UsageError
 from pyrovae.inference.checks import check_count, check_rows
 from pyrovae.inference.pair import modules_of
 
@@ -310,13 +310,35 @@ def log_prob(site: dict, where: str, shape: tuple[int, int]) -> Tensor:
     batch = value.shape[: value.ndim - event_dim]
     if site["is_observed"] and batch and batch[-1] != shape[1] and not isinstance(fn, dist.Unit):
         raise PairError(f"{where}: {batch[-1]} rows are observed in a plate over {shape[1]} data; pass x whole as obs")
-    result = scale_and_mask(fn.log_prob(value), 1.0, site["mask"])
+    try:
+        result = scale_and_mask(fn.log_prob(value), 1.0, site["mask"])
+    except ValueError as error:
+        if "within the support" in str(error):
+            raise outside(site, where) from error
+        raise
     if result.shape != shape:
         raise PairError(
             f"{where}: expected one log-probability per particle and datum, shape {shape}, got {tuple(result.shape)}; "
             "declare the dimensions of an event with .to_event()"
         )
     return result
+
+
+def outside(site: dict, where: str) -> PyrovaeError:
+    """What to say of a value outside the support of its distribution."""
+    fn, value = site["fn"], site["value"]
+    support = str(fn.support).replace("\n", " ")
+    if not site["is_observed"]:
+        return PairError(
+            f"{where}: the guide draws values outside its support, {support} of {type(fn).__name__}; give the guide's "
+            "site a distribution on it, such as one transformed by torch.distributions.biject_to"
+        )
+    some = value[~fn.support.check(value).expand(value.shape)] if value.ndim else value.reshape(1)
+    example = f", such as {some.flatten()[0].item():g}," if some.numel() else ""
+    return DataError(
+        f"{where}: x has values{example} outside the support, {support} of {type(fn).__name__}; repair them, also "
+        "where they are masked (torch.nan_to_num)"
+    )
 
 
 def log_mean_exp(values: Tensor, dim: int = 0) -> Tensor:

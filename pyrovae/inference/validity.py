@@ -45,6 +45,7 @@ from pyrovae.inference.seeding import seeded
 
 # Draws whose Jacobian is looked at: a map that folds, such as |a|, shows both of its sides in so many.
 DRAWS_OF_MAP = 16
+NEWTON_STEPS = 12
 WHOLE = "the pair works on all of its rows together only, as a guide does that has parameters for each row"
 # Elements of x on which a pair is tried as a whole that fails on parts of it.
 MOST_ELEMENTS = 2**22
@@ -407,39 +408,33 @@ class Look:
             for name, site in sites.items()
             if not site["is_observed"] and not isinstance(plain(site["fn"]), dist.Delta)
         }
-        inputs = [values[name].requires_grad_() for name in noise]
-        with torch.enable_grad(), At(values):
-            sites = sample_sites(run(self.guide, "guide", self.x, k))
-            outputs, log_volume, log_density = [], self.x.new_zeros(()), self.x.new_zeros(())
-            for name in points:
-                z = sites[name]["value"]
-                transform = biject_to(self.base.latents[name].prior.support)
-                u = transform.inv(z)
-                outputs.append(u.reshape(k, n, -1))
-                stretch = transform.log_abs_det_jacobian(u, transform(u)).reshape(k, n, -1).sum(-1)
-                log_volume = log_volume + stretch.detach()
-                log_density = log_density + sites[name]["fn"].log_prob(z).detach()
-            u = torch.cat(outputs, -1)
-            sizes = sum(value[0, 0].numel() for value in inputs)
-            if sizes != u.shape[-1]:
-                return (
-                    f"{what}, but {u.shape[-1]} numbers at functions of {sizes} have no density; have as many "
-                    "auxiliary numbers as latent ones"
-                )
-            if not u.requires_grad:
-                return f"{what} that does not depend on it, so that it has no density"
-            rows = []
-            for j in range(u.shape[-1]):
-                slopes = torch.autograd.grad(u[..., j].sum(), inputs, retain_graph=True, allow_unused=True)
-                pairs = zip(slopes, inputs, strict=True)
-                rows.append(
-                    torch.cat([(torch.zeros_like(a) if g is None else g).reshape(k, n, -1) for g, a in pairs], -1)
-                )
-        sign, log_det = torch.linalg.slogdet(torch.stack(rows, -2))
-        if (sign == 0).any() or (sign != sign[0]).any():
+        u, log_volume, log_density = self.image(values, points)
+        sizes = sum(values[name][0, 0].numel() for name in noise)
+        if sizes != u.shape[-1]:
             return (
-                f"{what} that is not one to one, so that the density of the latent is that of several values together"
+                f"{what}, but {u.shape[-1]} numbers at functions of {sizes} have no density; have as many auxiliary "
+                "numbers as latent ones"
             )
+        start = torch.cat([values[name].reshape(k, n, -1) for name in noise], -1)
+
+        def mapped(a: Tensor) -> tuple[Tensor, Tensor]:
+            """u and du/da, of shapes (K, N, U) and (K, N, U, U)."""
+            with torch.enable_grad():
+                a = a.detach().requires_grad_()
+                parts = zip(noise, a.split([values[name][0, 0].numel() for name in noise], -1), strict=True)
+                u = self.image(values | {name: part.reshape(values[name].shape) for name, part in parts}, points)[0]
+                if not u.requires_grad:
+                    return u, torch.zeros(*u.shape, sizes, dtype=u.dtype, device=u.device)
+                slopes = [torch.autograd.grad(u[..., j].sum(), a, retain_graph=True)[0] for j in range(sizes)]
+            return u.detach(), torch.stack(slopes, -2)
+
+        u, jacobian = mapped(start)
+        sign, log_det = torch.linalg.slogdet(jacobian)
+        folded = f"{what} that is not one to one, so that the density of the latent is that of several values together"
+        if (sign == 0).all():
+            return f"{what} that does not depend on it, so that it has no density"
+        if (sign == 0).any() or (sign != sign[0]).any():
+            return folded
         wrong = log_density + log_volume + log_det
         rounding = torch.finfo(wrong.dtype).eps ** 0.5 * u.shape[-1]
         if not (wrong.abs() <= rounding * (1 + log_det.abs() + log_volume.abs())).all():
@@ -447,7 +442,34 @@ class Look:
                 f"{what}, with a log_density that is not log |da/dz|, by up to {wrong.abs().max().item():.3g} nats. "
                 "Write -transform.log_abs_det_jacobian(a, z), as Pyro's automatic guides do"
             )
-        return None
+        # Newton's iterations towards each u from where another draw was: they may not end at another a.
+        a = start.roll(1, 0)
+        for _ in range(NEWTON_STEPS):
+            at, jacobian = mapped(a)
+            step, singular = torch.linalg.solve_ex(jacobian, (at - u).unsqueeze(-1))
+            a = torch.where((singular == 0)[..., None], a - step.squeeze(-1), a).nan_to_num(0.0, 0.0, 0.0)
+        there = ((mapped(a)[0] - u).abs() <= 1e-4 * u.std(0)).all(-1)
+        elsewhere = ((a - start).abs() > 0.1 * start.std(0)).any(-1)
+        return folded if (there & elsewhere).any() else None
+
+    def image(self, values: dict[str, Tensor], points: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """The sites that are Deltas at these values of others.
+
+        Returns:
+            Unconstrained, shape (K, N, U); log |dz/du| and the sum of log_density, each of shape (K, N).
+        """
+        k, n = len(next(iter(values.values()))), len(self.x)
+        with At(values):
+            sites = sample_sites(run(self.guide, "guide", self.x, k))
+        parts, log_volume, log_density = [], self.x.new_zeros(()), self.x.new_zeros(())
+        for name in points:
+            z = sites[name]["value"]
+            transform = biject_to(self.base.latents[name].prior.support)
+            u = transform.inv(z)
+            parts.append(u.reshape(k, n, -1))
+            log_volume = log_volume + transform.log_abs_det_jacobian(u, transform(u)).reshape(k, n, -1).sum(-1)
+            log_density = log_density + sites[name]["fn"].log_prob(z)
+        return torch.cat(parts, -1), log_volume, log_density
 
 
 def check_roles(particles: Particles) -> None:
