@@ -238,6 +238,8 @@ def test_digits_and_a_mixture(capsys):
     report = json.loads(Path("vae/evaluation.json").read_text())
     assert (report["measure"], report["binarize"], report["rows"]) == ("mass on {0,1}^64", "dynamic", 20)
     assert report["bits_per_dimension"] == pytest.approx(-report["log_marginal"] / 64 / np.log(2))
+    common.remove("--no-plots")
+    capsys.readouterr()
     assert fit.command([*common, "--model", "mixture", "--model.components", "3", "--out", "mixture"]) == 0
     report = json.loads(Path("mixture/evaluation.json").read_text())
     assert (report["estimator"], report["K"], report["monte_carlo_error"]) == ("exact", None, 0.0)
@@ -245,7 +247,10 @@ def test_digits_and_a_mixture(capsys):
     assert isinstance(mixture, BernoulliMixture)
     x = pyrovae.load_data("digits").rows("mass").test[:20].double()
     assert mixture.double().log_prob(x).mean().item() == pytest.approx(report["log_marginal"], abs=1e-9)
-    assert "exact" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "nats per datum, exact" in out
+    assert "\nplots in mixture/plots\n" in out  # and no word of more draws, which would raise nothing
+    assert "larger K" not in out
 
 
 def test_the_table_at_the_end_agrees_with_the_file(capsys):
