@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import random
+import re
 import resource
 import shlex
 import shutil
@@ -555,3 +556,19 @@ def test_a_part_of_what_a_launcher_sets(tmp_path: Path, capsys, monkeypatch, var
     assert code == 2
     assert message in error
     assert not Path("run").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------- the page
+
+
+def test_every_promise_names_a_test_that_exists() -> None:
+    here = Path(__file__).parent
+    page = (here.parent / "docs" / "faults.md").read_text()
+    written = "".join(path.read_text() for path in here.glob("test_*.py"))
+    rows = [row for row in page.splitlines() if row.startswith("| ") and not row.startswith("| What")]
+    assert len(rows) > 30
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row.split(" | ")[-1])
+        assert named, f"promised without a test: {row}"
+        for name in named:
+            assert f"def {name}(" in written, f"{name} does not exist"
