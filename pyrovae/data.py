@@ -409,6 +409,11 @@ def load_data(
     >>> load_data("digits").event_shape
     (1, 8, 8)
     """
+    if not isinstance(source, str | Path):
+        raise UsageError(
+            f"source: expected the name of a data set or the path of a file, got {type(source).__name__}; fit and "
+            "log_marginal take rows as a tensor"
+        )
     _choice("stream", stream, STREAM)
     name = str(source).lower().replace("_", "-")
     if isinstance(source, str) and name in NAMES:

@@ -340,8 +340,8 @@ def test_a_site_latent_in_the_guide_and_observed_in_the_model_is_named() -> None
     refused("site 'x' is latent in the guide but observed in the model", a_model, guide, x_of())
 
 
-def test_auxiliary_sites_of_the_guide_count_in_the_bound() -> None:
-    """log w subtracts log q of auxiliary sites, in every form of the ELBO."""
+def test_auxiliary_sites_of_the_guide_are_trained_and_make_no_log_p() -> None:
+    """What is maximised subtracts their log q, in every form of the ELBO; it is no bound, and log p(x) refuses them."""
 
     def guide(x: Tensor) -> None:
         latent()(x)
@@ -357,6 +357,8 @@ def test_auxiliary_sites_of_the_guide_count_in_the_bound() -> None:
     elbo = ELBO(4)
     assert_close(elbo.of(particles), particles.log_likelihood.mean(0) + -aux.mean(0), **EXACT)  # KL of z is 0
     assert elbo.kl_forms == {"z": "analytic", "auxiliary": "sampled"}
+    with pytest.raises(PairError, match="guide site 'aux' is auxiliary, and nothing integrates it out"):
+        log_marginal(a_model, guide, x, 10)
 
 
 @pytest.mark.parametrize("side", ["model", "guide"])

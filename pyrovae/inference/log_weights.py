@@ -171,13 +171,15 @@ def run(program: Callable, role: str, x: Tensor, num_particles: int) -> Trace:
         with pyro.plate(PARTICLES, num_particles, dim=-2):
             return traced.get_trace(x)
     except Exception as error:
-        if type(x) is Tensor and not isinstance(error, PyrovaeError):  # and not that of a graph, without values
+        if isinstance(error, PyrovaeError) and isinstance(error.__cause__, type(error)):
+            error = error.__cause__  # without the shapes that Pyro adds to a message, line by line
+        elif type(x) is Tensor and not isinstance(error, PyrovaeError):  # in a graph it has no values
             explain(error, traced.trace, program, role, x)
         error.add_note(
             f"raised by the {role} for x of shape {tuple(x.shape)}, run for {num_particles} particles: sites inside "
             f"the data plate have batch shape ({num_particles}, {len(x)})"
         )
-        raise
+        raise error
 
 
 def explain(error: Exception, trace: Trace, program: Callable, role: str, x: Tensor) -> None:
@@ -255,6 +257,8 @@ def drawn_sites(sites: dict[str, dict]) -> dict[str, dict]:
 
 def check_agreement(p: dict[str, dict], q: dict[str, dict]) -> None:
     """Refuse a model and a guide that do not have the same latent sites of the same event shapes."""
+    if any(site["is_observed"] for site in q.values()) and not any(site["is_observed"] for site in p.values()):
+        raise UsageError("model, guide: the guide observes x and the model does not; pass the model first")
     for name, site in p.items():
         if not site["is_observed"] and name not in q:
             raise PairError(

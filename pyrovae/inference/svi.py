@@ -226,6 +226,8 @@ def fit(
         check_rows("validation", validation)
     if batch_size > len(data):
         raise UsageError(f"batch_size: {batch_size} is more than the {len(data)} training rows")
+    if isinstance(objective, type):
+        raise UsageError(f"objective: expected an object such as ELBO(), got the class {objective.__name__}")
     if not hasattr(objective, "differentiable_loss"):
         raise UsageError(
             f"objective: {type(objective).__name__} has no differentiable_loss; use an objective of pyrovae.inference "

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyrovae.errors import PairError, UsageError
+from pyrovae.errors import PairError
 from pyrovae.inference.checks import check_programs, check_rows
 from pyrovae.inference.log_weights import At, Particles, draw, run, sample_sites
 from pyrovae.inference.pair import evaluating, modules_of
@@ -180,7 +180,6 @@ class Look:
         self.wrong_norms: list[str] = []
         with self.watching_norms():
             self.base = draw(model, guide, x, self.k)
-        check_roles(self.base)
         self.densities = densities(self.base)
         self.values = {
             name: site["value"]
@@ -470,13 +469,6 @@ class Look:
             log_volume = log_volume + transform.log_abs_det_jacobian(u, transform(u)).reshape(k, n, -1).sum(-1)
             log_density = log_density + sites[name]["fn"].log_prob(z)
         return torch.cat(parts, -1), log_volume, log_density
-
-
-def check_roles(particles: Particles) -> None:
-    """Refuse a model that observes nothing: it is the guide, or it does not use x."""
-    observes = any(site["is_observed"] for site in sample_sites(particles.model_trace).values())
-    if not observes and any(site["is_observed"] for site in sample_sites(particles.guide_trace).values()):
-        raise UsageError("model, guide: the guide observes x and the model does not; pass the model first")
 
 
 def densities(particles: Particles) -> dict[str, Tensor]:

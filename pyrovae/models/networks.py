@@ -75,11 +75,20 @@ class Network(nn.Module):
         """Map (*batch, *in_shape) to (*batch, *out_shape).
 
         Raises:
-            UsageError: x does not end in `in_shape`, or the body does not return `out_shape`.
+            UsageError: x does not end in `in_shape` or is not of the network's type of numbers, or the body does not
+                return `out_shape`.
         """
         check_event(x, self.in_shape)
         batch = x.shape[: x.ndim - len(self.in_shape)]
-        out = self.body(x.reshape(-1, *self.in_shape))
+        try:
+            out = self.body(x.reshape(-1, *self.in_shape))
+        except RuntimeError as error:
+            wanted = next((p.dtype for p in self.parameters()), x.dtype)
+            if "dtype" in str(error) and x.dtype != wanted:
+                raise UsageError(
+                    f"x: expected {wanted}, that of the network, got {x.dtype}; pass x.to({wanted})"
+                ) from error
+            raise
         if out.shape[1:] != self.out_shape:
             raise UsageError(f"network: expected output shape {self.out_shape}, got {tuple(out.shape[1:])}")
         return out.reshape(*batch, *self.out_shape)
@@ -213,6 +222,10 @@ class ConvDecoder(Network):
 
 def check_event(x: Tensor, shape: tuple[int, ...]) -> None:
     """Refuse x (*batch, *event) of another event shape than `shape`, before anything broadcasts it, and integers."""
+    if not isinstance(x, Tensor):
+        raise UsageError(
+            f"x: expected a tensor of event shape {shape}, got {type(x).__name__}; pass torch.as_tensor(x)"
+        )
     if x.ndim < len(shape) or x.shape[x.ndim - len(shape) :] != shape:
         raise UsageError(
             f"x: expected event shape {shape}, got a tensor of shape {tuple(x.shape)}; "
