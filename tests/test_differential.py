@@ -37,6 +37,7 @@ ROUNDING = {torch.float64: {"rtol": 1e-8, "atol": 1e-8}, torch.float32: {"rtol":
 # Eager and compiled, in one go and resumed; in the script, every so many pairs, since tracing takes longest.
 MODES = [("off", False), ("off", True), ("on", False), ("on", True)]
 EVERY = (1, 1, 4, 16)
+MOST = 1000.0  # nats per datum of a pair that diverges by itself, and makes differences of rounding large
 MOVED = 1e-3  # how far training moves some parameter at least, to be worth a comparison
 
 # An optimiser by its name, with the form that `fit` runs; eps is as large as to keep rounding from becoming a step.
@@ -132,6 +133,8 @@ def trained_plainly(number: int) -> tuple[dict[str, Tensor], dict[str, Tensor], 
             optimiser.step()
             total, step = total + loss.item(), step + 1
         losses.append(total / len(rows))
+        if not abs(losses[-1]) < MOST:
+            raise ValueError(f"a loss of {losses[-1]:g} nats")
         if how.decays:
             schedule.step()
     return before, tensors(pair), losses
@@ -176,7 +179,7 @@ def bound(how: Training, found: list[tuple[poutine.Trace, poutine.Trace]], step:
     log_w = of_x + sum(priors.values()) - sum(guides.values())
     if how.objective_name in ("iwae", "renyi"):
         power = 1.0 if how.objective_name == "iwae" else 0.6
-        groups = [(power * group).exp().mean(0).log() / power for group in log_w.split(how.particles)]
+        groups = [log_of_mean(power * group) / power for group in log_w.split(how.particles)]
         return sum(groups) / len(groups)
     if how.objective_name == "sampled":
         return (of_x + 0.5 * (log_w - of_x)).mean(0)
@@ -197,6 +200,12 @@ def bound(how: Training, found: list[tuple[poutine.Trace, poutine.Trace]], step:
         return of_x.mean(0) - 3.0 * (mean.mean() - 2.0 * min(1, step / 3)).abs()
     beta = {"elbo": 1.0, "warmup": 2.0 * min(1, step / 5), "cyclical": min(1, (step % 3) / 1.5)}[how.objective_name]
     return of_x.mean(0) - beta * mean
+
+
+def log_of_mean(values: Tensor) -> Tensor:
+    """log of the mean of exp(values) along the first dimension."""
+    largest = values.detach().max(0).values
+    return largest + (values - largest).exp().mean(0).log()
 
 
 def gaussian(fn: dist.Distribution) -> tuple[Tensor, Tensor] | None:
@@ -238,7 +247,7 @@ def scored_plainly(model: Callable, guide: Callable, x: Tensor, chunks: list[int
                 one = [poutine.trace(poutine.condition(f, here)).get_trace(x[n : n + 1]) for f in (model, guide)]
                 p, q = (trace.log_prob_sum().double() for trace in one)
                 weights.append(p - q)
-        result.append(torch.stack(weights).exp().mean().log())
+        result.append(log_of_mean(torch.stack(weights)))
     return torch.stack(result)
 
 
@@ -349,7 +358,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory, nullcontext() if options.compiler else uncompiled():
             try:
                 wanted = trained_plainly(number)
-            except ValueError as error:  # Pyro refuses the parameters that a step too long has left
+            except ValueError as error:  # of Pyro, too: it refuses the parameters that a step too long has left
                 print(f"pair {number} diverges by itself: {str(error).splitlines()[0]}", flush=True)
                 counts["diverging by itself"] += 1
                 continue

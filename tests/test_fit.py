@@ -119,14 +119,17 @@ def test_nothing_of_the_callers_changes():
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_every_epoch_has_every_row_once_and_in_an_order_of_its_own():
+@pytest.mark.parametrize("objective", [ELBO(), Trace_ELBO(max_plate_nesting=1)], ids=["ours", "Pyro's"])
+@pytest.mark.parametrize("width", [6, 23])  # as many units as rows are no parameters of the rows
+def test_every_epoch_has_every_row_once_and_in_an_order_of_its_own(objective, width):
     seen: list[list[float]] = []
 
     def note(rows: Tensor) -> Tensor:
         seen.append(rows[:, 0].tolist())
         return rows
 
-    train(vae(), transform=note, epochs=2)
+    pair = VAE(StandardNormal(2), Gaussian(MLP(2, 3, hidden=[width])), MeanFieldNormal(MLP(3, hidden=[width]), 2))
+    train(pair, objective, transform=note, epochs=2)
     first, second = itertools.chain(*seen[1:6]), itertools.chain(*seen[6:])  # after one look at two rows
     first, second = list(first), list(second)
     assert [len(batch) for batch in seen[1:]] == 2 * [5, 5, 5, 5, 3]

@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from conftest import EXACT, assert_mean
+from pyro import poutine
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.testing import assert_close
@@ -522,6 +523,23 @@ def test_samples_are_counted_by_whole_numbers(count) -> None:
         with pytest.raises(UsageError, match=r"num_samples: expected a whole number of at least 1, got") as caught:
             model.sample(count)
         assert "\n" not in str(caught.value)
+
+
+def test_each_layer_has_the_conditional_of_its_place() -> None:
+    """Of three layers of one size: p(z2|z3) is the last conditional, p(z1|z2) the first."""
+
+    def around(mean: float) -> MeanFieldNormal:
+        part = MeanFieldNormal(MLP(2, hidden=[3]), 2)
+        with torch.no_grad():
+            part.head.weight.zero_()
+            part.head.bias.fill_(mean)
+        return part
+
+    guides = [MeanFieldNormal(MLP(d, hidden=[3]), 2) for d in (4, 2, 2)]
+    vae = HierarchicalVAE(StandardNormal(2), [around(10.0), around(20.0)], Bernoulli(MLP(2, 4, hidden=[3])), guides)
+    sites = poutine.trace(vae.model).get_trace(torch.zeros(5, 4)).nodes
+    assert_close(sites["z2"]["fn"].mean, torch.full((5, 2), 20.0))
+    assert_close(sites["z1"]["fn"].mean, torch.full((5, 2), 10.0))
 
 
 def test_encode_decode_reconstruct() -> None:

@@ -450,7 +450,8 @@ class Trainer:
             self.examine(x)
             # Fewer rows than a step has, for the memory of all particles at once.
             self.probe(x[:2] if isinstance(self.objective, Objective) and not self.whole else x)
-            if not isinstance(self.objective, Objective):
+            if not isinstance(self.objective, Objective) and self.batch_size == len(self.data):
+                # Perhaps parameters of the rows, perhaps a layer as wide; where there are batches, they are the latter.
                 self.whole = self.whole or any(len(self.data) in p.shape[:1] for p in self.pair.trainable().values())
 
     def examine(self, x: Tensor) -> None:
