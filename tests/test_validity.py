@@ -999,7 +999,7 @@ def test_arguments_in_the_wrong_places_are_told() -> None:
         "model: VAE is a class": lambda: log_marginal(VAE, vae.guide, x),
         "model, guide: the guide observes x": lambda: ELBO().loss(vae.guide, vae.model, x),
         r"objective: expected an object such as ELBO\(\), got the class IWAE": lambda: fit(
-            vae.model, vae.guide, x, IWAE
+            vae.model, vae.guide, x, IWAE, batch_size=5
         ),
         "source: expected the name of a data set .* got NoneType": lambda: pyrovae.load_data(None),
         r"x: expected a tensor of event shape \(4,\), got ndarray": lambda: vae.encode(x.numpy()),
