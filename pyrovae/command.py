@@ -18,6 +18,7 @@ import re
 import select
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -195,14 +196,20 @@ def writable(descriptor: int) -> bool:
 
 @contextmanager
 def stoppable() -> Iterator[Callable[[], int]]:
-    """Turn SIGINT and SIGTERM into a request to stop; yields what tells the signal, 0 for none. Twice: out now."""
-    received = 0
+    """Turn SIGINT and SIGTERM into a request to stop; yields what tells the signal, 0 for none. Twice: out now.
+
+    Of several processes each may hear of one wish twice, from its launcher and from whoever asked that.
+    """
+    received, since = 0, 0.0
+    echo = 5.0 if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0.0  # seconds
 
     def note(number: int, frame: object) -> None:
-        nonlocal received
+        nonlocal received, since
         if received:
-            os._exit(128 + number)
-        received = number
+            if time.monotonic() - since >= echo:
+                os._exit(128 + number)
+            return
+        received, since = number, time.monotonic()
         stop_waiting()
         if leading():
             warn("stopping after this step and saving the state; once more stops at once")

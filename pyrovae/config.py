@@ -210,7 +210,12 @@ PARTS: dict[str, dict[str, Choice]] = {
             (),
             {
                 "scale": Setting(scale, "learned", "a number, learned, per-dimension or predicted", "SCALE"),
-                "floor": Setting(number(0), 1e-3, "least scale that is learned, in units of the data", "NUMBER"),
+                "floor": Setting(
+                    number(0),
+                    1e-3,
+                    "least scale that is learned, as a share of the data's standard deviation",
+                    "NUMBER",
+                ),
             },
         ),
     },

@@ -77,6 +77,11 @@ _SEED = {"permutation": 1, "plane": 2, "train": 3, "validation": 4, "test": 5}
 _PLANE_ROWS = 5000
 _HELD_OUT = 10_000  # rows of validation and test at most, where they are taken off the training rows
 _OTHERS = 10_000  # files without pixels in a folder of images
+_DARK = 128  # where the greatest value of uint8 is below this, it is more likely a count or a category than a pixel
+_COUNTS = (
+    "counts want a Poisson or negative binomial likelihood and categories a categorical one, as a Pyro model of your "
+    "own; yes and no are saved as 0 and 1"
+)
 _POSITION = 16  # bytes of memory for each row that stays in its file: its place, and room to draw it
 
 
@@ -221,6 +226,7 @@ class Data:
         test: Likewise.
         labels: int64 labels under "train", "validation" and "test"; None where there are none.
         levels: Number of grey levels: 256 for uint8, 17 for digits, None for binary and continuous data.
+        highest: The greatest level in a file of the user's, who may have meant something else by uint8; else None.
         moments: Range, means and deviations of continuous data; None for levels and for binary data.
         hash: SHA-256, in hex, over the dtype, shape and bytes of what the source holds, in its order.
         notices: Sentences for the user: rows found in train and test, columns not used, ...
@@ -234,6 +240,7 @@ class Data:
     test: Tensor = field(repr=False)
     labels: dict[str, Tensor | None] = field(repr=False)
     levels: int | None
+    highest: int | None = field(repr=False)
     moments: Moments | None = field(repr=False)
     hash: str
     notices: tuple[str, ...]
@@ -278,6 +285,7 @@ class Data:
 
     def _mass(self, binarize: str | None) -> Rows:
         transform: Transform = AsFloat()
+        notices: tuple[str, ...] = ()
         if self.binary and binarize is not None:
             raise UsageError(f"{self.name}: binary data has nothing to binarise; leave out --binarize {binarize}")
         if not self.binary:
@@ -285,6 +293,12 @@ class Data:
                 self._require_probabilities(self.moments, binarize)
             binarize = binarize or "dynamic"
             transform = Threshold(self.levels) if binarize == "threshold" else Bernoulli(self.levels)
+            how = {
+                "dynamic": "a pixel is 1 with probability level / 255, drawn anew whenever it is used",
+                "fixed": "a pixel is 1 with probability level / 255, drawn once",
+                "threshold": "a pixel is 1 where its level is over 127",
+            }
+            notices = self._grey(f"for a Bernoulli likelihood {how[binarize]} (--binarize {binarize})")
         dimensions = math.prod(self.event_shape)
         measure = Measure("mass", f"mass on {{0,1}}^{dimensions}", None, dimensions)
         if binarize == "fixed":
@@ -292,11 +306,24 @@ class Data:
                 remedy = "draws the training rows once and keeps them: choose dynamic or threshold"
                 _require_memory(math.prod(self.train.shape), f"{self.name}, --binarize fixed", remedy)
             train = _drawn(self.train, transform, "train", torch.uint8)
-            return self._rows(train, AsFloat(), transform, measure, binarize)
-        return self._rows(self.train, transform, transform, measure, binarize)
+            return self._rows(train, AsFloat(), transform, measure, binarize, notices)
+        return self._rows(self.train, transform, transform, measure, binarize, notices)
+
+    def _grey(self, how: str) -> tuple[str, ...]:
+        """How a file of uint8 is read: it may hold counts or categories, whose numbers would mean something else."""
+        if self.highest is None:
+            return ()
+        text = f"{self.name}: uint8 up to {self.highest} is read as 256 grey levels: {how}"
+        if self.highest < _DARK:
+            text += f". If these are no grey levels: {_COUNTS}"
+        return (text,)
 
     def _require_probabilities(self, moments: Moments, binarize: str | None) -> None:
         found = f"{self.name}: values in [{moments.low:.6g}, {moments.high:.6g}]"
+        if moments.whole.all():
+            raise DataError(
+                f"{found}, all whole numbers, have no mass on {{0,1}}: save grey levels (0 to 255) as uint8; {_COUNTS}"
+            )
         if moments.low < 0 or moments.high > 1:
             raise DataError(
                 f"{found} have no mass on {{0,1}}: save grey levels as uint8, or scale to [0,1] and choose --binarize, "
@@ -324,7 +351,8 @@ class Data:
             words = f"density of data dequantised from {self.levels} levels to [0,1]^{dimensions}"
             dequantize = Dequantize(self.levels)
             measure = Measure("density", words, self.levels, dimensions)
-            return self._rows(self.train, dequantize, dequantize, measure, None)
+            notices = self._grey("for a density they are dequantised to [0,1], x = (level + u) / 256")
+            return self._rows(self.train, dequantize, dequantize, measure, None, notices)
 
         assert self.moments is not None
         transform: Transform = AsFloat()
@@ -333,9 +361,17 @@ class Data:
             transform = Standardize(self.moments.mean, self.moments.sd)
             words = f"density of standardised data, {_count(dimensions, 'dimension')}"
         constant = self.moments.constant
-        notices: tuple[str, ...] = ()
+        whole = self.moments.whole & ~constant
+        notices = ()
+        if whole.any():
+            which = "all values are" if whole.all() else f"{int(whole.sum())} of {_count(dimensions, 'column')} are"
+            notices += (
+                f"{self.name}: {which} whole numbers, and are read as continuous values: their density has no upper "
+                "bound (a scale that narrows at each of them raises it without end), so log p(x) says little; save "
+                f"grey levels (0 to 255) as uint8; {_COUNTS}",
+            )
         if constant.any():
-            notices = (
+            notices += (
                 f"{self.name}: {_count(int(constant.sum()), 'column')} of {dimensions} constant in the training rows: "
                 "under a free scale or a mixture the density there grows without bound and log p(x) says nothing; "
                 "drop them or fix the scale",
@@ -436,10 +472,6 @@ def load_data(
     levels = found.levels if _of_levels(x["train"]) and not summary.binary else None
     if summary.binary:
         conversion = conversion.binary()
-    elif x["train"].dtype.kind in "iu" and levels is None:
-        notices.append(
-            f"{where}: integers ({x['train'].dtype}) are read as continuous values; save grey levels as uint8"
-        )
     notices += summary.notices
 
     labels: dict[str, Tensor | None] = dict.fromkeys(SPLITS)
@@ -455,6 +487,7 @@ def load_data(
         read(*test),
         labels,
         levels,
+        None if levels is None or path is None or path.is_dir() else summary.highest,
         summary.moments,
         summary.hash,
         tuple(notices),

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from signal import SIGTERM
 from typing import TYPE_CHECKING, Any
 
 from pyrovae.command import add_choices, add_option, given, leading, main, parser, stoppable
@@ -172,7 +173,7 @@ def command(words: Sequence[str]) -> int:
         if fitted.stopped == "interrupted":
             say(f"stopped at epoch {len(fitted.history) + 1}, step {fitted.step}; the state is saved. Continue with")
             say(f"  python -m pyrovae.fit --resume {directory}")
-            return 128 + signal
+            return 128 + (signal or SIGTERM)  # none, if another process was asked
         if leading():
             try:
                 trained = time.perf_counter()
@@ -450,8 +451,9 @@ def observations(model: "Model", fitted: "Fit", rows: "Rows", device: Any) -> li
         share = model.likelihood.scale_at_floor(model.encode(rows.validation[:500].to(device)))
         if share > 0:
             notes.append(
-                f"the likelihood's scale is at its floor of {model.likelihood.floor:g} for {100 * share:.2g} % of the "
-                "elements: the density there is set by the floor (--likelihood.floor), not by the data"
+                f"the likelihood's scale is at its floor, {model.likelihood.floor:g} standard deviations of the data, "
+                f"for {100 * share:.2g} % of the elements: the density there is set by the floor (--likelihood.floor), "
+                "not by the data"
             )
     return notes
 

@@ -37,6 +37,7 @@ class Moments:
         mean: Of the training rows, element by element, float32.
         sd: Likewise, with 1 where it would be 0.
         constant: Which elements are the same in all training rows.
+        whole: Which elements are whole numbers in all rows of all splits.
     """
 
     low: float
@@ -44,6 +45,7 @@ class Moments:
     mean: Tensor
     sd: Tensor
     constant: Tensor
+    whole: Tensor
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,14 @@ class Summary:
         hash: SHA-256, in hex, of the type, shape and values of every array.
         binary: Whether all values are 0 or 1.
         moments: None for grey levels and for binary data.
+        highest: The greatest value of uint8 rows; 0 for others.
         notices: Sentences for the user.
     """
 
     hash: str
     binary: bool
     moments: Moments | None
+    highest: int
     notices: tuple[str, ...]
 
 
@@ -79,12 +83,13 @@ def summarise(
         where: The source in words, for messages.
         columns: Names of the columns, for messages.
     Raises:
-        DataError: a value is NaN, infinite or beyond float32.
+        DataError: a value is NaN, infinite or beyond float32, or a boolean that is neither.
     """
     digests = {split: _Digest() for split in arrays}
     moments = _Moments() if conversion.dtype == torch.float32 else None
     train, test = parts["train"], parts["test"]
     overlap = _Overlap(read(arrays[test.source], test.positions, conversion).numpy())
+    highest = 0
     for split, array in arrays.items():
         advise(array, "MADV_SEQUENTIAL")
         finite = _Finite(f"{where}, {split}", columns)
@@ -95,6 +100,13 @@ def summarise(
             rows = conversion(array[block])
             if moments is not None and not finite.check(rows, array, block.start):
                 continue  # to count what is wrong in the rows that follow
+            if moments is None:
+                highest = max(highest, int(rows.max()))
+                if array.dtype == np.bool_ and highest > 1:
+                    raise DataError(
+                        f"{where}, {split}: a boolean array in which a byte is {highest}, neither 0 nor 1: damaged, or "
+                        "written as another type; save it again, grey levels as uint8"
+                    )
             digests[split].update(rows)
             in_train = rows[trained[block]]
             overlap.update(in_train)
@@ -110,6 +122,7 @@ def summarise(
         hash=hashlib.sha256("\n".join(lines).encode()).hexdigest(),
         binary=binary,
         moments=None if binary or moments is None else moments.result(),
+        highest=highest,
         notices=overlap.notices(where),
     )
 
@@ -166,10 +179,12 @@ class _Moments:
         self.low, self.high = math.inf, -math.inf
         self.count = 0
         self.first = self.mean = self.squares = np.zeros(())
-        self.constant = np.array(True)
+        self.constant = self.whole = np.array(True)
 
     def update(self, rows: np.ndarray, train: np.ndarray) -> None:
         self.low, self.high = min(self.low, float(rows.min())), max(self.high, float(rows.max()))
+        if self.whole.any():
+            self.whole = self.whole & (rows == np.floor(rows)).all(0)
         if not len(train):
             return
         if not self.count:
@@ -188,7 +203,8 @@ class _Moments:
         sd = np.sqrt(self.squares / self.count).astype(np.float32)
         sd[self.constant | (sd == 0)] = 1
         mean, constant = self.mean.astype(np.float32), torch.from_numpy(self.constant)
-        return Moments(self.low, self.high, torch.from_numpy(mean), torch.from_numpy(sd), constant)
+        whole = torch.from_numpy(np.broadcast_to(self.whole, mean.shape).copy())
+        return Moments(self.low, self.high, torch.from_numpy(mean), torch.from_numpy(sd), constant, whole)
 
 
 class _Overlap:

@@ -488,7 +488,8 @@ def test_other_numbers_become_float32(tmp_path, dtype):
     data = load_data(saved(tmp_path / "x.npz", x_train=x, x_validation=x[:3], x_test=x[:4]))
     assert data.train.dtype == torch.float32
     assert np.array_equal(data.train.numpy(), x.astype(np.float32))
-    assert any("integers" in notice and "uint8" in notice for notice in data.notices) == (dtype == ">i4")
+    notices = data.rows("density").notices
+    assert any("whole numbers" in notice and "uint8" in notice for notice in notices) == (dtype == ">i4")
 
 
 def test_a_third_level_makes_grey_of_binary_data(tmp_path):
@@ -1315,3 +1316,78 @@ def test_archives_that_claim_the_impossible(tmp_path):
     path.write_bytes(head + b"x.npy" + huge + bytes(100))
     with raises(DataError, str(path), "not a whole .npz archive"):
         load_data(path)
+
+
+# ------------------------------------------------------------------------------------- whole numbers, and what they are
+
+COUNTS = np.random.default_rng(3).poisson(2.0, (60, 4))
+
+
+def said(path: str, measure: str, binarize: str | None = None) -> str:
+    return "\n".join(load_data(path).rows(measure, binarize).notices)
+
+
+@pytest.mark.parametrize(
+    ("binarize", "words"),
+    [
+        (None, "1 with probability level / 255, drawn anew whenever it is used (--binarize dynamic)"),
+        ("fixed", "1 with probability level / 255, drawn once (--binarize fixed)"),
+        ("threshold", "1 where its level is over 127 (--binarize threshold)"),
+    ],
+)
+def test_how_uint8_is_read_is_said(tmp_path, binarize, words):
+    path = saved(tmp_path / "x.npy", x=GREY)
+    notice = said(path, "mass", binarize)
+    assert "uint8 up to 255 is read as 256 grey levels" in notice
+    assert words in notice
+    assert "Poisson" not in notice
+    assert "dequantised to [0,1], x = (level + u) / 256" in said(path, "density")
+    assert load_data("digits").rows("mass").notices == ()
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_counts_in_uint8_name_the_likelihoods_for_counts(tmp_path, suffix):
+    path = saved(tmp_path / f"x{suffix}", x=COUNTS.astype(np.uint8))
+    for measure in ("mass", "density"):
+        notice = said(path, measure)
+        assert f"uint8 up to {COUNTS.max()} is read as 256 grey levels" in notice
+        assert "Poisson or negative binomial" in notice
+        assert "categorical" in notice
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint16, np.float32, np.float64])
+def test_a_density_of_whole_numbers_is_said_to_have_no_bound(tmp_path, dtype):
+    notice = said(saved(tmp_path / "x.npy", x=COUNTS.astype(dtype)), "density")
+    assert "all values are whole numbers" in notice
+    assert "no upper bound" in notice
+    assert "Poisson or negative binomial" in notice
+    with raises(DataError, "whole numbers, have no mass", "uint8", "Poisson"):
+        said(saved(tmp_path / "x.npy", x=COUNTS.astype(dtype)), "mass")
+
+
+def test_columns_of_whole_numbers_are_counted(tmp_path):
+    """In a table some columns are; those that are constant are told of as such."""
+    x = np.column_stack([FLOATS, COUNTS[:, :2], np.full(60, 7.0)])
+    (tmp_path / "x.csv").write_text("\n".join(",".join(map(repr, row)) for row in x.tolist()))
+    notice = said(str(tmp_path / "x.csv"), "density")
+    assert "2 of 6 columns are whole numbers" in notice
+    assert "1 column of 6 constant" in notice
+    assert "whole numbers" not in said(saved(tmp_path / "x.npy", x=FLOATS), "density")
+    late = FLOATS.round()  # a single fraction in the last row of a column
+    late[-1] += 0.5
+    assert "whole numbers" not in said(saved(tmp_path / "x.npy", x=late), "density")
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+@pytest.mark.parametrize("stream", ["auto", "on"])
+def test_booleans_that_are_neither_are_refused(tmp_path, suffix, stream):
+    """A byte of 7 is no truth; it does not make grey levels of the others."""
+    if suffix == ".npz" and stream == "on":
+        return
+    bits = BITS.astype(bool)
+    path = Path(saved(tmp_path / f"x{suffix}", x=bits))
+    assert load_data(path, stream=stream).binary
+    bits.view(np.uint8)[41, 3] = 7
+    saved(path, x=bits)
+    with raises(DataError, str(path), "a boolean array in which a byte is 7, neither 0 nor 1"):
+        load_data(path, stream=stream)

@@ -847,3 +847,78 @@ def test_an_objective_without_a_differentiable_loss_is_refused():
     """Pyro's own RenyiELBO cannot be differentiated from outside; the message names what can."""
     with pytest.raises(UsageError, match=r"RenyiELBO has no differentiable_loss; use .*IWAE"):
         train(vae(), RenyiELBO(num_particles=2))
+
+
+# ---------------------------------------------------------------------------------------------------------- divergence
+
+
+def far_data(factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Rows on a noisy line, and validation rows."""
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randn(600, 1, generator=generator)
+    x = z * torch.tensor([1.0, -0.5, 2.0]) + 0.1 * torch.randn(600, 3, generator=generator) + 1
+    return factor * x[:500], factor * x[500:]
+
+
+def gaussian(x: Tensor, scale: str = "learned") -> VAE:
+    torch.manual_seed(1)
+    decoder = MLP(1, (2, 3) if scale == "predicted" else 3, (8,))
+    pair = VAE(StandardNormal(1), Gaussian(decoder, scale), MeanFieldNormal(MLP(3, None, (8,)), 1))
+    pair.initialise(x)
+    return pair
+
+
+def test_training_that_ends_far_below_its_start_has_diverged() -> None:
+    x, validation = far_data()
+    pair = gaussian(x)
+    with pytest.raises(
+        NumericalError, match=r"training diverged: the best validation bound, .* lower the learning rate"
+    ):
+        fit(
+            pair.model,
+            pair.guide,
+            x,
+            epochs=2,
+            batch_size=100,
+            validation=validation,
+            optimizer=lambda parameters: adam(parameters, lr=1e3),
+        )
+
+
+def test_a_late_divergence_is_said_and_the_best_is_kept() -> None:
+    """A good epoch, then one at a learning rate a million times as large."""
+    x, validation = far_data()
+    pair = gaussian(x)
+
+    def jump(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0 if epoch < 2 else 1e6)
+
+    result = fit(pair.model, pair.guide, x, epochs=3, batch_size=100, validation=validation, schedule=jump)
+    assert result.best_epoch == 2
+    assert any("training diverged: the best validation bound" in n and "the best is kept" in n for n in result.notices)
+    assert all(tensor.isfinite().all() for tensor in pair.state_dict().values())
+
+
+def test_training_that_only_loses_a_little_is_said() -> None:
+    """The bound with beta = 1 may fall where another is trained; that is no divergence."""
+    x, validation = far_data()
+    pair = gaussian(x)
+    adam_up = lambda parameters: torch.optim.SGD(parameters, lr=1e-9, maximize=True)  # noqa: E731
+    result = fit(pair.model, pair.guide, x, epochs=1, batch_size=100, validation=validation, optimizer=adam_up)
+    assert any("before training: lower the learning rate" in notice for notice in result.notices)
+    quiet = fit(pair.model, pair.guide, x, epochs=1, batch_size=100, validation=validation)
+    assert not any("training" in notice for notice in quiet.notices)
+
+
+@pytest.mark.parametrize("scale", ["learned", "predicted"])
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_data_of_any_scale_are_learned_alike(factor: float, scale: str) -> None:
+    """The run on cx is the run on x, its bounds less D log c."""
+    runs = []
+    for c in (1.0, factor):
+        x, validation = far_data(c)
+        pair = gaussian(x, scale)
+        result = fit(pair.model, pair.guide, x, epochs=4, batch_size=50, validation=validation, optimizer=fast)
+        runs.append([metrics["validation_bound"] + 3 * math.log(c) for metrics in result.history])
+    assert runs[0][-1] > runs[0][0] + 0.5
+    assert_close(torch.tensor(runs[1]), torch.tensor(runs[0]), rtol=0, atol=2e-2)

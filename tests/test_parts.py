@@ -319,14 +319,15 @@ def test_gaussian_starts_at_the_moments_of_the_data(name: str) -> None:
     deviation = 0.5 * (x - x.mean(0)).square().mean(0).sqrt()
     if part.scale == "predicted":
         start, raw_scale = start.unbind(1)
-        scale = part.floor + softplus(raw_scale)
+        scale = part.unit * (part.floor + softplus(raw_scale))
     else:
         scale = part.loc_and_scale(z)[1]
     if part.scale == "learned":
         deviation = deviation.square().mean().sqrt()
     elif part.scale == 0.7:
         deviation = torch.tensor(0.7, dtype=torch.float64)
-    assert_close(start, x.mean(0).expand_as(start), **EXACT)
+    assert part.unit.item() == pytest.approx((x - x.mean(0)).square().mean().sqrt().item(), rel=1e-12)
+    assert_close(part.unit * start, x.mean(0).expand_as(start), **EXACT)
     assert_close(scale, deviation.expand_as(scale), rtol=0, atol=1e-8)
 
 
@@ -384,6 +385,35 @@ def test_gaussian_scale_has_a_floor_and_says_so(scale: str) -> None:
                 part.raw_scale.fill_(math.log(math.expm1(above)))
             assert part.scale_at_floor(z) == at_floor
     assert Gaussian(decoder((4,)), 0.01).scale_at_floor(z.float()) == 0
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+@pytest.mark.parametrize("scale", ["learned", "per-dimension", "predicted"])
+def test_the_units_of_the_data_are_a_constant(scale: str, factor: float) -> None:
+    """In other units, log p(cx|z) = log p(x|z) - D log c at the start, and the floor is the same share of the data."""
+    x = torch.randn(200, 4, dtype=torch.float64) * torch.tensor([0.5, 1.0, 2.0, 0.1], dtype=torch.float64) + 1
+    z = torch.randn(200, Z, dtype=torch.float64)
+    one = Gaussian(decoder((2, 4) if scale == "predicted" else (4,)), scale).double()
+    other = copy.deepcopy(one)
+    one.initialise(x)
+    other.initialise(factor * x)
+    assert_close(other(z).log_prob(factor * x), one(z).log_prob(x) - 4 * math.log(factor), rtol=1e-9, atol=1e-6)
+    assert one.scale_at_floor(z) == other.scale_at_floor(z) == 0
+    with torch.no_grad():
+        if scale == "predicted":
+            other.decoder.output_bias.view(2, 4)[1] = -1e4
+        else:
+            other.raw_scale.fill_(-1e4)
+    assert other.scale_at_floor(z) == 1
+    sd = (x - x.mean(0)).square().mean().sqrt().item()
+    assert_close(other(z).stddev, torch.full((200, 4), 1e-3 * factor * sd, dtype=torch.float64), rtol=1e-9, atol=0)
+
+
+def test_constant_data_keep_their_units() -> None:
+    part = Gaussian(decoder((4,)))
+    part.initialise(torch.full((9, 4), 3.0))
+    assert part.unit == 1
+    assert part(torch.zeros(1, Z)).stddev.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["MeanFieldNormal-MLP", "FullCovarianceNormal-MLP", "LowRankNormal-MLP"])

@@ -5,10 +5,17 @@ saved random state, and what one step consumes cannot shift what the next one dr
 """
 
 import hashlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from pyrovae.errors import UsageError
+
+# Held by the thread that draws. torch's generators belong to the process, as do Pyro's handlers: two threads would take
+# each other's numbers, and neither would be what its seed says.
+_DRAWING = threading.RLock()
 
 
 def derive_seed(*key: int | str) -> int:
@@ -33,9 +40,21 @@ def reseed(seed: int, device: torch.device) -> None:
 
 @contextmanager
 def seeded(*key: int | str, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Seed torch's global generators with a key, and restore their states at the end."""
-    device = torch.device(device)
-    devices = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(derive_seed(*key))
-        yield
+    """Seed torch's global generators with a key, and restore their states at the end.
+
+    Raises:
+        UsageError: another thread is within such a context.
+    """
+    if not _DRAWING.acquire(blocking=False):
+        raise UsageError(
+            "another thread of this process is training or estimating, and random numbers belong to the process: do "
+            "one after the other, or each in a process of its own"
+        )
+    try:
+        device = torch.device(device)
+        devices = [device.index or 0] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(derive_seed(*key))
+            yield
+    finally:
+        _DRAWING.release()

@@ -129,6 +129,7 @@ class Progress:
     total: float = 0.0  # of the current epoch: sum of the objective over rows
     rows: int = 0
     seconds: float = 0.0
+    untrained_bound: float | None = None  # of the validation rows, before the first step
     best_bound: float = -math.inf
     best_epoch: int = 0
     best_step: int | None = None
@@ -209,7 +210,7 @@ def fit(
         PairError: the pair does not give a bound per datum.
         NumericalError: a loss or gradient is NaN or infinite. The step was not taken; checkpoints are intact.
         CheckpointError: `resume` without a usable checkpoint, or one of other data, seed or batch size.
-        OutputError: the directory cannot be written.
+        OutputError: the directory cannot be written, or another process of the run is gone.
     """
     objective = objective if objective is not None else ELBO()
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
@@ -266,8 +267,14 @@ def fit(
         using_threads(threads, trainer.notice),
     ):
         trainer.threads_vary = threads == "auto"
-        trainer.start(Path(directory) if directory is not None else None, resume, compile, on_start)
-        return trainer.run(patience, progress, on_epoch, should_stop)
+        try:
+            trainer.start(Path(directory) if directory is not None else None, resume, compile, on_start)
+            return trainer.run(patience, progress, on_epoch, should_stop)
+        except RuntimeError as error:
+            if trainer.world == 1 or isinstance(error, PyrovaeError) or not is_of_the_network(error):
+                raise
+            kept = f"; the checkpoints in {directory} are intact: continue with resume" if directory else ""
+            raise OutputError(f"process {trainer.rank}: another process of this run cannot be reached{kept}") from error
 
 
 class Trainer:
@@ -527,6 +534,9 @@ class Trainer:
         state, epochs = self.progress, self.epochs
         record = Record(self.directory if self.rank == 0 else None)
         stopped = "finished"
+        if state.step == 0 and self.validation is not None and self.no_density is None:
+            with suppress(ValueError, ArithmeticError):  # the first step has more to say about it
+                state.untrained_bound = self.measured()["bound"]
         with Bar(progress and self.rank == 0, epochs, state.epoch) as bar:
             while state.epoch < epochs:
                 if patience is not None and state.epoch - state.best_epoch >= patience and state.epoch:
@@ -541,6 +551,8 @@ class Trainer:
                 if on_epoch is not None:
                     on_epoch(state.history[-1])
         record.close()
+        if stopped != "interrupted":
+            self.look_for_divergence()
         if stopped != "interrupted" and self.best_weights is not None:
             checkpoints.assign(self.pair.tensors(), self.best_weights, "best epoch")
         compiled = bool(self.step.codes)
@@ -568,13 +580,21 @@ class Trainer:
                     self.take_step(raw, own, len(rows) <= self.rank)
                     state.rows += len(rows)
                     bar.show(state, len(batches))
-                    if should_stop is not None and should_stop():
+                    if self.agreed(should_stop is not None and should_stop()):
                         break
             self.settle(batches, first)
         finally:
             state.refused = self.step.refused
             state.seconds += time.perf_counter() - started - (self.step.compile_seconds - compiling)
         return state.batch == len(batches)
+
+    def agreed(self, stop: bool) -> bool:
+        """Whether to stop: all processes, each of which may have been asked to, hear of it at the same step."""
+        if self.world == 1:
+            return stop
+        if self.device.type == "cuda" and self.progress.step % 16:
+            return False  # the answer has to be waited for, so it is not asked for at every step
+        return bool(self.accelerator.reduce(torch.tensor([float(stop)], device=self.device), "sum").item())
 
     def take_step(self, raw: Tensor, rows: Tensor, absent: bool) -> None:
         """One gradient step on the batch that some rows make."""
@@ -692,22 +712,49 @@ class Trainer:
                 self.best_weights = {name: t.detach().clone() for name, t in self.pair.tensors().items()}
         record.write(state.history)
 
+    def look_for_divergence(self) -> None:
+        """Say that training has made the pair worse.
+
+        Raises:
+            NumericalError: the best epoch is far worse than the pair was before training.
+        """
+        state = self.progress
+        first, best = state.untrained_bound, state.best_bound
+        if first is None or not math.isfinite(best):  # no epoch is the best: said already
+            return
+        found = f"the best validation bound, {best:.6g} nats in epoch {state.best_epoch}, is "
+        if best < first - abs(first) - 10:
+            raise NumericalError(
+                f"training diverged: {found}far below the {first:.6g} before training; lower the learning rate"
+            )
+        last = state.history[-1].get("validation_bound", best)
+        if best < first:
+            self.notice(f"{found}below the {first:.6g} before training: lower the learning rate, or train for longer")
+        elif not last > best - abs(best) - 10:
+            self.notice(
+                f"training diverged: {found}followed by {last:.6g} in the last one; the best is kept, and a lower "
+                "learning rate may find a better one"
+            )
+
     def validate(self) -> Metrics:
         """Bounds and their terms on the validation rows, with the same noise at every epoch."""
+        renamed = {"bound": "validation_bound", "elbo": "validation_elbo"}
+        return {renamed.get(name, name): value for name, value in self.measured().items()}
+
+    def measured(self) -> Metrics:
+        """What `measure` finds on the validation rows."""
         assert self.validation is not None
         reseed(derive_seed(self.seed, "validation"), self.device)
         batches = self.validation.split(max(self.batch_size, 100))
         with evaluating(self.pair.model, self.pair.guide), arithmetic("fp32", self.device):
             try:
-                report = measure(self.pair.model, self.pair.guide, batches, self.objective, self.particle_chunk)
+                return measure(self.pair.model, self.pair.guide, batches, self.objective, self.particle_chunk)
             except ValueError as error:
                 if isinstance(error, PyrovaeError) or "Expected parameter" not in str(error):
                     raise
                 rows = torch.arange(len(self.validation), device=self.device)
                 what = f"on the validation rows a distribution was refused ({str(error).splitlines()[0]})"
                 raise NumericalError(self.diagnose(self.validation, rows, what)) from error
-        renamed = {"bound": "validation_bound", "elbo": "validation_elbo"}
-        return {renamed.get(name, name): value for name, value in report.items()}
 
     def save(self) -> None:
         """Write a checkpoint of the state as it is."""
@@ -766,6 +813,8 @@ class Trainer:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(scheduler)
         self.progress = Progress(**training["progress"])
+        if then.get("processes") != self.world:
+            self.progress.compiled = None  # each process has other numbers of rows
         best = self.kept_best = self.progress.best_step
         if self.validation is not None and best is not None:
             try:
@@ -788,7 +837,6 @@ class Trainer:
             "optimizer": type(self.optimizer).__name__,
             "seed": self.seed,
             "batch_size": self.batch_size,
-            "processes": self.world,
             "rows": len(self.data),
             "data": self.fingerprint,
             "precision": self.precision,
@@ -799,6 +847,7 @@ class Trainer:
         return {
             "torch": str(torch.__version__),
             "device": self.device.type,
+            "processes": self.world,
             "threads": torch.get_num_threads(),
             "machine": platform.machine(),
             "particle_chunk": self.particle_chunk,
@@ -809,6 +858,12 @@ def without_bounds(metrics: Metrics) -> Metrics:
     """Measurements of a pair without a density, under names that claim no bound and no KL."""
     named = {name.replace("_bound", "_objective"): value for name, value in metrics.items()}
     return {k: v for k, v in named.items() if k != "validation_elbo" and k != "kl" and not k.startswith("kl_")}
+
+
+def is_of_the_network(error: RuntimeError) -> bool:
+    """Whether torch could not reach another process; Gloo says so in words alone."""
+    known = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in known)
 
 
 def saved_seconds(flops: float, device: torch.device) -> float:

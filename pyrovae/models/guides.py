@@ -65,7 +65,8 @@ class Guide(nn.Module, ABC):
         """Centre the encoder's input at the mean of x (N, *event), with one scale for all elements."""
         check_event(x, self.event_shape)
         self.shift.copy_(x.mean(0))
-        self.rescale.copy_(1 / (x - self.shift).square().mean().sqrt().clamp(min=1e-6))
+        spread = (x - self.shift).double().square().mean().sqrt()
+        self.rescale.copy_(1 / spread if spread > 0 else torch.ones(()))
 
 
 class MeanFieldNormal(Guide):

@@ -87,17 +87,20 @@ class Bernoulli(Likelihood):
 class Gaussian(Likelihood):
     """Independent Gaussian elements with the decoder's output as mean. A density.
 
-    The scale is floor + softplus(parameter) wherever it is not fixed, so that no element can drive the density to
-    infinity; `scale_at_floor` tells how much of it has been driven there.
+    The decoder speaks in `unit`, the standard deviation of the training data (over all elements; 1 until `initialise`),
+    so that a pair learns data of any scale alike: mean = unit * output, scale = unit * (floor + softplus(parameter)).
+    The floor keeps any element from driving the density to infinity; `scale_at_floor` tells how much of it has been
+    driven there.
 
     Args:
         decoder: Maps z to the event of x; with scale="predicted", to (2, *event): mean and scale.
-        scale: A number, fixed; "learned", one for all elements; "per-dimension", one for each element;
-            "predicted", by the decoder.
-        floor: Least scale, in units of the data.
+        scale: A number, fixed, in the data's own units; "learned", one for all elements; "per-dimension", one for each
+            element; "predicted", by the decoder.
+        floor: Least scale that is not fixed, as a share of `unit`.
     """
 
     measure = "density"
+    unit: Tensor
 
     def __init__(self, decoder: Network, scale: float | str = "learned", floor: float = 1e-3) -> None:
         out_shape = decoder.out_shape
@@ -120,6 +123,7 @@ class Gaussian(Likelihood):
         elif not (math.isfinite(scale) and scale > 0):
             raise UsageError(f"scale: expected a positive number, got {scale!r}")
         self.scale = scale
+        self.register_buffer("unit", torch.ones(()))
         if scale in ("learned", "per-dimension"):
             shape = out_shape if scale == "per-dimension" else ()
             self.raw_scale = nn.Parameter(torch.full(shape, inverse_softplus(1.0)))
@@ -129,10 +133,10 @@ class Gaussian(Likelihood):
         out = self.decoder(z)
         if self.scale == "predicted":
             loc, raw_scale = out.unbind(-1 - len(self.event_shape))
-            return loc, self.floor + softplus(raw_scale)
+            return self.unit * loc, self.unit * (self.floor + softplus(raw_scale))
         if isinstance(self.scale, str):
-            return out, (self.floor + softplus(self.raw_scale)).expand_as(out)
-        return out, torch.full_like(out, self.scale)
+            return self.unit * out, (self.unit * (self.floor + softplus(self.raw_scale))).expand_as(out)
+        return self.unit * out, torch.full_like(out, self.scale)
 
     def forward(self, z: Tensor) -> dist.Distribution:
         return dist.Normal(*self.loc_and_scale(z), validate_args=False).to_event(len(self.event_shape))
@@ -142,10 +146,14 @@ class Gaussian(Likelihood):
 
         At the whole of it, noise would explain the data as they are, and training begins by collapsing the posterior.
         """
-        loc, spread = x.mean(0), (x - x.mean(0)).square().mean(0).sqrt()
-        if self.scale == "learned":
-            spread = spread.square().mean().sqrt()
-        excess = (0.5 * spread - self.floor).clamp(min=0.1 * self.floor + 1e-6)
+        wide = x.double()  # squares of small numbers vanish in single precision
+        spread = (wide - wide.mean(0)).square().mean(0).sqrt()
+        overall = spread.square().mean().sqrt()
+        self.unit.copy_(overall if overall > 0 else torch.ones(()))
+        unit = overall if overall > 0 else 1.0
+        loc = (wide.mean(0) / unit).to(x)
+        relative = (overall if self.scale == "learned" else spread) / unit
+        excess = (0.5 * relative - self.floor).clamp(min=0.1 * self.floor + 1e-6).to(x)
         raw_scale = excess + torch.log(-torch.expm1(-excess))  # inverse softplus
         if self.scale == "predicted":
             set_output_bias(self.decoder, torch.stack([loc, raw_scale]))
@@ -166,7 +174,7 @@ class Gaussian(Likelihood):
         """Share of elements whose scale is within 1 % of the floor, for z of shape (*batch, Z)."""
         if not isinstance(self.scale, str) or self.floor == 0:
             return 0.0
-        return (self.loc_and_scale(z)[1] < 1.01 * self.floor).double().mean().item()
+        return (self.loc_and_scale(z)[1] < 1.01 * self.floor * self.unit).double().mean().item()
 
 
 def set_output_bias(network: Network, value: Tensor) -> None:
