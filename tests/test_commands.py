@@ -289,7 +289,7 @@ def test_resume_with_another_configuration(capsys, trained):
     assert "lr: 0.001 then, 0.1 now" in message
     assert "network" in message
     assert "epochs" not in message.split("only")[0]
-    assert "--eval-rows, --device, --compile, --particle-chunk, --stream may differ" in message
+    assert "--eval-rows, --device, --compile, --particle-chunk, --threads, --stream may differ" in message
 
 
 @pytest.mark.parametrize(
