@@ -70,7 +70,7 @@ DIFFERENCES = {
     "open": "both numbers are lower bounds: either model may be the better",
 }
 # What two runs of different seeds may differ in and still be the same model: nothing that changes their training.
-NOT_THE_MODEL = ("seed", "device", "compile", "particle_chunk", "stream", "eval_K", "eval_rows", *DERIVED)
+NOT_THE_MODEL = ("seed", "device", "compile", "particle_chunk", "threads", "stream", "eval_K", "eval_rows", *DERIVED)
 # What decides which rows a run is scored on.
 DATA_KEYS = ("data", "data_root", "binarize", "standardize")
 # From the most to the least that can be said of an estimate.

@@ -494,7 +494,12 @@ def test_repetitions_of_one_seed_are_not_pooled(runs):
     assert pools([a, b], pool=False) == [[a], [b]]
     b.config["seed"] = a.config["seed"]
     assert pools([a, b]) == [[a], [b]]
-    b.config |= {"seed": 7, "device": "cuda", "eval_rows": 3}  # where it ran, and how often it was measured
+    b.config |= {
+        "seed": 7,
+        "device": "cuda",
+        "threads": 1,
+        "eval_rows": 3,
+    }  # where it ran, and how often it was measured
     assert pools([a, b]) == [[a, b]]
     b.config["lr"] = 0.5
     assert pools([a, b]) == [[a], [b]]
