@@ -155,6 +155,20 @@ def test_pairs_that_cannot_be_simulated_are_unchecked() -> None:
     assert poor.kind == "lower bound only"
 
 
+def test_parameters_of_single_rows_cannot_be_tried_on_others() -> None:
+    """Such a guide is made for its own rows: nothing is learnt from simulated ones, and that is said."""
+    x = data(30)
+    mean = x / (1 + NOISE**2)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(mean, 1.1 * math.sqrt(VARIANCE)))
+
+    said = verdict(log_marginal(model, guide, x, 300, seed=0))
+    assert said.kind == "unchecked"
+    assert "parameters for each row" in said.reason
+
+
 def test_a_proposal_that_weighs_no_given_latents_is_unchecked() -> None:
     class Mine:
         name = "mine"

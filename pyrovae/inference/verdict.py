@@ -28,10 +28,11 @@ are chains: `ok` where that sandwich is narrower than 0.1 nat (`pyrovae.inferenc
 import math
 from dataclasses import dataclass
 
-from pyrovae.errors import PyrovaeError
+from pyrovae.errors import PairError, PyrovaeError
 from pyrovae.inference.annealed import Annealed, Sandwich
 from pyrovae.inference.log_marginal import LEAST_DRAWS_FOR_TAIL, LEAST_ESS, MOST_K_HAT, LogMarginal
 from pyrovae.inference.simulated import Simulated, like, simulated
+from pyrovae.inference.validity import WHOLE, check_pair
 
 MOST_ROWS_OVER = 0.1
 MOST_BIAS = 0.05
@@ -86,7 +87,7 @@ def verdict(result: LogMarginal, check: Sandwich | Simulated | None = None) -> V
 
 def by_sandwich(result: LogMarginal, check: Sandwich) -> Verdict:
     """The verdict of annealed importance sampling."""
-    tail = f"on {len(check.forward)} simulated data the sandwich is {check.width:.2g} ± {check.error:.1g} nats wide"
+    tail = f"on {len(check.forward)} simulated data the sandwich is {short(check.width, check.error)} nats wide"
     if not check.validated:
         return Verdict("lower bound only", f"{tail}, not narrower than 0.1; more temperatures narrow it")
     bias = jackknifed(result)
@@ -132,6 +133,8 @@ def by_simulation(result: LogMarginal, check: Simulated | None) -> Verdict:
             why = "what is never drawn they do not show, and nothing was tried on simulated data"
             return Verdict("unchecked", f"{draws}, but {why}")
         try:
+            if check_pair(origin.model, origin.guide, origin.x).whole:
+                raise PairError(WHOLE)
             check = simulated(
                 *(origin.model, origin.guide, like(origin.x), result.num_particles),
                 *(origin.proposal, origin.seed, origin.chunk_size, origin.repair),
@@ -139,7 +142,7 @@ def by_simulation(result: LogMarginal, check: Simulated | None) -> Verdict:
         except (PyrovaeError, ValueError, RuntimeError) as error:
             why = str(error).strip().split("\n")[0]
             return Verdict("unchecked", f"{draws}, but the pair cannot be tried on simulated data: {why}")
-    tail = f"on {len(check.lower)} simulated data the sandwich is {check.width:.2g} ± {check.error:.1g} nats wide"
+    tail = f"on {len(check.lower)} simulated data the sandwich is {short(check.width, check.error)} nats wide"
     if not check.validated:
         return Verdict("lower bound only", f"{tail}, not narrower than 0.1: the proposal misses part of the posterior")
     bias = stated_bias(result, check)
@@ -149,6 +152,11 @@ def by_simulation(result: LogMarginal, check: Simulated | None) -> Verdict:
             f"{tail}, but by the jackknife these rows are worse than those, and may be {bias:.2g} nats too low",
         )
     return Verdict("ok", f"{draws}; {tail}; too low by at most {bias:.1g} nats on average", bias)
+
+
+def short(value: float, error: float) -> str:
+    """A value of two digits and its error of one, large ones as whole numbers."""
+    return f"{value:.0f} ± {error:.0f}" if abs(value) >= 10 else f"{value:.2g} ± {error:.1g}"
 
 
 def stated_bias(result: LogMarginal, check: Simulated) -> float:
