@@ -34,14 +34,16 @@ def check_programs(model: object, guide: object) -> None:
         )
         if not callable(program):
             raise UsageError(f"{role}: expected a Pyro program, called as {role}(x), got {describe(program)}{other}")
-        if isinstance(program, nn.Module) and getattr(type(program), "forward", None) is nn.Module.forward:
+        without_forward = isinstance(program, nn.Module) and type(program).forward is nn.Module.forward
+        if without_forward and type(program).__call__ is nn.Module.__call__:
             raise UsageError(
                 f"{role}: {type(program).__name__} cannot be called as {role}(x), having no forward{other}"
             )
         if isinstance(program, type):
             raise UsageError(f"{role}: {program.__name__} is a class; pass an object of it that is called as {role}(x)")
         try:
-            inspect.signature(program.forward if isinstance(program, nn.Module) else program).bind(None)
+            called = program.forward if isinstance(program, nn.Module) and not without_forward else program
+            inspect.signature(called).bind(None)
         except TypeError as error:
             raise UsageError(
                 f"{role}: cannot be called as {role}(x) ({error}); give it other arguments by functools.partial"

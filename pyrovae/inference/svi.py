@@ -57,7 +57,7 @@ from pyrovae.inference.steps import (
     flushing,
 )
 from pyrovae.inference.threads import threads as using_threads
-from pyrovae.inference.validity import WHOLE, automatic, examine, set_up, undone, why_no_density
+from pyrovae.inference.validity import WHOLE, automatic, check_automatic, examine, set_up, undone, why_no_density
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -468,6 +468,8 @@ class Trainer:
         declared = poutine.trace(param_only=True)
         try:
             if not per_row or self.batch_size == total:
+                if isinstance(self.objective, Objective):
+                    check_automatic(guide)
                 set_up(guide, x)
                 with declared:
                     findings = examine(model, guide, x, total=total) if isinstance(self.objective, Objective) else None

@@ -32,7 +32,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer.autoguide import AutoContinuous, AutoGuide, AutoLaplaceApproximation
+from pyro.infer.autoguide import AutoContinuous, AutoGaussian, AutoGuide, AutoLaplaceApproximation, AutoStructured
 from torch import Tensor, nn
 from torch.distributions import biject_to
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -520,9 +520,9 @@ def set_up(guide: Callable, x: Tensor) -> None:
 def check_automatic(guide: Callable) -> None:
     """Refuse an automatic guide that has no density for each row."""
     for auto in automatic(guide):
-        if isinstance(auto, AutoContinuous):
+        if isinstance(auto, AutoContinuous | AutoGaussian | AutoStructured):
             raise PairError(
-                f"{type(auto).__name__} draws the latents of all rows as one vector, so there is no log q(z|x) of a "
+                f"{type(auto).__name__} draws the latents of all rows as one, so there is no log q(z|x) of a "
                 "row: fit trains it with pyro.infer.Trace_ELBO() alone. Use AutoNormal, or a guide that is a function "
                 "of x, such as those of pyrovae.models"
             )
@@ -540,7 +540,8 @@ def undone(model: Callable, guide: Callable) -> Iterator[None]:
         yield
     except BaseException:
         for name in set(store.keys()) - declared:
-            del store[name]
+            with suppress(KeyError):  # of a parameter with two names, which has been forgotten by the other
+                del store[name]
         for module, before in inside.items():
             vars(module).clear()
             vars(module).update(before)
