@@ -254,6 +254,10 @@ def scored_plainly(model: Callable, guide: Callable, x: Tensor, chunks: list[int
 # ----------------------------------------------------------------------------------------------------- what is compared
 
 
+class Refused(AssertionError):
+    """The numbers are right, but by the pair itself, since what compiled code gave was not."""
+
+
 def check(number: int, compiled: str, resumed: bool, directory: Path, wanted: tuple | None = None) -> tuple:
     """Train and score the pair of a number both ways; what the reference gave, for the next mode."""
     wanted = wanted or trained_plainly(number)
@@ -268,11 +272,12 @@ def check(number: int, compiled: str, resumed: bool, directory: Path, wanted: tu
         pyro.clear_param_store()
         pair, options = RandomPair(number), {"directory": directory, "resume": True}
     result = train(pair, how, compiled, **options)
-    assert result.compiled == (compiled == "on"), result.notices
     rounding = ROUNDING[pair.dtype]
     assert_close([-epoch["train_bound"] for epoch in result.history], losses, **rounding)
     got = tensors(pair)
     assert_close(got, after, **rounding)
+    if result.compiled != (compiled == "on"):
+        raise Refused("; ".join(result.notices))
     return wanted
 
 
@@ -349,6 +354,9 @@ def main() -> None:
         try:
             run()
             counts[what] += 1
+        except Refused as error:  # torch's compiler is not always right, and is not believed
+            counts[f"{what}, refused"] += 1
+            print(f"pair {number}: {error}", flush=True)
         except Exception as error:
             differing.add(number)
             print(f"pair {number}, {what}: {type(error).__name__}: {error}", flush=True)
