@@ -6,6 +6,7 @@ import torch
 from pyrovae.data import load_data
 from pyrovae.errors import NumericalError
 from pyrovae.inference import ELBO, IWAE, Fit, LinearWarmup, Renyi, fit, log_marginal
+from pyrovae.inference.steps import Step
 from pyrovae.models import (
     MLP,
     VAE,
@@ -18,11 +19,18 @@ from pyrovae.models import (
     LowRankNormal,
     MeanFieldNormal,
     MixtureOfGaussians,
+    Network,
     StandardNormal,
     VampPrior,
 )
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+    # Remarks of torch: that watching for waits is experimental, that TF32 is off, and (2.11) that it has newer names.
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+    pytest.mark.filterwarnings("ignore:Please use the new API settings"),
+]
 SHAPE = (1, 8, 8)
 
 
@@ -122,9 +130,16 @@ def test_resuming_on_the_gpu_is_exact(tmp_path) -> None:
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters(), strict=True))
 
 
-def test_steps_as_one_cuda_graph_are_the_eager_steps_and_wait_for_nothing() -> None:
-    """With dropout, a schedule of beta and one of the rate, which is captured anew; nothing is read within an epoch."""
+def test_steps_as_one_cuda_graph_are_the_eager_steps_and_wait_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dropout, a schedule of beta and one of the rate; nothing is read before an epoch ends."""
     rows = load_data("digits").rows("mass")
+    settle = Step.settle
+
+    def settled(step: Step) -> float:
+        torch.cuda.set_sync_debug_mode("default")  # here an epoch ends
+        return settle(step)
+
+    monkeypatch.setattr(Step, "settle", settled)
 
     def run(mode: str) -> tuple[VAE, Fit]:
         torch.manual_seed(0)
@@ -135,9 +150,7 @@ def test_steps_as_one_cuda_graph_are_the_eager_steps_and_wait_for_nothing() -> N
         def watched(raw: torch.Tensor) -> torch.Tensor:
             nonlocal steps
             steps += 1
-            if (
-                steps > 20 and mode == "on"
-            ):  # all is compiled and captured but for the new rate, at the start of the next epoch
+            if steps > 20 and mode == "on":  # all is compiled and captured
                 torch.cuda.set_sync_debug_mode("error")
             return rows.transform(raw)
 
@@ -196,3 +209,36 @@ def test_precisions_train_to_the_bound_of_fp32(precision: str) -> None:
         ).history  # fmt: skip
         bounds.append([history[0]["validation_bound"], history[-1]["validation_bound"]])
     assert abs(bounds[1][1] - bounds[0][1]) < 0.1 * (bounds[0][1] - bounds[0][0])
+
+
+@pytest.mark.parametrize("guide", [MeanFieldNormal, FullCovarianceNormal, LowRankNormal])
+def test_steps_of_every_guide_are_captured(guide: type) -> None:
+    vae, notices = make(guide=guide), []
+    rows = load_data("digits").rows("mass")
+    fit(
+        vae.model, vae.guide, rows.train[:320], ELBO(), epochs=2, batch_size=32, transform=rows.transform,
+        device="cuda", progress=False, compile="on", on_notice=notices.append,
+    )  # fmt: skip
+    assert not [text for text in notices if "slower" in text]
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_a_decoder_by_einsum_trains_as_one_by_products(mode: str) -> None:
+    """Gradients lie in memory like their parameters, without which fused optimisers raise on a GPU."""
+    rows = load_data("digits").rows("density")
+
+    class Linear(torch.nn.Linear):
+        def forward(self, z: torch.Tensor) -> torch.Tensor:
+            return torch.einsum("...i,oi->...o", z, self.weight) + self.bias
+
+    bounds = []
+    for kind in (Linear, torch.nn.Linear):
+        torch.manual_seed(0)
+        body = torch.nn.Sequential(kind(5, 64), torch.nn.Unflatten(-1, SHAPE))
+        vae = VAE(StandardNormal(5), Gaussian(Network(body, (5,), SHAPE)), MeanFieldNormal(MLP(SHAPE), 5))
+        history = fit(
+            vae.model, vae.guide, rows.train, ELBO(), epochs=3, transform=rows.transform, device="cuda",
+            progress=False, compile=mode,
+        ).history  # fmt: skip
+        bounds.append(history[-1]["train_bound"])
+    assert bounds[0] == pytest.approx(bounds[1], rel=1e-3)

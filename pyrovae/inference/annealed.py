@@ -55,6 +55,7 @@ from pyrovae.inference.checks import check_count, check_rows
 from pyrovae.inference.log_marginal import ELEMENTS_AT_ONCE, standard_error
 from pyrovae.inference.log_weights import At, draw, log_mean_exp, log_prob, run, sample_sites
 from pyrovae.inference.pair import evaluating
+from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.proposals import density, draw_prior, is_positive
 from pyrovae.inference.seeding import seeded
 from pyrovae.inference.unconstrained import Unconstrained
@@ -369,6 +370,7 @@ class Sandwich:
         return self.width + 2 * self.error < VALIDATED_WIDTH
 
 
+@in_single_precision
 def sandwich(
     model: Callable,
     guide: Callable,

@@ -30,7 +30,6 @@ from pyrovae.inference.graphs import (
     log_of_products,
     reason,
     rewrite,
-    same_noise,
     split,
     state,
     trace,
@@ -38,6 +37,7 @@ from pyrovae.inference.graphs import (
 from pyrovae.inference.log_weights import draw
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.proposals import FromGuide, FromPrior, Proposal, Sampler, Widened
+from pyrovae.inference.seeding import same_noise
 
 # The largest tensor of a tile: a few threads' second-level caches. Not by the number of threads, on which no draw
 # should depend.

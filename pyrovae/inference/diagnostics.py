@@ -38,6 +38,7 @@ from pyrovae.inference.checks import check_count
 from pyrovae.inference.log_weights import Latent, draw
 from pyrovae.inference.objectives import Objective, kl_terms
 from pyrovae.inference.pair import evaluating
+from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.proposals import density
 
 ACTIVE_VARIANCE = 0.01
@@ -50,6 +51,7 @@ MOST_DIMENSIONS = 1024
 
 
 @torch.no_grad()
+@in_single_precision
 def measure(
     model: Callable,
     guide: Callable,
@@ -265,6 +267,7 @@ class Units:
 
 
 @torch.no_grad()
+@in_single_precision
 def units(model: Callable, guide: Callable, x: Tensor, num_particles: int = 10) -> Units:
     """KL and variance of each latent dimension over the data x (N, *event).
 
@@ -321,6 +324,7 @@ class Information:
 
 
 @torch.no_grad()
+@in_single_precision
 def information(model: Callable, guide: Callable, x: Tensor, num_particles: int = 10) -> Information:
     """I(x; z) under the guide and KL(q(z) || p(z)), with q(z) the aggregate posterior of all the rows of x.
 

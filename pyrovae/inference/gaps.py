@@ -43,6 +43,7 @@ from pyrovae.inference.individual import FAMILIES, Individual
 from pyrovae.inference.log_marginal import LogMarginal, block_of, join, summarise
 from pyrovae.inference.log_weights import draw
 from pyrovae.inference.pair import evaluating
+from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.seeding import seeded
 from pyrovae.inference.unconstrained import Unconstrained
 from pyrovae.inference.validity import check_pair
@@ -100,6 +101,7 @@ class Gaps:
     information: Information
 
 
+@in_single_precision
 def gaps(
     model: Callable,
     guide: Callable,

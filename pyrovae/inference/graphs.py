@@ -23,6 +23,7 @@ References:
 
 import copy
 import logging
+import math
 import operator
 import os
 import sysconfig
@@ -42,6 +43,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyrovae.inference import code_cache
+from pyrovae.inference.seeding import same_noise as same_noise
 
 aten = torch.ops.aten
 
@@ -92,9 +94,60 @@ def trace(module: nn.Module, *inputs: Tensor) -> fx.GraphModule:
             if "DataDependent" not in type(error).__name__ and "tracing tensor" not in str(error):
                 raise
             raise Refused(f"values of tensors decide what is computed{place_of(error)}") from error
+    poison(graph.graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+def poison(graph: fx.Graph) -> None:
+    """Have NaNs where a factorisation, an inverse or a solution failed, in the place of asking whether it did.
+
+    To ask makes a GPU wait, at every step, and cannot be captured. NaNs are found with those of other origin.
+    """
+    for check in graph.find_nodes(op="call_function", target=aten._linalg_check_errors.default):
+        info = check.args[0]
+        batch = tuple(info.meta["val"].shape)
+        results = [n for n in info.args[0].users if n is not info and n.meta["val"].is_floating_point()]
+        if info.target is not operator.getitem or any(
+            tuple(r.meta["val"].shape[: len(batch)]) != batch for r in results
+        ):
+            continue
+        order = {node: i for i, node in enumerate(graph.nodes)}
+        last = max((info, *results), key=lambda node: order[node])
+        later = {node for node in order if order[node] > order[last]}
+        with graph.inserting_before(last.next):
+            good = graph.call_function(aten.eq.Scalar, (info, 0))
+            for result in results:
+                value = result.meta["val"]
+                each = [*batch, *[1] * (value.ndim - len(batch))]
+                whole = graph.call_function(aten.reshape.default, (good, each))
+                options = {"dtype": value.dtype, "device": value.device}
+                nan = graph.call_function(aten.full.default, ([], math.nan), options)
+                new = graph.call_function(aten.where.self, (whole, result, nan))
+                new.meta["val"] = value
+                result.replace_all_uses_with(new, delete_user_cb=later.__contains__)
+        graph.erase_node(check)
+
+
+def waits(graph: fx.GraphModule) -> str | None:
+    """Which operation of a graph makes the host wait for its device, or copies between them; None if none does."""
+    copies = (aten._to_copy.default, aten.copy_.default, aten.copy.default)
+    for node in graph.graph.nodes:
+        if node.op != "call_function":
+            continue
+        tags = getattr(node.target, "tags", ())
+        values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        asks = torch.Tag.data_dependent_output in tags or node.target is aten._linalg_check_errors.default
+        if torch.Tag.dynamic_output_shape in tags:  # of indexing, only by truth values
+            asks |= node.target is not aten.index.Tensor or any(v.dtype == torch.bool for v in tensors[1:])
+        if asks:
+            return f"{node.target} waits for the device"
+        devices = {v.device.type for v in tensors if v.ndim or node.target in copies}
+        if len(devices) > 1:
+            return f"{node.target} copies between {' and '.join(sorted(devices))}"
+    return None
 
 
 class Stored(Messenger):
@@ -188,6 +241,8 @@ def inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
 
     # Inductor's own generator is no faster on a GPU, and 15 times slower on a CPU.
     options = {"fallback_random": True}
+    if any(isinstance(t, Tensor) and t.is_cuda for t in inputs) and hasattr(torch._inductor.config, "deterministic"):
+        options["deterministic"] = True  # nothing is chosen by a clock
     try:
         # Takes the processor's word for what it can do: trying all of it takes 8 s, the first time on a machine.
         with code_cache.verified():
@@ -209,13 +264,6 @@ def quiet(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-@contextmanager
-def same_noise(device: torch.device) -> Iterator[None]:
-    """Leave the random state behind as it was found."""
-    with torch.random.fork_rng(devices=[device.index or 0] if device.type == "cuda" else []):
-        yield
 
 
 # -- Making a graph faster ---------------------------------------------------------------------------------------------

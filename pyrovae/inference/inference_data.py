@@ -50,6 +50,7 @@ from pyrovae.inference.individual import Individual
 from pyrovae.inference.log_marginal import FROM_GUIDE, LogMarginal, block_of, summarise
 from pyrovae.inference.log_weights import At, draw, log_prob, run, sample_sites
 from pyrovae.inference.pair import evaluating
+from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.seeding import seeded
 from pyrovae.inference.validity import check_pair
 
@@ -58,6 +59,7 @@ Groups = dict[str, dict[str, Tensor]]
 DATUM, PARTICLES, DRAWS = ("datum",), ("particle", "datum"), ("draw", "datum")
 
 
+@in_single_precision
 def to_inference_data(
     model: Callable,
     guide: Callable,

@@ -36,6 +36,7 @@ from pyrovae.errors import UsageError
 from pyrovae.inference.checks import check_count, check_rows
 from pyrovae.inference.log_weights import log_mean_exp
 from pyrovae.inference.pair import evaluating
+from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.proposals import FromGuide, Proposal
 from pyrovae.inference.seeding import seeded
 from pyrovae.inference.validity import check_pair
@@ -196,6 +197,7 @@ def standard_error(values: Tensor) -> float:
     return (values.double().std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
 
 
+@in_single_precision
 def log_marginal(
     model: Callable,
     guide: Callable,

@@ -24,6 +24,7 @@ from pyrovae.errors import PairError, UsageError
 from pyrovae.inference.individual import Individual
 from pyrovae.inference.log_marginal import PER_ROW, LogMarginal, log_marginal
 from pyrovae.inference.pair import evaluating
+from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.proposals import Proposal, Widened
 from pyrovae.inference.unconstrained import Unconstrained
 
@@ -33,6 +34,7 @@ FITTED = Individual(steps=1000)
 FROM_BOTH = Widened(scales=(1.0,), share=0.5)
 
 
+@in_single_precision
 def repair(
     model: Callable,
     guide: Callable,

@@ -34,13 +34,24 @@ def reseed(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.init()
-        index = torch.cuda.current_device() if device.index is None else device.index
-        torch.cuda.default_generators[index].manual_seed(seed)
+        torch.cuda.default_generators[index_of(device)].manual_seed(seed)
+
+
+def index_of(device: torch.device) -> int:
+    """The number of a CUDA device; of the current one, if it is given without."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@contextmanager
+def same_noise(device: torch.device) -> Iterator[None]:
+    """Leave the random states of the CPU and of one device behind as they were found."""
+    with torch.random.fork_rng(devices=[index_of(device)] if device.type == "cuda" else []):
+        yield
 
 
 @contextmanager
 def seeded(*key: int | str, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Seed torch's global generators with a key, and restore their states at the end.
+    """Seed torch's global generators of the CPU and of one device with a key, and restore their states at the end.
 
     Raises:
         UsageError: another thread is within such a context.
@@ -52,9 +63,8 @@ def seeded(*key: int | str, device: torch.device | str = "cpu") -> Iterator[None
         )
     try:
         device = torch.device(device)
-        devices = [device.index or 0] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(derive_seed(*key))
+        with same_noise(device):
+            reseed(derive_seed(*key), device)
             yield
     finally:
         _DRAWING.release()

@@ -39,6 +39,7 @@ from pyrovae.inference.checks import check_count, check_rows
 from pyrovae.inference.log_marginal import FROM_GUIDE, block_of, jackknife, standard_error, summarise
 from pyrovae.inference.log_weights import draw, log_mean_exp
 from pyrovae.inference.pair import evaluating
+from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.proposals import Proposal
 from pyrovae.inference.seeding import seeded
 
@@ -100,6 +101,7 @@ class Simulated:
         return self.most < MOST_WIDTH
 
 
+@in_single_precision
 def simulated(
     model: Callable,
     guide: Callable,

@@ -42,13 +42,13 @@ from pyrovae.inference.graphs import (
     log_of_products,
     reason,
     rewrite,
-    same_noise,
     state,
     trace,
+    waits,
 )
 from pyrovae.inference.objectives import Objective
 from pyrovae.inference.pair import Pair
-from pyrovae.inference.seeding import reseed
+from pyrovae.inference.seeding import reseed, same_noise
 
 PRECISIONS = ("fp32", "tf32", "bf16-mixed")
 # By how much the loss, and the gradient as a whole, of compiled code may differ from autograd's, as a share.
@@ -192,6 +192,7 @@ class Code:
         self.state = [t.detach() for t in state(part).values()]
         with unknown_step(part.objective), same_noise(inputs[0].device):
             graph = trace(part, *inputs)
+        self.waits = waits(graph)  # for the device, which a CUDA graph must not
         rewrite(graph, log_of_products, *[fast_tanh] * (inputs[0].device.type == "cpu"))
         self.code = compile_graph(graph)
 
@@ -515,11 +516,16 @@ class Step:
             return False
         if x.shape not in self.captured or self.captured[x.shape].outdated:
             self.captured.pop(x.shape, None)  # its memory first
+            # A capture that fails may leave torch's generator unusable: what waits is not tried.
+            why = self.code(Gradient, x, *self.settings(x)).waits
             try:
-                self.captured[x.shape] = Captured(self, x)
+                if why is None:
+                    self.captured[x.shape] = Captured(self, x)
             except RuntimeError as error:
+                why = reason(error.__context__ or error)  # the first is what went wrong, the second that it did
+            if why is not None:
                 self.capturing = False
-                self.on_notice(f"not captured as a CUDA graph, so slower: {reason(error)}")
+                self.on_notice(f"not captured as a CUDA graph, so slower: {why}")
                 return False
         self.captured[x.shape](x, self.objective)
         return True
@@ -672,21 +678,6 @@ def has_bfloat16(device: torch.device) -> bool:
     if platform.machine() in ("x86_64", "AMD64"):
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-@contextmanager
-def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
-    """Products of single-precision matrices on a CUDA device as `precision` says, and as before at the end."""
-    if device.type != "cuda":
-        yield
-        return
-    products, convolutions = torch.backends.cuda.matmul, cast(Any, torch.backends.cudnn).conv
-    before = products.fp32_precision, convolutions.fp32_precision
-    products.fp32_precision = convolutions.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        products.fp32_precision, convolutions.fp32_precision = before
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pyro
 import torch
@@ -36,6 +36,7 @@ from pyrovae.inference.graphs import CompileWarning
 from pyrovae.inference.log_weights import draw, sample_sites
 from pyrovae.inference.objectives import ELBO, Objective, Renyi
 from pyrovae.inference.pair import Pair, Program, evaluating
+from pyrovae.inference.precision import arithmetic
 from pyrovae.inference.resuming import (
     check_progress,
     differences,
@@ -45,12 +46,11 @@ from pyrovae.inference.resuming import (
     optimizer_state,
     refuse,
 )
-from pyrovae.inference.seeding import derive_seed, reseed, seeded
+from pyrovae.inference.seeding import derive_seed, reseed, same_noise, seeded
 from pyrovae.inference.steps import (
     Before,
     NotFinite,
     Step,
-    arithmetic,
     check_chunk,
     check_layout,
     check_precision,
@@ -71,8 +71,10 @@ Metrics = dict[str, float]
 
 def adam(parameters: list[Tensor], lr: float = 1e-3, eps: float = 1e-8) -> Optimizer:
     """Adam in its fused form, the default optimiser."""
-    on_gpu = parameters[0].is_cuda  # where steps are captured as a CUDA graph
-    return torch.optim.Adam(parameters, lr=lr, eps=eps, fused=True, capturable=on_gpu)
+    on_gpu = parameters[0].is_cuda
+    # There steps are captured as a CUDA graph, which reads a rate that is a tensor anew at every step.
+    rate = torch.tensor(lr, device=parameters[0].device) if on_gpu else lr
+    return torch.optim.Adam(parameters, lr=rate, eps=eps, fused=True, capturable=on_gpu)
 
 
 def staged(optimizer: Optimizer, stages: int = 8) -> LRScheduler:
@@ -262,6 +264,7 @@ def fit(
     with (
         seeded(seed, "fit", device=trainer.device),
         trainer.accelerated(),
+        same_noise(trainer.device),  # of several processes, each has been told its device
         arithmetic(precision, trainer.device),
         flushing(underflows),
         using_threads(threads, trainer.notice),
@@ -344,8 +347,8 @@ class Trainer:
         """Put everything on the device, check the pair, and restore a checkpoint if asked."""
         self.directory = directory
         self.pair.to(self.device)
-        if isinstance(self.data, Tensor):
-            self.data = self.data.to(self.device)
+        if isinstance(self.data, Tensor) and fits(self.data, self.device):
+            self.data = self.data.to(self.device)  # else batches are copied there as they come
         self.validation = None if self.validation is None else self.validation.to(self.device)
         if self.validation is not None and not self.validation.isfinite().all():
             bad = (~self.validation.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
@@ -575,6 +578,8 @@ class Trainer:
         self.pair.train()
         self.step.recheck()
         first = state.batch
+        # A step that is not finite is not taken, but its batch has moved what batch normalisation keeps.
+        kept = [(buffer, buffer.detach().clone()) for buffer in self.pair.buffers()]
         started, compiling = time.perf_counter(), self.step.compile_seconds
         try:
             with closing(gather(self.data, mine, self.device)) as coming:
@@ -585,6 +590,10 @@ class Trainer:
                     if self.agreed(should_stop is not None and should_stop()):
                         break
             self.settle(batches, first)
+        except NumericalError:
+            for buffer, value in kept:
+                buffer.copy_(value)
+            raise
         finally:
             state.refused = self.step.refused
             state.seconds += time.perf_counter() - started - (self.step.compile_seconds - compiling)
@@ -696,7 +705,7 @@ class Trainer:
             metrics |= self.validate()
         beta = getattr(self.objective, "beta", None)
         metrics |= beta.values(state.step) if beta is not None else {"beta": 1.0}
-        metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        metrics["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
         metrics["rows_per_second"] = state.rows / max(state.seconds, 1e-9)
         metrics["seconds"] = state.seconds
         bound = metrics.get("validation_bound", math.inf)
@@ -748,7 +757,7 @@ class Trainer:
         assert self.validation is not None
         reseed(derive_seed(self.seed, "validation"), self.device)
         batches = self.validation.split(max(self.batch_size, 100))
-        with evaluating(self.pair.model, self.pair.guide), arithmetic("fp32", self.device):
+        with evaluating(self.pair.model, self.pair.guide):
             try:
                 return measure(self.pair.model, self.pair.guide, batches, self.objective, self.particle_chunk)
             except ValueError as error:
@@ -848,7 +857,7 @@ class Trainer:
         """What may change, at the price of the last bits."""
         return {
             "torch": str(torch.__version__),
-            "device": self.device.type,
+            "device": describe_device(self.device),
             "processes": self.world,
             "threads": torch.get_num_threads(),
             "machine": platform.machine(),
@@ -866,6 +875,19 @@ def is_of_the_network(error: RuntimeError) -> bool:
     """Whether torch could not reach another process; Gloo says so in words alone."""
     known = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
     return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in known)
+
+
+def fits(data: Tensor, device: torch.device) -> bool:
+    """Whether a device has room for all rows and as much again."""
+    return device.type != "cuda" or data.device == device or 2 * data.nbytes <= torch.cuda.mem_get_info(device)[0]
+
+
+def describe_device(device: torch.device) -> str:
+    """What the last bits depend on: "cpu", or of a GPU its name, its driver and the versions of its libraries."""
+    if device.type != "cuda":
+        return device.type
+    driver, cudnn = cast(Any, torch._C)._cuda_getDriverVersion(), torch.backends.cudnn.version()
+    return f"{torch.cuda.get_device_name(device)}, driver {driver}, CUDA {torch.version.cuda}, cuDNN {cudnn}"
 
 
 def saved_seconds(flops: float, device: torch.device) -> float:

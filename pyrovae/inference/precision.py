@@ -1,0 +1,72 @@
+"""How products of single-precision numbers are computed on a CUDA device.
+
+Torch has two sets of names for it, of which its compiler reads the older ones, which cannot be read at all where the
+newer ones were set to something that they cannot say. So the older ones are set, and all are put back.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from pyrovae.inference.pair import modules_of
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@contextmanager
+def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
+    """Products and convolutions on a CUDA device as `precision` says, the same ones each time; as before at the end."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn, products = cast(Any, torch.backends.cudnn), cast(Any, torch.backends.cuda.matmul)
+    newer = [products, cast(Any, torch.backends.mkldnn).matmul, cudnn.conv, cudnn.rnn]
+    before, deterministic = [names.fp32_precision for names in newer], cudnn.deterministic
+    # An older name that cannot be read says the contrary of the newer one.
+    of_products = "highest" if products.fp32_precision == "tf32" else "high"
+    of_convolutions = cudnn.conv.fp32_precision != "tf32"
+    with suppress(RuntimeError):
+        of_products = torch.get_float32_matmul_precision()
+    with suppress(RuntimeError):
+        of_convolutions = cudnn.allow_tf32
+    rounded = precision == "tf32"
+    try:
+        torch.set_float32_matmul_precision("high" if rounded else "highest")
+        cudnn.allow_tf32, cudnn.deterministic = rounded, True
+        cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "tf32" if rounded else "ieee"
+        yield
+    finally:
+        torch.set_float32_matmul_precision(of_products)
+        cudnn.allow_tf32, cudnn.deterministic = of_convolutions, deterministic
+        for names, value in zip(newer, before, strict=True):
+            names.fp32_precision = value
+
+
+def in_single_precision(function: Callable[P, T]) -> Callable[P, T]:
+    """A function of a pair, or of tensors, that computes in single precision on the CUDA device on which they are."""
+
+    @functools.wraps(function)
+    def exact(*args: P.args, **kwargs: P.kwargs) -> T:
+        with arithmetic("fp32", device_of(*args, *kwargs.values())):
+            return function(*args, **kwargs)
+
+    return exact
+
+
+def device_of(*values: object) -> torch.device:
+    """The CUDA device of tensors, lists of them, or programs with parameters; the CPU if they are on none."""
+    tensors: list[Tensor]
+    for value in values:
+        if callable(value):
+            tensors = [p for _, module in modules_of(value) for p in module.parameters()]
+        else:
+            tensors = [t for t in (value if isinstance(value, list | tuple) else [value]) if isinstance(t, Tensor)]
+        for tensor in tensors:
+            if tensor.device.type == "cuda":
+                return tensor.device
+    return torch.device("cpu")
