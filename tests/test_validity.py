@@ -796,6 +796,13 @@ def test_guides_with_parameters_for_each_row_are_refused_on_parts_of_them(guide:
             call(model, guide, x)
 
 
+def test_an_automatic_guide_is_made_for_all_rows() -> None:
+    """Not for those of the first block."""
+    guide = AutoNormal(model)
+    assert log_marginal(model, guide, data(130), 10).estimate.isfinite().all()
+    assert guide.locs.z.shape == (130,)
+
+
 def test_parameters_by_place_are_refused_before_they_differ() -> None:
     """A guide that takes the first parameters for whatever rows come, all alike before training."""
 
