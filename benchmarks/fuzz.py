@@ -432,7 +432,8 @@ def case(target: Target, valid: list[Path], folder: Path, seed: str, outcome: Ou
         shutil.copytree(source, copy)
     else:
         shutil.copy(source, copy)
-    with contextlib.suppress(RecursionError):  # of a value too deep to be written
+    with contextlib.suppress(RecursionError), warnings.catch_warnings():  # of a value too deep to be written
+        warnings.simplefilter("ignore")
         target.damage(copy, rng)
     began = time.perf_counter()
     try:

@@ -234,7 +234,7 @@ def differences(one: Path, other: Path) -> str:
     for key in ("optimizer", "scheduler"):
         found += [f"{key}{path}" for path in unequal(first.training[key], second.training[key])]
     found += [f"progress{path}" for path in unequal(first.training["progress"], second.training["progress"])]
-    # One more may be there, of a kill between writing a checkpoint and removing an older one, until the next is written.
+    # One more may be there: of a kill between the writing of a checkpoint and the removal of an older one.
     kept = [{p.name for p in (run / "checkpoints").glob("step-*")} for run in (one, other)]
     if not kept[0] <= kept[1]:
         found.append(f"checkpoints {sorted(kept[0])} and {sorted(kept[1])}")
