@@ -1026,8 +1026,11 @@ def _encode(
         return {}, None
     joined, classes = np.concatenate(list(y.values())), None
     if joined.dtype.kind not in "buif":
-        names, joined = np.unique(joined.astype(str), return_inverse=True)
-        classes = tuple(names.tolist())
+        try:
+            names, joined = np.unique(joined.astype(str), return_inverse=True)
+            classes = tuple(names.tolist())
+        except (SystemError, ValueError) as error:  # characters that Unicode does not have
+            raise DataError(f"{where}: labels are no text ({_one_line(error)}); save them again") from error
     elif joined.dtype.kind == "f" and not (np.isfinite(joined) & (joined % 1 == 0)).all():
         notices.append(f"{where}: labels are not used: expected whole numbers or names, got other values")
         return {}, None

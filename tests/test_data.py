@@ -1391,3 +1391,11 @@ def test_booleans_that_are_neither_are_refused(tmp_path, suffix, stream):
     saved(path, x=bits)
     with raises(DataError, str(path), "a boolean array in which a byte is 7, neither 0 nor 1"):
         load_data(path, stream=stream)
+
+
+def test_labels_of_characters_that_do_not_exist(tmp_path):
+    """Four bytes of a damaged label can be more than Unicode has."""
+    labels = np.array(["a"] * 60)
+    labels.view(np.uint32)[7] = 0x7FFFFFFF
+    with raises(DataError, "labels are no text"):
+        load_data(saved(tmp_path / "x.npz", x=FLOATS, y=labels))
