@@ -439,6 +439,22 @@ def test_the_operating_system_holds_the_lock_and_lets_go_of_it(tmp_path):
         assert f"took over the lock of process {process.pid}, which is gone" in notice
 
 
+def test_a_lock_that_its_holder_took_away_meanwhile_is_none(tmp_path, monkeypatch):
+    """Opened before the holder ended, locked after it: the file has no name any more, and keeps nobody out."""
+    acquire = checkpoints.acquire
+
+    def late(descriptor: int) -> bool | None:
+        monkeypatch.setattr(checkpoints, "acquire", acquire)
+        (tmp_path / "lock").unlink()
+        return acquire(descriptor)
+
+    monkeypatch.setattr(checkpoints, "acquire", late)
+    with lock(tmp_path):
+        assert (tmp_path / "lock").read_text().split()[0] == str(os.getpid())
+        with pytest.raises(OutputError, match="is writing there"), lock(tmp_path):
+            pass
+
+
 def record(pid: int, host: str, start: float) -> str:
     return f"{pid} {host} {start:.2f}"
 
