@@ -331,11 +331,10 @@ def test_maximum_likelihood(guide_class: type[Guide], form: str, noise) -> None:
     fit(objective, vae, x, vae)
     assert value() == pytest.approx(best.item(), abs=1e-5)
     assert variance() == pytest.approx(s2.item(), abs=1e-4)
-    truth = MultivariateNormal(
-        vae.likelihood.decoder.body.bias,
-        vae.likelihood.decoder.body.weight @ vae.likelihood.decoder.body.weight.T
-        + variance() * torch.eye(D, dtype=torch.float64),
-    )
+    linear, unit = vae.likelihood.decoder.body, vae.likelihood.unit
+    loadings = unit * linear.weight
+    noise_covariance = variance() * torch.eye(D, dtype=torch.float64)
+    truth = MultivariateNormal(unit * linear.bias, loadings @ loadings.T + noise_covariance)
     assert truth.log_prob(x).mean().item() == pytest.approx(best.item(), abs=1e-5)
 
 
@@ -350,7 +349,7 @@ def test_beta_optimum_is_ppca_of_variance_beta_s2(beta: float, active: int, nois
     assert int((wanted > 0).sum()) == active
 
     def found() -> Tensor:
-        return torch.linalg.svdvals(vae.likelihood.decoder.body.weight.detach()).square()
+        return torch.linalg.svdvals((vae.likelihood.unit * vae.likelihood.decoder.body.weight).detach()).square()
 
     assert (found() - wanted).abs().max() > 1e-4
     fit(objective, vae, x, vae)
