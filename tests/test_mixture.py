@@ -446,3 +446,20 @@ def test_em_options_refused():
         mixture.em(x, max_iterations=0)
     with pytest.raises(UsageError, match="batch_size"):
         mixture.em(x, batch_size=0)
+
+
+@pytest.mark.parametrize("covariance", ["full", "diagonal", "tied", "spherical"])
+def test_data_of_any_unit_are_fitted_alike(covariance):
+    """x in units of c: every log-density is less by D log c, and the fit is the same."""
+    torch.manual_seed(0)
+    x = torch.randn(200, 3, dtype=torch.float64) @ torch.tensor([[1.0, 0.5, 0], [0, 1, 0], [0, 0, 0.1]]).double()
+    x[:70] += 3
+
+    def fitted(c):
+        mixture = GaussianMixture(3, components=2, covariance=covariance).double()
+        mixture.initialise(c * x)
+        mixture.em(c * x, tolerance=1e-9)
+        return mixture.log_prob(c * x) + 3 * math.log(c)
+
+    for c in (1e-6, 1e6):
+        assert_close(fitted(c), fitted(1.0), rtol=0, atol=1e-6)

@@ -47,6 +47,7 @@ from torch.nn import functional as F
 from pyrovae.errors import DataError, NumericalError, UsageError
 from pyrovae.models.networks import check_samples
 
+RELATIVE_FLOOR = 1e-6  # of the mean variance of the rows
 COVARIANCES = ("full", "diagonal", "tied", "spherical")
 WEIGHTS = ("trainable", "uniform")
 
@@ -313,7 +314,8 @@ class GaussianMixture(Mixture):
         covariance: "full", "diagonal", "tied" (one full matrix for all components) or "spherical".
         weights: "trainable", or "uniform" to hold every weight at 1/C.
         floor: Variance added to each dimension in the M step, in squared units of x; scikit-learn's `reg_covar`. It
-            keeps a component that collapses onto few rows positive definite.
+            keeps a component that collapses onto few rows positive definite. None: a millionth of the mean variance of
+            the rows, whatever their units.
     Raises:
         UsageError: An argument outside its range or choices; the message names them.
     Example:
@@ -334,12 +336,12 @@ class GaussianMixture(Mixture):
         components: int = 10,
         covariance: str = "full",
         weights: str = "trainable",
-        floor: float = 1e-6,
+        floor: float | None = None,
     ) -> None:
         super().__init__(event_shape, components, weights)
         _one_of("covariance", covariance, COVARIANCES)
-        if not 0 <= floor < math.inf:
-            raise UsageError(f"floor: expected a variance of at least 0, got {floor}; the default is 1e-6")
+        if floor is not None and not 0 <= floor < math.inf:
+            raise UsageError(f"floor: expected a variance of at least 0, got {floor}; None sets it by the data")
         self.covariance, self.floor = covariance, floor
         C, D = components, self.event_numel
         self.means = nn.Parameter(torch.randn(C, *self.event_shape))
@@ -383,19 +385,20 @@ class GaussianMixture(Mixture):
         live = counts > EMPTY
         _overwrite(self.means, self._means(x, responsibilities, counts, chunk).view_as(self.means), live)
 
+        floor = self._floor(x)
         scatter = self._scatter(x, responsibilities, chunk)
         if self.covariance == "tied":
             scatter, counts = scatter.sum(0, keepdim=True), counts.sum(0, keepdim=True)
             live = counts > EMPTY
         if self.covariance in ("diagonal", "spherical"):
-            variances = scatter / counts.clamp_min(EMPTY).unsqueeze(-1) + self.floor
+            variances = scatter / counts.clamp_min(EMPTY).unsqueeze(-1) + floor
             if self.covariance == "spherical":
                 variances = variances.mean(-1, keepdim=True)
             self._require_positive(variances[live].min() > 0)
             _overwrite(self.log_scale, variances.log() / 2, live)
         else:
             identity = torch.eye(self.event_numel).to(scatter)
-            covariances = scatter / counts.clamp_min(EMPTY)[:, None, None] + self.floor * identity
+            covariances = scatter / counts.clamp_min(EMPTY)[:, None, None] + floor * identity
             covariances[~live] = identity  # not used, but it has to factorise
             factor, failed = torch.linalg.cholesky_ex(covariances)
             self._require_positive(~failed.any())
@@ -403,10 +406,17 @@ class GaussianMixture(Mixture):
             _overwrite(self.log_scale, scale.log(), live)
             _overwrite(self.unit_lower, (factor / scale.unsqueeze(-1)).tril(-1), live)
 
+    def _floor(self, x: Tensor) -> float:
+        """What is added to variances when x is fitted."""
+        if self.floor is not None:
+            return self.floor
+        values = x if x.is_floating_point() else x.float()  # in the type of x, of which a copy may not fit
+        return RELATIVE_FLOOR * values.var(0, correction=0).double().mean().item()
+
     def _require_positive(self, positive: Tensor) -> None:
         if not bool(positive):
             raise NumericalError(
-                f"x: expected positive definite covariances, got a singular one with floor={self.floor:g}; "
+                f"x: expected positive definite covariances, got a singular one with floor={self.floor}; "
                 "raise floor, or use fewer components or covariance='diagonal'"
             )
 
