@@ -43,12 +43,17 @@ def parser(command: str, description: str, usage: str = "[options]") -> Any:
         def explain(self, message: str) -> str:
             """The parser's message in terms of what was typed."""
             message = re.sub(r'^Parser key "(.+?)":', lambda m: f"--{m[1].replace('_', '-')}:", message)
+            missing = re.search(r"the following arguments are required: (\w+)", message)
+            if missing:  # the one that each command but fit has
+                message = "RUN: name the directory of a run"
             unknown = re.match(r"unrecognized arguments: (\S+)|Option '(\S+)' is not accepted", message, re.I)
             if unknown:
                 word = unknown[1] or unknown[2]
                 shown = [o.removesuffix(".name") for a in self._actions for o in a.option_strings]
                 wanted = word.split("=")[0] if unknown[1] else f"--{word.replace('_', '-')}"
                 near = difflib.get_close_matches(wanted, shown, 1)
+                if unknown[1] and not word.startswith("-"):
+                    return f"{word}: a word too many; options begin with -- (see --help)"
                 message = f"{word}: no such option{f'; did you mean {near[0]}?' if near else ''}"
             return f"{message} (see --help)" if "--help" not in message else message
 
@@ -64,7 +69,7 @@ def parser(command: str, description: str, usage: str = "[options]") -> Any:
             ]
             return super().parse_args(words, *rest, **kwargs)
 
-    return Parser(
+    made = Parser(
         prog=f"python -m pyrovae.{command}",
         usage=f"python -m pyrovae.{command} {usage}",
         description=description,
@@ -72,6 +77,9 @@ def parser(command: str, description: str, usage: str = "[options]") -> Any:
         print_config=None,
         allow_abbrev=False,
     )
+    # `main` acts on it, before any other option is read.
+    made.add_argument("--debug", action="store_true", default=None, help="show the traceback of an error")
+    return made
 
 
 def word(value: str) -> str:

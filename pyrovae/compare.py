@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyrovae.command import add_choices, add_option, given, main, parser
-from pyrovae.config import DERIVED, PROPOSALS, build_proposal
+from pyrovae.config import DERIVED, PROPOSALS, SETTINGS, build_proposal, thread_count
 from pyrovae.errors import CheckpointError, NumericalError, UsageError
 from pyrovae.evaluate import default_draws, whole_option
 from pyrovae.run import Run, open_run
@@ -503,15 +503,18 @@ def command(words: Sequence[str]) -> int:
     add_option(p, "--components", "components of the baseline (default: chosen on the validation rows)", "INT")
     add_option(p, "--out", "where to write the tables and figures (default: comparison)", "DIR")
     add_option(p, "--device", "auto, cpu, cuda or cuda:N (default auto)", "NAME")
+    add_option(p, "--threads", SETTINGS["threads"].help, "INT|auto")
     options = given(p.parse_args(words))
+    number = thread_count("threads", options.get("threads", "auto"))
     proposal = build_proposal(options.get("proposal"))
     k, seed = whole_option(options, "K", default_draws(proposal, 1000)), whole_option(options, "seed", 0)
     limit, components = whole_option(options, "rows", None), whole_option(options, "components", None)
     if options.get("no_baseline") and components:
         raise UsageError("--components: not used, since --no-baseline adds none")
     directories = [Path(name) for name in options["runs"]]
-    if len({d.resolve() for d in directories}) < len(directories):
-        raise UsageError("RUN: the same directory is named twice")
+    for i, directory in enumerate(directories):
+        if directory.resolve() in [other.resolve() for other in directories[:i]]:
+            raise UsageError(f"RUN: the same directory is named twice, {directory}; leave one out")
 
     out = Path(str(options.get("out", "comparison")))
     if out.exists() and not out.is_dir():
@@ -520,6 +523,7 @@ def command(words: Sequence[str]) -> int:
         raise UsageError(f"--out {out}: would write into the run {holder}; choose a directory outside of it")
 
     from pyrovae.evaluate import pick_device, score
+    from pyrovae.inference.threads import threads
 
     device = pick_device(str(options.get("device", "auto")))
     runs = usable(directories)
@@ -532,20 +536,21 @@ def command(words: Sequence[str]) -> int:
     names = name_pools(together)
     rows_of = load_rows(runs)
     invalid = []
-    for kind, members in by_measure.items():
-        rows = rows_of[members[0].directory]
-        x = rows.test[:limit].to(device)
-        scored = [
-            Scored(name, *zip(*(score_run(run, rows, x, k, seed, proposal) for run in pool), strict=True))
-            for name, pool in zip(names, together, strict=True)
-            if measure_of(pool[0]) == kind
-        ]
-        if not options.get("no_baseline"):
-            counts = (components,) if components else COMPONENTS
-            name, mixture = fit_baseline(rows, counts, seed, device)
-            scored.append(Scored(name, [score(mixture, x, k)]))
-        present(table(scored, seed), rows, kind, len(x), members[0].config["data"], out)
-        invalid += [entry for entry in scored if entry.verdict.kind == "invalid"]
+    with threads(number, lambda text: print(f"note: {text}")):
+        for kind, members in by_measure.items():
+            rows = rows_of[members[0].directory]
+            x = rows.test[:limit].to(device)
+            scored = [
+                Scored(name, *zip(*(score_run(run, rows, x, k, seed, proposal) for run in pool), strict=True))
+                for name, pool in zip(names, together, strict=True)
+                if measure_of(pool[0]) == kind
+            ]
+            if not options.get("no_baseline"):
+                counts = (components,) if components else COMPONENTS
+                name, mixture = fit_baseline(rows, counts, seed, device)
+                scored.append(Scored(name, [score(mixture, x, k)]))
+            present(table(scored, seed), rows, kind, len(x), members[0].config["data"], out)
+            invalid += [entry for entry in scored if entry.verdict.kind == "invalid"]
     print(f"tables and figures in {out}")
     if invalid:
         raise NumericalError("invalid: " + "; ".join(f"{entry.name}: {entry.verdict.reason}" for entry in invalid))

@@ -91,7 +91,10 @@ def when(name: str, value: Any) -> str:
 
 def thread_count(name: str, value: Any) -> int | str:
     """A whole number, or auto."""
-    return "auto" if str(value).lower() == "auto" else whole(1, 4096)(name, value)
+    try:
+        return "auto" if str(value).lower() == "auto" else whole(1, 4096)(name, value)
+    except UsageError:
+        raise UsageError(f"--{name}: expected auto or a whole number from 1 to 4096, got {value}") from None
 
 
 def nearest(word: str, names: tuple[str, ...] | list[str]) -> str:

@@ -68,7 +68,6 @@ def options_parser() -> Any:
     add_option(group, "--resume", "continue a run: its directory, here or as --out", "DIR", nargs="?", const=True)
     add_option(group, "--overwrite", "replace the run that --out holds", action="store_true")
     add_option(group, "--no-plots", "write no plots", action="store_true")
-    group.add_argument("--debug", action="store_true", default=None, help="show tracebacks")
     return p
 
 

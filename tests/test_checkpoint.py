@@ -317,6 +317,16 @@ def test_everything_that_does_not_fit_is_named_and_nothing_is_assigned():
     assert all((tensor == 0).all() for tensor in target.values())
 
 
+def test_a_run_from_before_the_unit_of_its_likelihood():
+    """It computed with a unit of 1; nothing else may be missing, nor may what only ends like it."""
+    target = {"vae.likelihood.unit": torch.zeros(()), "vae.w": torch.zeros(2)}
+    assign(target, {"vae.w": torch.ones(2)}, "runs/a, step 3")
+    assert all((tensor == 1).all() for tensor in target.values())
+    for name in ("vae.unit", "vae.my_likelihood.unit"):
+        with pytest.raises(CheckpointError, match=f"missing {name}"):
+            assign({name: torch.zeros(())}, {}, "runs/a, step 3")
+
+
 def test_tensors_swapped_between_runs_do_not_fit(run):
     weights = load_file(folder(run, 20) / WEIGHTS)
     save_file({"w": weights["w"]}, folder(run, 20) / WEIGHTS)

@@ -566,8 +566,8 @@ def test_different_rows_are_refused(runs, capsys):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        ("", 2, "required: runs"),
-        ("{runs}/a {runs}/a", 2, "the same directory is named twice"),
+        ("", 2, "RUN: name the directory of a run"),
+        ("{runs}/a {runs}/a", 2, "/a; leave one out"),
         ("{runs}/a {runs}/other/../a", 2, "the same directory is named twice"),
         ("{runs}/a {runs}/nowhere", 5, "no such run directory"),
         ("{runs}/a --K 0", 2, "--K"),

@@ -983,6 +983,19 @@ def test_a_folder_without_images(tmp_path):
         load_data(tmp_path)
 
 
+def test_a_folder_of_all_sorts_of_files(tmp_path, monkeypatch):
+    """One with a few more files than pictures is read; one that is no folder of pictures is not gone through."""
+    write_images(tmp_path, 3)
+    monkeypatch.setattr("pyrovae.data._OTHERS", 20)
+    for i in range(20):
+        (tmp_path / f"{i}.txt").touch()
+    assert len(load_data(tmp_path).train) == 1
+    for i in range(20, 31):
+        (tmp_path / f"{i}.txt").touch()
+    with raises(DataError, str(tmp_path), "holds all sorts of files; give a folder of images alone"):
+        load_data(tmp_path)
+
+
 def test_images_of_two_sizes(tmp_path):
     write_images(tmp_path / "a", 2)
     write_images(tmp_path / "b", 1, size=(7, 9))

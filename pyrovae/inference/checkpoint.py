@@ -37,6 +37,8 @@ with suppress(ImportError):  # Windows has none
 FORMAT = 1
 WEIGHTS, TENSORS, TRAINING, MANIFEST = "weights.safetensors", "training.safetensors", "training.json", "manifest.json"
 FILES = (WEIGHTS, TENSORS, TRAINING)
+# Tensors that pairs did not have at first, by the end of their names, and the value that they then computed with.
+ADDED = {"likelihood.unit": 1.0}
 
 
 @dataclass
@@ -226,11 +228,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def assign(target: dict[str, Tensor], source: dict[str, Tensor], where: str) -> None:
-    """Copy tensors by name, after comparing every name, shape and type.
+    """Copy tensors by name, after comparing every name, shape and type. Older runs may lack those in `ADDED`.
 
     Raises:
         CheckpointError: tensors are missing, extra, misshapen, mistyped or not finite; each is named.
     """
+    for name, tensor in target.items():
+        if name not in source and (value := ADDED.get(".".join(name.split(".")[-2:]))) is not None:
+            source = {**source, name: torch.full(tensor.shape, value, dtype=tensor.dtype)}
     faults = [f"missing {name}" for name in target if name not in source]
     faults += [f"extra {name}" for name in source if name not in target]
     for name in target.keys() & source.keys():
