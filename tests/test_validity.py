@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import pyrovae
-from pyrovae.errors import DataError, PairError, UsageError
+from pyrovae.errors import DataError, NumericalError, PairError, UsageError
 from pyrovae.inference import (
     ELBO,
     IWAE,
@@ -556,6 +556,37 @@ def test_a_batch_axis_of_one_that_the_plate_expands_is_refused() -> None:
     refused("depends on the other rows", pair.model, guide, documents())
 
 
+def test_rows_are_looked_at_all_over_x() -> None:
+    """A hundred blank documents at the start, each like their mean, do not hide what the others do."""
+    pair = Topics(soft)
+    x = torch.cat([torch.zeros(100, documents().shape[1]), documents()])
+
+    def guide(x: Tensor) -> None:
+        pair.guide(x - x.mean(0))
+
+    with pytest.raises(PairError, match="guide site 'z': the log-density of a row depends on the other rows"):
+        log_marginal(pair.model, guide, x, 10)
+
+
+def test_a_model_that_uses_what_the_guide_kept_of_x_is_refused() -> None:
+    """A skip connection past the latents: its log p(x|z) of N(0.5 z + 0.5 x, S) is above any of z alone."""
+    kept = {}
+
+    def guide(x: Tensor) -> None:
+        kept["x"] = x
+        with pyro.plate("data", len(x)):
+            near(x)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(0.5 * z + 0.5 * kept["x"], S), obs=x)
+
+    for entry in ("log_marginal", "fit"):
+        with pytest.raises(PairError, match=r"log p\(x\|z\) of the model: the model uses what the guide kept of x"):
+            ENTRIES[entry](model, guide, data())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise that is no site, and where networks are kept
 
@@ -974,6 +1005,16 @@ def test_values_outside_a_support_are_told() -> None:
     with pytest.raises(DataError, match=r"model site 'x': x has values, such as nan, outside.*nan_to_num") as caught:
         log_marginal(positive, guide, x, 10)
     assert "\n" not in str(caught.value)
+
+
+def test_rows_that_are_not_numbers_are_named() -> None:
+    x = data()
+    x[3] = math.nan
+    with pytest.raises(DataError, match=r"x: 1 rows are not finite, the first being \[3\]") as caught:
+        log_marginal(model, in_plate(near), x, 10)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(NumericalError, match=r"x is not finite in rows \[3\]"):
+        ENTRIES["fit"](model, in_plate(near), x)
 
 
 def test_types_of_numbers_are_told() -> None:

@@ -458,7 +458,7 @@ def simulate(model: Callable, x_like: Tensor) -> tuple[Tensor, dict[str, Tensor]
     with At(z):
         again = sample_sites(run(model, "model", x, 1))
     for name in simulation.observed:
-        drawn, seen = (log_prob(s[name], f"model site '{name}'", (1, len(x))) for s in (sites, again))
+        drawn, seen = (log_prob(s[name], f"model site '{name}'", (1, len(x))).double() for s in (sites, again))
         if not torch.allclose(drawn, seen, rtol=1e-4, atol=1e-4):
             raise PairError(
                 f"model site '{name}': the model uses x elsewhere than as an observation, so that x cannot be drawn "

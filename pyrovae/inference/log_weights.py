@@ -205,6 +205,9 @@ def explain(error: Exception, trace: Trace, program: Callable, role: str, x: Ten
             f"site '{found[1]}' is latent in the model, but observed or deterministic in the guide; draw it there with "
             "pyro.sample"
         ) from error
+    if "to satisfy the constraint" in what and not x.isfinite().all():
+        bad = (~x.isfinite()).reshape(len(x), -1).any(1).nonzero().flatten().tolist()
+        raise DataError(f"x: {len(bad)} rows are not finite, the first being {bad[:5]}; repair or drop them") from error
     if "dtype" in what or "scalar type" in what or "data type" in what:
         floating = [p.dtype for _, m in modules_of(program) for p in m.parameters() if p.is_floating_point()]
         if floating and x.dtype not in floating:

@@ -18,7 +18,7 @@ too light for the posterior make it wide; a good guide makes it 0.
 
 A state of a discrete latent that is rare would rarely be simulated, though rows that it makes may be missed by far. So
 each such site is drawn from its prior p and from the uniform distribution over its S states, half and half, and the row
-counts with the weight p / (p/2 + 1/2S), at most 2.
+counts with the weight p / (p/2 + 1/2S), at most 2. Of a vector of independent numbers, one at random is drawn so.
 
 References:
     Grosse, Ghahramani and Adams 2015, Sandwiching the Marginal Likelihood, https://arxiv.org/abs/1511.02543
@@ -29,6 +29,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -135,6 +136,10 @@ def simulated(
     lower, upper, corrected = [], [], []
     with evaluating(model, guide), torch.no_grad(), seeded(seed, "simulated", device=x_like.device):
         probe = draw(model, guide, x_like)
+        if not probe.latents:
+            raise PairError(
+                "the model has no latent site, so that its log p(x) is that of what it observes, without error"
+            )
         if auxiliary := set(probe.log_guides) - set(probe.latents):
             raise PairError(f"guide site '{min(auxiliary)}' is auxiliary, so that q(z|x) at a given z is not known")
         with Spread(set(probe.latents)) as spread:
@@ -165,6 +170,8 @@ def simulated(
 class Spread(Messenger):
     """Draw latent sites of few states from their prior and uniformly, half and half.
 
+    Of a vector of independent numbers, as `Bernoulli(...).to_event(1)` has them, one at random is drawn so.
+
     Args:
         latents: The sites' names.
 
@@ -180,18 +187,27 @@ class Spread(Messenger):
         self.log_weight = torch.zeros(())
 
     def _pyro_sample(self, msg: dict) -> None:
-        p = msg["fn"]
+        p, vectors = msg["fn"], 0  # dimensions of numbers that are drawn independently
         if msg["name"] not in self.latents or msg["done"] or len(self.sites) >= MOST_SPREAD:
             return
-        if not getattr(p, "has_enumerate_support", False) or p.event_shape:
-            return
-        states = p.enumerate_support(expand=False).flatten()
         drawn = p.sample()
-        anywhere = states[torch.randint(len(states), drawn.shape, device=drawn.device)]
-        z = torch.where(torch.rand(drawn.shape, device=drawn.device) < 0.5, drawn, anywhere)
-        log_p = p.log_prob(z)
-        uniform = torch.full_like(log_p, -math.log(len(states)))
-        self.log_weight = self.log_weight + (log_p - torch.logaddexp(log_p, uniform) + math.log(2)).reshape(-1)
+        while isinstance(p, torch.distributions.Independent):
+            p, vectors = p.base_dist, vectors + p.reinterpreted_batch_ndims
+        if not getattr(p, "has_enumerate_support", False) or isinstance(p, dist.MaskedDistribution):
+            return
+        event = len(p.event_shape)  # 1 for a state that is a vector itself, as of OneHotCategorical
+        batch = drawn.shape[: drawn.ndim - event - vectors]
+        states = p.enumerate_support(expand=False).reshape(-1, *p.event_shape)
+        numbers = drawn.clone().reshape(batch.numel(), -1, *p.event_shape)
+        rows = torch.arange(len(numbers), device=drawn.device)
+        rows = rows[torch.rand(len(rows), device=drawn.device) < 0.5]
+        at = torch.randint(numbers.shape[1], rows.shape, device=drawn.device)
+        numbers[rows, at] = states[torch.randint(len(states), rows.shape, device=drawn.device)]
+        z = numbers.reshape(drawn.shape)
+        # Of all ways to z, the share that changed number j has the density p(z) / (S p_j(z_j)).
+        ratio = -p.log_prob(z).reshape(*numbers.shape[:2]) - math.log(len(states))
+        changed = torch.logsumexp(ratio, 1) - math.log(numbers.shape[1])
+        self.log_weight = self.log_weight + math.log(2) - torch.logaddexp(torch.zeros_like(changed), changed)
         self.sites.append(msg["name"])
         msg["value"], msg["done"] = z, True
 

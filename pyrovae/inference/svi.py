@@ -348,10 +348,10 @@ class Trainer:
         self.directory = directory
         self.pair.to(self.device)
         if isinstance(self.data, Tensor) and fits(self.data, self.device):
-            self.data = self.data.to(self.device)  # else batches are copied there as they come
+            self.data = self.data.detach().to(self.device)  # else batches are copied there as they come
         self.validation = None if self.validation is None else self.validation.to(self.device)
         if self.validation is not None and not self.validation.isfinite().all():
-            bad = (~self.validation.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+            bad = (~self.validation.isfinite()).reshape(len(self.validation), -1).any(1).nonzero().flatten().tolist()
             raise DataError(
                 f"validation: {len(bad)} rows are not finite, the first being {bad[:5]}; repair or drop them"
             )
@@ -653,7 +653,7 @@ class Trainer:
     def diagnose(self, x: Tensor, rows: Tensor, what: str) -> str:
         """Say which rows, sites and parameters make a loss or gradient that is not finite."""
         state = self.progress
-        wrong = (~x.isfinite()).flatten(1).any(1)
+        wrong = (~x.isfinite()).reshape(len(x), -1).any(1)
         sites: list[str] = []
         if isinstance(self.objective, Objective):
             self.repeat_noise(rows)

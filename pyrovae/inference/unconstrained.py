@@ -51,6 +51,10 @@ class Unconstrained:
                 f"guide site '{min(auxiliary)}' is auxiliary, so that q(z|x) alone is not known; draw from the guide "
                 "itself"
             )
+        if not probe.latents:
+            raise PairError(
+                "the model has no latent site, so that its log p(x) is that of what it observes, without error"
+            )
         self.transforms: dict[str, Any] = {}
         for name, latent in probe.latents.items():
             if not latent.guide.has_rsample and latent.guide.support.is_discrete:

@@ -8,9 +8,10 @@ latents of a few draws held fixed,
     rows         other rows of x and z beside it, or fewer, leave a row's log-densities as they are
     particles    so do fewer particles
     noise        so does another random state, once modules are in evaluation mode (no dropout)
+    memory       and so does a guide that was run on other rows before the model is
     density      every latent is drawn from a density, and from nothing but what log q is the sum of
 
-and what breaks one of them is refused by name. It costs about 8 draws for each row that is looked at.
+and what breaks one of them is refused by name. It costs about 10 draws for each row that is looked at.
 
 A latent that is a `Delta` at a function of auxiliary sites a of the guide has a density where that function is one to
 one, and the Deltas say by how much it stretches volume:
@@ -114,6 +115,7 @@ def examine(model: Callable, guide: Callable, x: Tensor, rows: int | None = None
             looked = Look(model, guide, looked.x) if by_place else looked
             looked.check_norms()
             looked.check_neighbours()
+            looked.check_memory()
             whole = not looked.works_on_fewer() or bool(automatic(guide))
             if whole and rows < len(x):
                 raise PairError(
@@ -144,8 +146,10 @@ def stirred(tensors: list[Tensor]) -> Iterator[None]:
 
 def look(model: Callable, guide: Callable, x: Tensor, rows: int) -> "Look":
     """At as many rows as will be run at once, or at all of them where the pair does not run on fewer."""
+    # From all of x: the first rows may all be alike, and then nothing in them depends on others.
+    places = torch.arange(rows, device=x.device) * (len(x) - 1) // max(1, rows - 1)
     try:
-        return Look(model, guide, x[:rows])
+        return Look(model, guide, x[places])
     except Exception:
         per_row = any(len(x) in p.shape[:1] for p in parameters(model, guide))
         if rows < len(x) and (per_row or x.numel() <= MOST_ELEMENTS):
@@ -262,6 +266,23 @@ class Look:
                     "per datum. Particles come first, so count dimensions from the end, as in softmax(dim=-1), "
                     "F.normalize(dim=-1) and mean(-1), and take means and norms over features, never over rows"
                 )
+
+    def check_memory(self) -> None:
+        """Refuse a model that uses what the guide kept of x when it was run before it."""
+        n = len(self.x)
+        every = torch.arange(n, device=self.x.device)
+
+        def ends_elsewhere(x: Tensor) -> None:
+            self.guide(x)
+            with pyro.poutine.block(), At(self.values), suppress(Exception):  # as of a guide for this x and no other
+                self.guide(x.roll(1, 0))
+
+        got = densities(draw(self.model, ends_elsewhere, self.x, self.k, self.values))
+        if name := self.differing(got, every):
+            raise PairError(
+                f"{name}: the model uses what the guide kept of x, as skip connections from an encoder do, so that it "
+                "is no p(x|z); give the decoder nothing but the latents"
+            )
 
     def check_noise(self) -> None:
         """Refuse log-densities that differ between two runs at the same latents."""
