@@ -188,13 +188,19 @@ def warn(text: str) -> None:
 
 
 def stop_waiting() -> None:
-    """Give up an output that nobody reads, such as a pipe to a pager, so that a print which waits for it goes on."""
+    """Give up an output that nobody reads, such as a pipe to a pager, so that a print which waits for it goes on.
+
+    That line and what follows go to the error output instead, or nowhere, if that waits as well.
+    """
     with suppress(OSError, ValueError, AttributeError):
         descriptor = sys.stdout.fileno()
         if not writable(descriptor):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, descriptor)
             os.close(nowhere)
+            errors = sys.stderr.fileno()
+            if writable(errors):
+                os.dup2(errors, descriptor)
 
 
 def writable(descriptor: int) -> bool:

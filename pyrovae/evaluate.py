@@ -23,7 +23,7 @@ from pyrovae.command import add_choices, add_option, given, main, parser
 from pyrovae.config import PROPOSALS, SETTINGS, build_proposal, one_of, option, refuse, thread_count, when, whole
 from pyrovae.errors import NumericalError, OutputError, UsageError
 from pyrovae.files import inside
-from pyrovae.run import Run, open_run
+from pyrovae.run import Run, begins, open_run
 from pyrovae.scores import Scores
 
 if TYPE_CHECKING:
@@ -664,7 +664,7 @@ def check_netcdf(path: Path, model: "Model", x: "Tensor", num_particles: int, pr
     """Refuse draws for ArviZ that cannot be made or saved, before anything is.
 
     Raises:
-        UsageError: another proposal, no such directory, or too many rows for memory.
+        UsageError: another proposal, no such directory, another file of that name, or too many rows for memory.
     """
     from pyrovae.inference.individual import Individual
     from pyrovae.inference.log_weights import draw
@@ -673,6 +673,8 @@ def check_netcdf(path: Path, model: "Model", x: "Tensor", num_particles: int, pr
         raise UsageError("--netcdf: draws are saved from --proposal guide or individual, not from another")
     if path.is_dir() or not os.access(path.resolve().parent, os.W_OK) or not path.resolve().parent.is_dir():
         raise UsageError(f"--netcdf {path}: expected a file in a directory that exists ({path.resolve()})")
+    if os.path.lexists(path) and not (path.is_file() and begins(path, b"\x89HDF")):
+        raise UsageError(f"--netcdf {path}: is there already and holds no saved draws; choose another name")
     latents = sum(latent.value[0, 0].numel() for latent in draw(model.model, model.guide, x[:1]).latents.values())
     each = 2 * (x[0].numel() + latents) * x.element_size() * SAVED_DRAWS + 8 * num_particles
     free = shutil.disk_usage(path.resolve().parent).free

@@ -179,5 +179,7 @@ def test_interrupted_while_the_output_waits(tmp_path: Path) -> None:
         os.close(writer)
     assert run.returncode == 130, err
     assert "stopping after this step" in err
+    assert "\nepoch " in err  # the line that waited
+    assert "--resume run\n" in err
     assert "Traceback" not in err
     assert load_latest(tmp_path / "run").step >= seen > 0

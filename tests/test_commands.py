@@ -860,6 +860,7 @@ def test_draws_are_saved_for_arviz_on_request(trained):
     ("words", "code", "message"),
     [
         ("{run} --netcdf nowhere/x.nc", 2, "--netcdf nowhere/x.nc: expected a file in a directory that exists"),
+        ("{run} --netcdf {run}/config.yaml", 2, "config.yaml: is there already and holds no saved draws; choose"),
         ("{run} --netcdf x.nc --proposal prior", 2, "--netcdf: draws are saved from --proposal guide or individual"),
         ("{run} --proposal wide", 2, "--proposal: 'wide' is none of guide, widened"),
         ("{run} --proposal.share 0.2", 2, "--proposal.share: not used by guide"),

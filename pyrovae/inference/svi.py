@@ -942,7 +942,9 @@ class Record:
 
             self.writer = SummaryWriter(os.fspath(inside(directory, "tensorboard")))
         except OSError as error:
-            raise OutputError(f"{directory}: cannot be written ({error.strerror or error})") from error
+            raise OutputError(
+                f"{error.filename or directory}: cannot be written ({error.strerror or error})"
+            ) from error
 
     def write(self, history: list[Metrics]) -> None:
         """Write the whole table anew, and the last epoch to TensorBoard."""
