@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from pyrovae.errors import PairError
+from pyrovae.inference import Individual, log_marginal
 from pyrovae.inference.log_weights import draw
 from pyrovae.inference.unconstrained import Unconstrained
 
@@ -62,3 +63,29 @@ def test_a_support_that_moves_is_refused_by_name() -> None:
 
     with pytest.raises(PairError, match="model site 'b': its support depends on other latents"):
         Unconstrained(model, guide, torch.ones(3))
+
+
+def test_a_mixture_is_as_unconstrained_as_its_components() -> None:
+    """z from two Gaussians in two dimensions: log p(x) is that of two Gaussians, drawn from one fitted to each row."""
+    means = torch.tensor([[-0.5, 0.0], [0.5, 0.0]], dtype=torch.float64)
+
+    def mixture(x: Tensor, noise: float = 0.0) -> dist.MixtureSameFamily:
+        scale = x.new_tensor(1 + noise**2).sqrt().expand(2)
+        return dist.MixtureSameFamily(
+            dist.Categorical(torch.ones(2, dtype=x.dtype)), dist.Normal(means, scale).to_event(1)
+        )
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", mixture(x))
+            pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.7 * x, 0.6).to_event(1))
+
+    x = torch.randn(4, 2, dtype=torch.float64)
+    result = log_marginal(model, guide, x, 2000, proposal=Individual(steps=50), seed=0)
+    exact = mixture(x, 0.5).log_prob(x)
+    assert ((result.estimate - exact).abs() < 5 * result.standard_error).all()
+    assert (result.standard_error < 0.05).all()

@@ -568,6 +568,20 @@ def test_rows_are_looked_at_all_over_x() -> None:
         log_marginal(pair.model, guide, x, 10)
 
 
+def test_a_flow_whose_inverse_rounds_is_accepted() -> None:
+    """Its own draws need no inverse, while latents that are held fixed do: that is rounding and not noise."""
+    there_and_back = [T.AffineTransform(1e4, 1.0, cache_size=1), T.AffineTransform(-1e4, 1.0, cache_size=1)]
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            base = dist.Normal((x / 3).unsqueeze(-1).expand(-1, 2), 1.0).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(base, there_and_back))
+
+    found = examine(plane, guide, 2 * data(40), 20)
+    assert found.no_density is None
+    assert not found.whole
+
+
 def test_a_model_that_uses_what_the_guide_kept_of_x_is_refused() -> None:
     """A skip connection past the latents: its log p(x|z) of N(0.5 z + 0.5 x, S) is above any of z alone."""
     kept = {}

@@ -6,6 +6,7 @@ concatenated to u of shape (K, N, U). Densities of u include log |dz/du|, which 
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,21 @@ class Densities:
     def log_joint(self) -> Tensor:
         """log p(x, u)."""
         return self.log_likelihood + self.log_prior
+
+
+def bijection(name: str, support: Any) -> Any:
+    """torch's bijection from R^U onto the support of a latent site, for a mixture that of its components.
+
+    Raises:
+        PairError: there is none.
+    """
+    for constraint in (support, getattr(support, "base_constraint", None)):
+        with suppress(NotImplementedError):
+            return biject_to(constraint)
+    raise PairError(
+        f"model site '{name}': torch knows no bijection from unconstrained numbers onto {str(support)[:200]}, its "
+        "support; draw from the guide itself, or register one with torch.distributions.biject_to"
+    )
 
 
 class Unconstrained:
@@ -62,9 +78,9 @@ class Unconstrained:
                     f"guide site '{name}': {type(latent.guide).__name__} is discrete; this takes continuous latents. "
                     "Draw from the guide itself, or sum the site out of the model"
                 )
-            self.transforms[name] = biject_to(latent.prior.support)
+            self.transforms[name] = bijection(name, latent.prior.support)
             u = self.transforms[name].inv(latent.value)
-            if not torch.equal(self.transforms[name](u), biject_to(other.latents[name].prior.support)(u)):
+            if not torch.equal(self.transforms[name](u), bijection(name, other.latents[name].prior.support)(u)):
                 raise PairError(
                     f"model site '{name}': its support depends on other latents; draw from the guide itself, or write "
                     "the site as a transform of one with a fixed support"

@@ -28,6 +28,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyro
@@ -35,7 +36,6 @@ import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoContinuous, AutoGaussian, AutoGuide, AutoLaplaceApproximation, AutoStructured
 from torch import Tensor, nn
-from torch.distributions import biject_to
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyrovae.errors import PairError
@@ -43,6 +43,7 @@ from pyrovae.inference.checks import check_programs, check_rows
 from pyrovae.inference.log_weights import At, Particles, draw, run, sample_sites
 from pyrovae.inference.pair import evaluating, modules_of
 from pyrovae.inference.seeding import seeded
+from pyrovae.inference.unconstrained import bijection
 
 # Draws whose Jacobian is looked at: a map that folds, such as |a|, shows both of its sides in so many.
 DRAWS_OF_MAP = 16
@@ -235,14 +236,23 @@ class Look:
             rough: They were computed in other shapes, which round differently.
         """
         columns = torch.arange(len(rows), device=rows.device) if columns is None else columns
-        for name, value in got.items():
-            now, then = value[:, columns], self.densities[name][: len(value), rows[columns]]
-            epsilon = torch.finfo(then.dtype).eps
-            tolerance = (epsilon**0.5 if rough else 100 * epsilon) * (1 + then.abs())
-            same = (now == then) | ((now - then).abs() <= tolerance) | (now.isnan() & then.isnan())
-            if not same.all():
-                return name
-        return None
+
+        def other(then: dict[str, Tensor]) -> str | None:
+            for name, value in got.items():
+                now, before = value[:, columns], then[name][: len(value), rows[columns]]
+                epsilon = torch.finfo(before.dtype).eps
+                tolerance = (epsilon**0.5 if rough else 100 * epsilon) * (1 + before.abs())
+                same = (now == before) | ((now - before).abs() <= tolerance) | (now.isnan() & before.isnan())
+                if not same.all():
+                    return name
+            return None
+
+        return other(self.densities) and other(self.again)
+
+    @cached_property
+    def again(self) -> dict[str, Tensor]:
+        """`densities` at the values of the draws: a flow may invert them, which it need not for its own draw."""
+        return self.at(self.k, torch.arange(len(self.x), device=self.x.device))
 
     def check_neighbours(self) -> None:
         """Refuse rows whose log-densities depend on what other rows hold, or on noise that is no site."""
@@ -484,7 +494,7 @@ class Look:
         parts, log_volume, log_density = [], self.x.new_zeros(()), self.x.new_zeros(())
         for name in points:
             z = sites[name]["value"]
-            transform = biject_to(self.base.latents[name].prior.support)
+            transform = bijection(name, self.base.latents[name].prior.support)
             u = transform.inv(z)
             parts.append(u.reshape(k, n, -1))
             log_volume = log_volume + transform.log_abs_det_jacobian(u, transform(u)).reshape(k, n, -1).sum(-1)
