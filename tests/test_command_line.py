@@ -99,7 +99,7 @@ def test_a_number_in_yaml_is_no_word(line: str, tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("- a\n- b\n", "expected lines such as"),
-        ("1: 2\n", "expected lines such as"),
+        ("1: 2\n", "names that are no words"),
         ("a: [", "cannot be read"),
         ("a: &x [1, 2]\nb: *x\n", "cannot be read"),
         ("\x00", "cannot be read"),
