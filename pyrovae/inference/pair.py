@@ -8,6 +8,7 @@ parameter store. Parameters that a plain function declares with `pyro.param` liv
 
 import functools
 import inspect
+import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -193,7 +194,10 @@ def references_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
 def belongs_to_a_library(value: Any) -> bool:
     """Whether a callable is torch's, Pyro's or Python's own: looking into those finds nothing of the user's."""
     root = root_of(value)
-    return root in LIBRARIES and not (root == pyro.__name__ and hasattr(value, "__wrapped__"))
+    if root == pyro.__name__ and hasattr(value, "__wrapped__"):
+        return False
+    # Code of our own refers to nothing of the user's either; what our objects hold is another matter.
+    return root in LIBRARIES or root in sys.stdlib_module_names or root == __name__.split(".")[0]
 
 
 def root_of(value: Any) -> str:
