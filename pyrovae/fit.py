@@ -4,6 +4,7 @@ import io
 import os
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -434,9 +435,14 @@ def conclude(
     say(short_table(config, values, fitted, {**seconds, "evaluation": time.perf_counter() - started}))
     if plots:
         write_plots(config, model, rows, directory, fitted, values)
-        # Where log p(x) is exact there is nothing that more draws would raise.
-        more = "" if values["verdict"] == "exact" else f"; python -m pyrovae.evaluate {directory} for a larger K"
-        say(f"\nplots in {directory / 'plots'}{more}")
+        command = f"; python -m pyrovae.evaluate {directory}"
+        if values["verdict"] == "exact":  # there is nothing that more draws would raise
+            command = ""
+        elif values["unreliable_rows"]:
+            command += " --repair scores those rows again"
+        else:
+            command += " for a larger K"
+        say(f"\nplots in {directory / 'plots'}{command}")
 
 
 def observations(model: "Model", fitted: "Fit", rows: "Rows", device: Any) -> list[str]:
@@ -479,7 +485,8 @@ def short_table(config: Config, values: dict[str, Any], fitted: "Fit", seconds: 
         ),
     ]
     if not exact:
-        lines.append(("verdict", values["verdict"], values["reason"] if values["verdict"] != "ok" else ""))
+        reason, *more = textwrap.wrap(values["reason"], 80) if values["verdict"] != "ok" else [""]
+        lines += [("verdict", values["verdict"], reason), *(("", "", part) for part in more)]
         bound = describe_bound(config).split(", beta")[0]
         lines.insert(1, (f"bound, {bound}", number(values["test_bound"]), "nats per datum"))
         lines.append(("KL(q(z|x) || p(z))", number(values["kl"]), f"nats per datum, {in_words(values['kl_forms'])}"))
