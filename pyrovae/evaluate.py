@@ -193,18 +193,19 @@ def check_of(
         return None
     pair = (model.model, model.guide)
     if isinstance(proposal, Annealed):
-        make: Callable[[], Any] = partial(sandwich, *pair, like(x, CHECKED_ROWS), num_particles, proposal, seed)
+        count, names = CHECKED_ROWS, ("forward", "reverse", "acceptance")
+        make: Callable[[], Any] = partial(sandwich, *pair, like(x, count), num_particles, proposal, seed)
         build: Callable[..., Any] = partial(Sandwich, x=torch.empty(0), num_particles=num_particles, annealed=proposal)
-        names: tuple[str, ...] = ("forward", "reverse", "acceptance")
     else:
+        # The weights of rows are not kept: of the models that runs hold, all latents are continuous.
+        count, names = SIMULATED_ROWS, ("lower", "upper", "jackknife")
         drawn_from = proposal or FROM_GUIDE
-        make = partial(simulated, *pair, like(x), num_particles, drawn_from, seed, chunk_size, repair)
+        make = partial(simulated, *pair, like(x, count), num_particles, drawn_from, seed, chunk_size, repair)
         build = partial(Simulated, num_particles=num_particles, estimator=drawn_from.name)
-        names = ("lower", "upper", "jackknife")  # of the models that runs hold, all latents are continuous
 
     def checked() -> Any:
         if progress:
-            print(f"checking on {SIMULATED_ROWS if names[0] == 'lower' else CHECKED_ROWS} simulated rows", flush=True)
+            print(f"checking on {count} simulated rows", flush=True)
         return make()
 
     return checked() if store is None else store.check(names, checked, build, repaired=repair is not None)
@@ -387,7 +388,8 @@ def report(
             "zero_weights": int(result.zero_weights.sum()),
             "rows_with_zero_weights": int((result.zero_weights > 0).sum()),
             "stated_bias": judgement.bias,
-            "unreliable_rows": result.unreliable.nonzero().flatten().tolist(),
+            # Of chains there are too few for an effective sample size or a k-hat to tell.
+            "unreliable_rows": [] if isinstance(check, Sandwich) else result.unreliable.nonzero().flatten().tolist(),
             "repaired_rows": None if result.repaired is None else list(result.repaired),
             "simulated": None
             if not isinstance(check, Simulated)
@@ -562,7 +564,7 @@ def describe(name: str, values: Report) -> str:
             line("  its width", number(check["width"], check["width_error"]), "validated" if check["validated"] else "")
         if values["repaired_rows"]:
             line("repaired rows", str(len(values["repaired_rows"])), listed(values["repaired_rows"]))
-        if values["unreliable_rows"] and values["sandwich"] is None:
+        if values["unreliable_rows"]:
             bad = values["unreliable_rows"]
             again = "" if values["repaired_rows"] is not None else "; --repair scores them again"
             line("unreliable rows", str(len(bad)), listed(bad) + again)

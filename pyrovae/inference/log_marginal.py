@@ -66,6 +66,7 @@ class Origin:
         proposal: Where the draws came from.
         seed: Of the draws, or 0.
         chunk_size: Particles evaluated at once.
+        whole: The pair works on all of its rows together only, so that it cannot be tried on others.
         repair: Where the draws of rows that were scored again came from (`pyrovae.inference.repair`).
     """
 
@@ -75,6 +76,7 @@ class Origin:
     proposal: Proposal
     seed: int
     chunk_size: int | None
+    whole: bool
     repair: Proposal | None = None
 
 
@@ -241,8 +243,8 @@ def log_marginal(
     if store is not None and seed is None:
         raise UsageError("store: needs a seed, so that an evaluation that goes on draws what it would have drawn")
     rows, chunk = block_of(x, num_particles, chunk_size)
-    together = check_pair(model, guide, x, rows).rows
-    rows, chunk = together, max(1, chunk * rows // together)
+    findings = check_pair(model, guide, x, rows)
+    rows, chunk = findings.rows, max(1, chunk * rows // findings.rows)
     # Allocated first: the results of blocks kept one by one would sit where the next large tensor might have been.
     columns = torch.empty(len(PER_ROW) + len(curve_sizes(num_particles)), len(x), dtype=torch.float64)
     with evaluating(model, guide), torch.no_grad():
@@ -262,7 +264,7 @@ def log_marginal(
             columns[:, start : start + rows] = result.columns()
             if progress is not None:
                 progress(start + len(block))
-    origin = Origin(model, guide, x[:ORIGINAL_ROWS], proposal, seed or 0, chunk_size)
+    origin = Origin(model, guide, x[:ORIGINAL_ROWS], proposal, seed or 0, chunk_size, findings.whole)
     return replace(LogMarginal.from_columns(columns, num_particles, proposal.name), origin=origin)
 
 

@@ -32,7 +32,7 @@ from pyrovae.errors import PairError, PyrovaeError
 from pyrovae.inference.annealed import Annealed, Sandwich
 from pyrovae.inference.log_marginal import LEAST_DRAWS_FOR_TAIL, LEAST_ESS, MOST_K_HAT, LogMarginal
 from pyrovae.inference.simulated import Simulated, like, simulated
-from pyrovae.inference.validity import WHOLE, check_pair
+from pyrovae.inference.validity import WHOLE
 
 MOST_ROWS_OVER = 0.1
 MOST_BIAS = 0.05
@@ -133,7 +133,7 @@ def by_simulation(result: LogMarginal, check: Simulated | None) -> Verdict:
             why = "what is never drawn they do not show, and nothing was tried on simulated data"
             return Verdict("unchecked", f"{draws}, but {why}")
         try:
-            if check_pair(origin.model, origin.guide, origin.x).whole:
+            if origin.whole:
                 raise PairError(WHOLE)
             check = simulated(
                 *(origin.model, origin.guide, like(origin.x), result.num_particles),
