@@ -46,6 +46,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.errors import DataError, UsageError
+from pyrovae.files import user_cache
 from pyrovae.streaming import Conversion, MappedRows, read
 from pyrovae.summary import Moments, Part, summarise
 
@@ -544,8 +545,7 @@ def _plane(name: str) -> _Found:
 def _torchvision(name: str, root: str | Path | None, download: bool) -> _Found:
     from torchvision import datasets
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "pyrovae"
-    directory = Path(cache if root is None else root).expanduser().absolute()
+    directory = Path(user_cache() if root is None else root).expanduser().absolute()
     class_name, splits = _TORCHVISION[name]
     loader = getattr(datasets, class_name)
     if issubclass(loader, datasets.MNIST):

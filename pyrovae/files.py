@@ -31,6 +31,11 @@ CAREFULLY = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr
 NOT_A_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 
+def user_cache() -> Path:
+    """The user's own folder of this library: downloaded data, and the key of scores."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pyrovae"
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
     """An ordinary file, to read.

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyrovae.errors import OutputError
-from pyrovae.files import inside, open_own, opened, read_bytes, read_json
+from pyrovae.files import inside, open_own, opened, read_bytes, read_json, user_cache
 from pyrovae.inference.checkpoint import write_atomically
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ class Scores:
 @cache
 def own_key() -> bytes:
     """The user's key, made when it is first asked for; where it cannot be kept, one for this process alone."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pyrovae"
+    folder = user_cache()
     path, new = folder / "key", folder / f".key.{secrets.token_hex(8)}"
     key = secrets.token_bytes(32)
     with suppress(OSError, ValueError):
