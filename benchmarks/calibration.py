@@ -33,7 +33,7 @@ from torch import Tensor
 
 from pyrovae.inference import log_marginal
 from pyrovae.inference.bootstrap import interval
-from pyrovae.inference.verdict import verdict
+from pyrovae.inference.verdicts import verdict
 
 DIMENSIONS = (2, 5, 10, 20, 50)
 WIDTHS = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)

@@ -334,7 +334,7 @@ def damage_config(path: Path, rng: random.Random) -> None:
 
 def damage_scores(path: Path, rng: random.Random) -> None:
     """A table of scores, or evaluation.json; a block's checksum is made to fit half of the time."""
-    from pyrovae.scores import closing
+    from pyrovae.runs.scores import closing
 
     file = rng.choice([*sorted((path / "scores").iterdir()), path / "evaluation.json"])
     if file.suffix == ".json" or rng.random() < 0.4:
@@ -353,7 +353,7 @@ def damage_scores(path: Path, rng: random.Random) -> None:
 
 
 def read_weights(path: Path) -> object:
-    from pyrovae.run import load
+    from pyrovae.runs.directory import load
 
     return load(path)
 
@@ -367,9 +367,9 @@ def read_resumed(path: Path) -> object:
 
 def read_config(path: Path) -> object:
     """As a run's, and as --config takes it."""
-    from pyrovae.config import DERIVED, resolve
     from pyrovae.fit import read_options
-    from pyrovae.run import open_run
+    from pyrovae.runs.config import DERIVED, resolve
+    from pyrovae.runs.directory import open_run
 
     try:
         open_run(path)

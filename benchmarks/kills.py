@@ -38,7 +38,7 @@ from torch import Tensor
 
 from pyrovae import command, fit
 from pyrovae.errors import CheckpointError
-from pyrovae.inference import checkpoint as checkpoints
+from pyrovae.inference.training import checkpoint as checkpoints
 
 SMALL = "--latent-dim 2 --network.hidden 8 --epochs 10 --batch-size 40 --eval-K 20 --eval-rows 10 --seed 1 --no-plots"
 DEEP = SMALL.replace("--latent-dim 2", "--model hierarchical --latent-dim 3,2")
@@ -337,7 +337,7 @@ def warm_up() -> None:
     torch.set_num_threads(1)
     for module in ("accelerate", "jsonargparse", "pandas", "pyro", "tqdm", "torch._dynamo", "torch.utils.tensorboard"):
         importlib.import_module(module)
-    for module in ("evaluate", "models", "inference.svi", "run", "scores", "plots"):
+    for module in ("evaluate", "models", "inference.training.trainer", "runs.directory", "runs.scores", "plots"):
         importlib.import_module(f"pyrovae.{module}")
 
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 from pyrovae.inference import log_marginal
-from pyrovae.inference.compiled import Compiled
+from pyrovae.inference.tracing.draws import Compiled
 from pyrovae.models import MLP, VAE, Bernoulli, MeanFieldNormal, StandardNormal
 
 Z, D, H = 50, 784, 200
@@ -223,7 +223,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.run:
-        from pyrovae.run import open_run
+        from pyrovae.runs.directory import open_run
 
         run = open_run(options.run)
         vae, x = run.model().eval(), run.rows().test

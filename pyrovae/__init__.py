@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from pyrovae.models import MixtureOfGaussians as MixtureOfGaussians
     from pyrovae.models import StandardNormal as StandardNormal
     from pyrovae.models import VampPrior as VampPrior
-    from pyrovae.run import load as load
+    from pyrovae.runs.directory import load as load
 
 # Public name -> the module that defines it.
 _HOME = {
-    "load": "pyrovae.run",
+    "load": "pyrovae.runs.directory",
     "load_data": "pyrovae.data",
     **dict.fromkeys(("ELBO", "IWAE", "Renyi", "log_marginal", "log_weights"), "pyrovae.inference"),
     **dict.fromkeys(

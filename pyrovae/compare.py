@@ -36,10 +36,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyrovae.command import add_choices, add_option, given, main, parser
-from pyrovae.config import DERIVED, PROPOSALS, SETTINGS, build_proposal, thread_count
 from pyrovae.errors import CheckpointError, NumericalError, UsageError
 from pyrovae.evaluate import default_draws, whole_option
-from pyrovae.run import Run, open_run
+from pyrovae.runs.config import DERIVED, PROPOSALS, SETTINGS, build_proposal, thread_count
+from pyrovae.runs.directory import Run, open_run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,10 +48,10 @@ if TYPE_CHECKING:
 
     from pyrovae.data import Rows
     from pyrovae.inference.annealed import Sandwich
-    from pyrovae.inference.log_marginal import LogMarginal
+    from pyrovae.inference.marginal import LogMarginal
     from pyrovae.inference.proposals import Proposal
-    from pyrovae.inference.simulated import Simulated
-    from pyrovae.inference.verdict import Verdict
+    from pyrovae.inference.simulation import Simulated
+    from pyrovae.inference.verdicts import Verdict
     from pyrovae.models.mixture import Mixture
 
 # Numbers of components tried for the baseline, until the validation rows say that more are no better.
@@ -109,7 +109,7 @@ class Scored:
     @cached_property
     def judgements(self) -> "list[Verdict]":
         """What is said of each seed's estimate."""
-        from pyrovae.inference.verdict import verdict
+        from pyrovae.inference.verdicts import verdict
 
         checks = self.checks or [None] * len(self.results)
         return [verdict(result, check) for result, check in zip(self.results, checks, strict=True)]
@@ -156,8 +156,8 @@ def fit_baseline(
     """
     import torch
 
-    from pyrovae.inference.seeding import seeded
     from pyrovae.models.mixture import BernoulliMixture, GaussianMixture
+    from pyrovae.seeding import seeded
 
     binary = rows.measure.kind == "mass"
     with seeded(seed, "baseline rows"):
@@ -200,7 +200,7 @@ def table(scored: Sequence[Scored], seed: int = 0) -> "pd.DataFrame":
     import torch
 
     from pyrovae.inference.bootstrap import ends, means
-    from pyrovae.inference.log_marginal import FROM_GUIDE, standard_error
+    from pyrovae.inference.marginal import FROM_GUIDE, standard_error
 
     ranked = sorted(scored, key=lambda s: s.estimate.mean().nan_to_num(nan=-float("inf")).item(), reverse=True)
     estimates = torch.stack([entry.estimate for entry in ranked])
@@ -523,7 +523,7 @@ def command(words: Sequence[str]) -> int:
         raise UsageError(f"--out {out}: would write into the run {holder}; choose a directory outside of it")
 
     from pyrovae.evaluate import pick_device, score
-    from pyrovae.inference.threads import threads
+    from pyrovae.processors import threads
 
     device = pick_device(str(options.get("device", "auto")))
     runs = usable(directories)
@@ -563,7 +563,7 @@ def present(frame: "pd.DataFrame", rows: "Rows", kind: str, count: int, data: st
 
     from pyrovae import plots
     from pyrovae.fit import save_figure
-    from pyrovae.inference.checkpoint import write_atomically
+    from pyrovae.inference.training.checkpoint import write_atomically
 
     how = f", binarisation {rows.binarize}" if rows.binarize else ""
     which = "all" if count == len(rows.test) else "the first"

@@ -20,23 +20,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyrovae.command import add_choices, add_option, given, main, parser
-from pyrovae.config import PROPOSALS, SETTINGS, build_proposal, one_of, option, refuse, thread_count, when, whole
 from pyrovae.errors import NumericalError, OutputError, UsageError
 from pyrovae.files import inside
-from pyrovae.run import Run, begins, open_run
-from pyrovae.scores import Scores
+from pyrovae.runs.config import PROPOSALS, SETTINGS, build_proposal, one_of, option, refuse, thread_count, when, whole
+from pyrovae.runs.directory import Run, begins, open_run
+from pyrovae.runs.scores import Scores
 
 if TYPE_CHECKING:
     import torch
     from pyro.infer import ELBO as PyroELBO
     from torch import Tensor
 
-    from pyrovae.config import Model
     from pyrovae.data import Rows
     from pyrovae.inference.annealed import Sandwich
-    from pyrovae.inference.log_marginal import LogMarginal
+    from pyrovae.inference.marginal import LogMarginal
     from pyrovae.inference.proposals import Proposal
-    from pyrovae.inference.simulated import Simulated
+    from pyrovae.inference.simulation import Simulated
+    from pyrovae.runs.config import Model
 
 Report = dict[str, Any]
 # Data simulated to check a setting of annealed importance sampling.
@@ -71,7 +71,7 @@ def rows_of(rows: "Rows", split: str, limit: int | None = None) -> "Tensor":
     """The first rows of a split as x; training rows are transformed with fixed noise."""
     from torch import Tensor
 
-    from pyrovae.inference.seeding import seeded
+    from pyrovae.seeding import seeded
 
     if split != "train":
         return getattr(rows, split)[:limit]
@@ -97,8 +97,8 @@ def score(
     """
     import torch
 
-    from pyrovae.inference.compiled import CompileWarning
-    from pyrovae.inference.log_marginal import FROM_GUIDE, exact, log_marginal
+    from pyrovae.inference.marginal import FROM_GUIDE, exact, log_marginal
+    from pyrovae.inference.tracing.draws import CompileWarning
     from pyrovae.models.mixture import Mixture
 
     if isinstance(model, Mixture):
@@ -163,7 +163,7 @@ def rows_done(total: int, what: str, progress: bool = True) -> "Iterator[Callabl
 
 def repaired(model: "Model", x: "Tensor", result: "LogMarginal", progress: bool = False) -> "LogMarginal":
     """The estimate with its unreliable rows scored again from a better proposal."""
-    from pyrovae.inference.repair import repair
+    from pyrovae.inference.repairs import repair
 
     bad = int(result.unreliable.sum())
     with rows_done(bad, "unreliable rows again", progress and bad > 0) as done:
@@ -185,8 +185,8 @@ def check_of(
     import torch
 
     from pyrovae.inference.annealed import Annealed, Sandwich, sandwich
-    from pyrovae.inference.log_marginal import FROM_GUIDE
-    from pyrovae.inference.simulated import SIMULATED_ROWS, Simulated, like, simulated
+    from pyrovae.inference.marginal import FROM_GUIDE
+    from pyrovae.inference.simulation import SIMULATED_ROWS, Simulated, like, simulated
     from pyrovae.models.mixture import Mixture
 
     if isinstance(model, Mixture):
@@ -219,8 +219,8 @@ def compile_draws(
     Raises:
         UsageError: it cannot be compiled, and --compile on or --precision bf16 asks for it.
     """
-    from pyrovae.inference.compiled import Compiled, worth_compiling
-    from pyrovae.inference.log_marginal import FROM_GUIDE
+    from pyrovae.inference.marginal import FROM_GUIDE
+    from pyrovae.inference.tracing.draws import Compiled, worth_compiling
     from pyrovae.models.mixture import Mixture
 
     if mode == "off" and precision == "bf16":
@@ -257,7 +257,7 @@ def open_scores(
     import torch
 
     from pyrovae import __version__
-    from pyrovae.inference.log_marginal import FROM_GUIDE
+    from pyrovae.inference.marginal import FROM_GUIDE
     from pyrovae.models.mixture import Mixture
 
     if isinstance(model, Mixture) or not run.writable:
@@ -312,15 +312,15 @@ def report(
     from pyrovae import __version__
     from pyrovae.inference.annealed import Sandwich
     from pyrovae.inference.bootstrap import interval
-    from pyrovae.inference.compiled import Compiled
     from pyrovae.inference.diagnostics import KL_SHARE, kl_dimensions, measure
-    from pyrovae.inference.log_marginal import FROM_GUIDE, standard_error
-    from pyrovae.inference.log_weights import draw
+    from pyrovae.inference.marginal import FROM_GUIDE, standard_error
     from pyrovae.inference.objectives import kl_terms
     from pyrovae.inference.pair import evaluating
-    from pyrovae.inference.seeding import seeded
-    from pyrovae.inference.simulated import Simulated
-    from pyrovae.inference.verdict import verdict, worst_rows
+    from pyrovae.inference.simulation import Simulated
+    from pyrovae.inference.tracing.draws import Compiled
+    from pyrovae.inference.verdicts import verdict, worst_rows
+    from pyrovae.inference.weights import draw
+    from pyrovae.seeding import seeded
 
     result = score(model, x, num_particles, seed, chunk_size, progress, proposal, store)
     exact = result.num_particles == 0
@@ -616,7 +616,7 @@ def evaluate(
     repair: bool = False,
 ) -> Report:
     """Score a run, going on where an interrupted evaluation was; print and write the report and the K-curve."""
-    from pyrovae.config import build_objective
+    from pyrovae.runs.config import build_objective
 
     started = time.perf_counter()
     place = pick_device(device)
@@ -669,7 +669,7 @@ def check_netcdf(path: Path, model: "Model", x: "Tensor", num_particles: int, pr
         UsageError: another proposal, no such directory, another file of that name, or too many rows for memory.
     """
     from pyrovae.inference.individual import Individual
-    from pyrovae.inference.log_weights import draw
+    from pyrovae.inference.weights import draw
 
     if proposal is not None and not isinstance(proposal, Individual):
         raise UsageError("--netcdf: draws are saved from --proposal guide or individual, not from another")
@@ -755,7 +755,7 @@ def command(words: Sequence[str]) -> int:
 
     from pyrovae.inference.annealed import Annealed
     from pyrovae.inference.individual import Individual
-    from pyrovae.inference.threads import threads
+    from pyrovae.processors import threads
 
     proposal = build_proposal(options.get("proposal"))
     k, seed = whole_option(options, "K", default_draws(proposal, 5000)), whole_option(options, "seed", 0)

@@ -13,7 +13,9 @@ from signal import SIGTERM
 from typing import TYPE_CHECKING, Any
 
 from pyrovae.command import add_choices, add_option, given, leading, main, parser, stoppable
-from pyrovae.config import (
+from pyrovae.errors import CheckpointError, DataError, UsageError
+from pyrovae.files import inside
+from pyrovae.runs.config import (
     DERIVED,
     OPTIONS,
     PARTS,
@@ -30,16 +32,14 @@ from pyrovae.config import (
     title,
     warnings,
 )
-from pyrovae.errors import CheckpointError, DataError, UsageError
-from pyrovae.files import inside
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from pyrovae.config import Model
     from pyrovae.data import Rows
-    from pyrovae.inference.svi import Fit
+    from pyrovae.inference.training.trainer import Fit
     from pyrovae.plots import Style
+    from pyrovae.runs.config import Model
 
 # Rows that a model is initialised at: means and k-means need no more.
 INITIAL_ROWS = 20_000
@@ -126,8 +126,8 @@ def command(words: Sequence[str]) -> int:
         say(f"note: {note}")
 
     from pyrovae.evaluate import pick_device
-    from pyrovae.inference.steps import check_precision
-    from pyrovae.inference.threads import threads
+    from pyrovae.inference.training.steps import check_precision
+    from pyrovae.processors import threads
 
     device = pick_device(config["device"])
     check_precision(config["precision"] or "fp32", device)
@@ -144,8 +144,8 @@ def command(words: Sequence[str]) -> int:
 
     check_optimizer(config, model)
 
-    from pyrovae.inference.checkpoint import lock
-    from pyrovae.run import claim, clear, fresh_directory, write_config
+    from pyrovae.inference.training.checkpoint import lock
+    from pyrovae.runs.directory import claim, clear, fresh_directory, write_config
 
     if directory is None:
         directory = fresh_directory(title(config))
@@ -220,7 +220,7 @@ def read_config(file: Path) -> Config:
 
 def has_checkpoints(directory: Path) -> bool:
     """Whether a run has come as far as a checkpoint, whole or not."""
-    from pyrovae.inference.checkpoint import steps
+    from pyrovae.inference.training.checkpoint import steps
 
     return bool(steps(directory))
 
@@ -231,8 +231,8 @@ def resumed(options: Config, output: dict[str, Any]) -> tuple[Path, Config]:
     Raises:
         CheckpointError: there is none, or the options given are not its own.
     """
-    from pyrovae.inference.checkpoint import load_latest
-    from pyrovae.run import open_run
+    from pyrovae.inference.training.checkpoint import load_latest
+    from pyrovae.runs.directory import open_run
 
     if output["overwrite"]:
         raise UsageError("--resume and --overwrite: continue the run or replace it, not both")
@@ -271,8 +271,8 @@ def overlaid(stored: Config, options: Config) -> Config:
 
 def check_epochs(directory: Path, stored: Config, epochs: int) -> None:
     """Refuse a number of epochs that a run cannot be continued to."""
-    from pyrovae.inference.checkpoint import load_latest
-    from pyrovae.run import position
+    from pyrovae.inference.training.checkpoint import load_latest
+    from pyrovae.runs.directory import position
 
     if not has_checkpoints(directory):
         return
@@ -289,7 +289,7 @@ def check_epochs(directory: Path, stored: Config, epochs: int) -> None:
 
 def initialised_model(config: Config, rows: "Rows") -> "Model":
     """The pair with its parameters drawn and started at the training rows."""
-    from pyrovae.inference.seeding import seeded
+    from pyrovae.seeding import seeded
 
     with seeded(config["seed"], "model"):
         model = build_model(config, rows.event_shape)
@@ -356,7 +356,7 @@ def train(
     on_start: Callable[[], None],
 ) -> "tuple[Fit, int]":
     """Run the training loop; returns its result and the signal that stopped it, or 0."""
-    from pyrovae.inference.svi import fit
+    from pyrovae.inference.training.trainer import fit
 
     steps = -(-len(rows.train) // config["batch_size"])
     every = max(1, config["epochs"] // EPOCH_LINES)
@@ -411,7 +411,7 @@ def conclude(
 ) -> None:
     """Evaluate, print the short table, and plot."""
     from pyrovae.evaluate import refuse_invalid, report
-    from pyrovae.inference.checkpoint import write_json
+    from pyrovae.inference.training.checkpoint import write_json
 
     started = time.perf_counter()
     device = next(model.parameters()).device
@@ -511,7 +511,7 @@ def save_figure(figure: "Figure", directory: Path, name: str) -> Path:
     Raises:
         OutputError: it cannot be written.
     """
-    from pyrovae.inference.checkpoint import write_atomically
+    from pyrovae.inference.training.checkpoint import write_atomically
 
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)
@@ -552,9 +552,9 @@ def write_plots(
     import torch
 
     from pyrovae import plots
-    from pyrovae.inference.seeding import seeded
     from pyrovae.models import HierarchicalVAE
-    from pyrovae.run import Run
+    from pyrovae.runs.directory import Run
+    from pyrovae.seeding import seeded
 
     name, folder, style = directory.name, inside(directory, "plots"), style_of(config, rows)
     save_figure(plots.training_curves(fitted.metrics, title=name), folder, "training_curves")

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyrovae.command import add_option, given, main, parser
-from pyrovae.config import SETTINGS, thread_count
 from pyrovae.errors import NumericalError, UsageError
 from pyrovae.evaluate import SPLITS, Report, heading, number, pick_device, rows_done, rows_of, whole_option
 from pyrovae.files import inside
-from pyrovae.run import Run, open_run
+from pyrovae.runs.config import SETTINGS, thread_count
+from pyrovae.runs.directory import Run, open_run
 
 if TYPE_CHECKING:
     from pyrovae.data import Rows
-    from pyrovae.inference.gaps import Gaps
+    from pyrovae.inference.suboptimality import Gaps
 
 
 def analyse(
@@ -38,7 +38,7 @@ def analyse(
     """
     import torch
 
-    from pyrovae.inference.gaps import QUANTITIES, gaps
+    from pyrovae.inference.suboptimality import QUANTITIES, gaps
 
     place = pick_device(device)
     rows = run.rows()
@@ -73,8 +73,8 @@ def report(result: "Gaps", rows: "Rows", split: str, seed: int, device: str) -> 
     """Everything that is said of the gaps, as plain values. Nats per datum."""
     from pyrovae import __version__
     from pyrovae.inference.diagnostics import KL_SHARE
-    from pyrovae.inference.gaps import QUANTITIES
-    from pyrovae.inference.verdict import verdict
+    from pyrovae.inference.suboptimality import QUANTITIES
+    from pyrovae.inference.verdicts import verdict
 
     p, units, information = result.log_marginal, result.units, result.information
     judgement = verdict(p)
@@ -204,7 +204,7 @@ def command(words: Sequence[str]) -> int:
     run = open_run(options["run"])
     if run.config["model"]["name"] == "mixture":
         raise UsageError(f"{run.directory}: holds a mixture, whose log p(x) is exact: there is no gap to split")
-    from pyrovae.inference.threads import threads
+    from pyrovae.processors import threads
 
     with threads(thread_count("threads", options.get("threads", "auto")), lambda text: print(f"note: {text}")):
         values = analyse(run, k, limit, split, seed, chunk_size, str(options.get("device", "auto")), family)

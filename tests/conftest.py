@@ -79,5 +79,5 @@ def unexamined(monkeypatch: pytest.MonkeyPatch) -> None:
         return Findings(rows=rows or len(x), whole=False, no_density=None)
 
     # The package has functions of the modules' names.
-    monkeypatch.setattr(import_module("pyrovae.inference.log_marginal"), "check_pair", found)
-    monkeypatch.setattr(import_module("pyrovae.inference.svi"), "examine", found)
+    monkeypatch.setattr(import_module("pyrovae.inference.marginal"), "check_pair", found)
+    monkeypatch.setattr(import_module("pyrovae.inference.training.trainer"), "examine", found)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.data import load_data
-from pyrovae.inference.batches import AHEAD, ANNOUNCED, gather
+from pyrovae.inference.training.batches import AHEAD, ANNOUNCED, gather
 
 
 def threads() -> list[str]:

@@ -35,8 +35,8 @@ from pyrovae.inference import (
     log_marginal,
     log_weights,
 )
-from pyrovae.inference.log_weights import draw, log_mean_exp
 from pyrovae.inference.objectives import kl_terms
+from pyrovae.inference.weights import draw, log_mean_exp
 from pyrovae.models import (
     MLP,
     VAE,

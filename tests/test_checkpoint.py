@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pyrovae.errors import CheckpointError, OutputError, UsageError
-from pyrovae.inference import checkpoint as checkpoints
-from pyrovae.inference.checkpoint import (
+from pyrovae.inference.training import checkpoint as checkpoints
+from pyrovae.inference.training.checkpoint import (
     FILES,
     Checkpoint,
     assign,
@@ -363,7 +363,7 @@ def test_a_limit_on_the_size_of_files(tmp_path):
 import resource, signal, sys, torch
 from pathlib import Path
 from pyrovae.errors import OutputError
-from pyrovae.inference.checkpoint import Checkpoint, save
+from pyrovae.inference.training.checkpoint import Checkpoint, save
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 save(Path(sys.argv[1]), Checkpoint(1, {"w": torch.ones(100)}, {}))
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
@@ -388,7 +388,7 @@ def test_killed_while_writing_leaves_whole_checkpoints_only(run, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("pyrovae.inference.checkpoint.os.getpid", lambda: 999_999_999)
+        patch.setattr("pyrovae.inference.training.checkpoint.os.getpid", lambda: 999_999_999)
         patch.setattr(os, "replace", killed)
         with pytest.raises(Killed):
             save(run, checkpoint(30))
@@ -430,7 +430,7 @@ def test_a_living_process_keeps_its_directory(tmp_path, neighbour):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from pyrovae.inference.checkpoint import lock
+from pyrovae.inference.training.checkpoint import lock
 with lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

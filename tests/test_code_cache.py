@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pyrovae.inference import code_cache
-from pyrovae.inference.code_cache import fresh, verified
+from pyrovae.inference.tracing import code_cache
+from pyrovae.inference.tracing.code_cache import fresh, verified
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_the_callers_cache_is_its_own_again(cache: Path, monkeypatch: pytest.Mon
 
 SCRIPT = """
     import torch
-    from pyrovae.inference.graphs import compile_graph, trace
+    from pyrovae.inference.tracing.graphs import compile_graph, trace
 
     class Sums(torch.nn.Module):
         def forward(self, x):

@@ -14,11 +14,11 @@ import yaml
 
 from pyrovae import compare, evaluate, fit, gaps
 from pyrovae.command import stoppable
-from pyrovae.config import resolve
 from pyrovae.errors import CheckpointError, UsageError
 from pyrovae.fit import read_config, read_options
-from pyrovae.inference.checkpoint import load_latest
-from pyrovae.run import write_config
+from pyrovae.inference.training.checkpoint import load_latest
+from pyrovae.runs.config import resolve
+from pyrovae.runs.directory import write_config
 
 # What YAML makes numbers, times, dates, truths, nothing, lists and dictionaries of.
 WORDS = (

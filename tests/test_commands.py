@@ -24,12 +24,12 @@ import pyrovae
 from pyrovae import evaluate, fit
 from pyrovae.command import explain, main
 from pyrovae.errors import CheckpointError, DataError, NumericalError, OutputError, UsageError
-from pyrovae.inference import checkpoint
-from pyrovae.inference.checkpoint import load, load_latest, steps
-from pyrovae.inference.log_marginal import log_marginal
+from pyrovae.inference.marginal import log_marginal
+from pyrovae.inference.training import checkpoint
+from pyrovae.inference.training.checkpoint import load, load_latest, steps
 from pyrovae.models import BernoulliMixture, MeanFieldNormal
 from pyrovae.plots import Style
-from pyrovae.run import open_run
+from pyrovae.runs.directory import open_run
 
 SMALL = (
     "--data three-gaussians --latent-dim 2 --network.hidden 8 --batch-size 1000 --epochs 2 --eval-K 50 --seed 3 "
@@ -715,7 +715,7 @@ def test_the_sandwich_of_simulated_data_is_reported_and_kept(capsys, trained, mo
     assert f"on 300 simulated data the sandwich is {check['width']:.2g}" in first["reason"] or first["verdict"] != "ok"
     assert "sandwich's width" in capsys.readouterr().out
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["pyrovae.inference.simulated"], "simulate", None)  # to run it would be an error
+        patch.setattr(sys.modules["pyrovae.inference.simulation"], "simulate", None)  # to run it would be an error
         assert scored(run, "--K 200 --rows 20") == first
 
 

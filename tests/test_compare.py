@@ -32,10 +32,10 @@ from pyrovae.compare import (
 )
 from pyrovae.errors import UsageError
 from pyrovae.evaluate import number, score
-from pyrovae.inference.log_marginal import LogMarginal, exact, summarise
-from pyrovae.inference.simulated import Simulated
+from pyrovae.inference.marginal import LogMarginal, exact, summarise
+from pyrovae.inference.simulation import Simulated
 from pyrovae.models import BernoulliMixture, GaussianMixture
-from pyrovae.run import open_run
+from pyrovae.runs.directory import open_run
 
 TINY = "--epochs 1 --eval-K 5 --eval-rows 10 --no-plots --seed 0 --device cpu"
 
@@ -479,7 +479,7 @@ def test_seeds_of_a_configuration_are_one_line_unless_told_not_to(runs, capsys):
 
 
 def test_rows_are_loaded_once_for_all_runs_of_the_same_data(runs, monkeypatch):
-    from pyrovae import config
+    from pyrovae.runs import config
 
     loaded = []
     build = config.build_rows

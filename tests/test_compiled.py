@@ -14,9 +14,9 @@ from torch.testing import assert_close
 
 from pyrovae.errors import DataError, UsageError
 from pyrovae.inference import log_marginal
-from pyrovae.inference.compiled import Compiled, CompileWarning, Program, even, worth_compiling
-from pyrovae.inference.graphs import half_products, lanes_of, log_of_products, rewrite, split, trace
 from pyrovae.inference.proposals import FromGuide, FromPrior, Widened
+from pyrovae.inference.tracing.draws import Compiled, CompileWarning, Program, even, worth_compiling
+from pyrovae.inference.tracing.graphs import half_products, lanes_of, log_of_products, rewrite, split, trace
 from pyrovae.models import (
     MLP,
     VAE,
@@ -76,7 +76,7 @@ class Plain:
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs are run as they are: everything but the compiler."""
-    monkeypatch.setattr("pyrovae.inference.compiled.compile_graph", lambda graph: graph)
+    monkeypatch.setattr("pyrovae.inference.tracing.draws.compile_graph", lambda graph: graph)
 
 
 def on_the_same_noise(proposal: Compiled, model: Callable, guide: Callable, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -120,7 +120,7 @@ def test_every_proposal_that_is_tensor_operations(make: Callable, proposal) -> N
 @pytest.mark.usefixtures("uncompiled")
 def test_rows_and_particles_that_fill_no_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     # Tiles of 3 rows and 4 particles, for blocks of 7 and 2 rows and 10 particles.
-    monkeypatch.setattr("pyrovae.inference.compiled.tile", lambda x, k: (3, 4))
+    monkeypatch.setattr("pyrovae.inference.tracing.draws.tile", lambda x, k: (3, 4))
     pair = vae()
     naive, guided = Compiled(FromPrior()), Compiled()
     with torch.no_grad():

@@ -8,7 +8,10 @@ import torch
 from pyro.infer import TraceEnum_ELBO
 
 from pyrovae import inference, models
-from pyrovae.config import (
+from pyrovae.errors import DataError, UsageError
+from pyrovae.inference import ELBO, IWAE, Capacity, Cyclical, LinearWarmup, Renyi, fit
+from pyrovae.models import BernoulliMixture, GaussianMixture
+from pyrovae.runs.config import (
     OPTIONS,
     PARTS,
     RESUMABLE,
@@ -22,9 +25,6 @@ from pyrovae.config import (
     title,
     warnings,
 )
-from pyrovae.errors import DataError, UsageError
-from pyrovae.inference import ELBO, IWAE, Capacity, Cyclical, LinearWarmup, Renyi, fit
-from pyrovae.models import BernoulliMixture, GaussianMixture
 
 IMAGE, VECTOR = (1, 8, 8), (5,)
 

@@ -22,8 +22,8 @@ from PIL import Image
 
 from pyrovae import data as data_module
 from pyrovae.data import NAMES, SPLITS, Data, Measure, default_measure, load_data
+from pyrovae.data.streaming import MappedRows
 from pyrovae.errors import DataError, UsageError
-from pyrovae.streaming import MappedRows
 
 GREY = np.random.default_rng(0).integers(0, 256, (60, 5, 4), dtype=np.uint8)
 FLOATS = np.random.default_rng(1).standard_normal((60, 3)).astype(np.float32)
@@ -631,7 +631,7 @@ DENSITY = [{"standardize": choice} for choice in (False, True)]
 @pytest.mark.parametrize("kind", STREAMED)
 @pytest.mark.parametrize("block", [16, 2**20])
 def test_rows_in_their_file_are_the_rows_in_memory(tmp_path, monkeypatch, kind, block):
-    monkeypatch.setattr("pyrovae.streaming._BLOCK", block)
+    monkeypatch.setattr("pyrovae.data.streaming._BLOCK", block)
     memory, mapped = both(tmp_path / "x.npy", STREAMED[kind])
     for name in ("name", "levels", "hash", "notices", "event_shape", "binary"):
         assert getattr(mapped, name) == getattr(memory, name)
@@ -669,7 +669,7 @@ def test_what_is_summarised_does_not_depend_on_the_blocks(tmp_path, monkeypatch)
     """But for rounding: moments of the last block alone, or of it left out, would be far off."""
     path = saved(tmp_path / "x.npy", x=STREAMED["doubles"])
     whole = load_data(path)
-    monkeypatch.setattr("pyrovae.streaming._BLOCK", 16)
+    monkeypatch.setattr("pyrovae.data.streaming._BLOCK", 16)
     parts = load_data(path)
     assert (parts.hash, parts.notices) == (whole.hash, whole.notices)
     assert (parts.moments.low, parts.moments.high) == (whole.moments.low, whole.moments.high)
@@ -749,7 +749,7 @@ def test_columns_cannot_be_streamed(tmp_path):
 
 @pytest.mark.parametrize(("row", "column"), [(0, 0), (37, 2), (59, 1)])
 def test_not_finite_in_a_file_is_named_by_its_place_there(tmp_path, monkeypatch, row, column):
-    monkeypatch.setattr("pyrovae.streaming._BLOCK", 12)
+    monkeypatch.setattr("pyrovae.data.streaming._BLOCK", 12)
     x = FLOATS.copy()
     x[row, column] = x[59, 2] = np.nan
     with raises(DataError, "2 values", f"nan in row {row}, column {column};"):
@@ -757,7 +757,7 @@ def test_not_finite_in_a_file_is_named_by_its_place_there(tmp_path, monkeypatch,
 
 
 def test_rows_in_their_file_that_are_in_train_and_test(tmp_path, monkeypatch):
-    monkeypatch.setattr("pyrovae.streaming._BLOCK", 40)
+    monkeypatch.setattr("pyrovae.data.streaming._BLOCK", 40)
     memory, mapped = both(tmp_path / "x.npy", np.tile(np.arange(50, dtype=np.uint8)[:, None], (4, 3)))
     train = rows_of(memory.train)
     count = sum(row.numpy().tobytes() in train for row in memory.test)

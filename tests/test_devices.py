@@ -24,17 +24,17 @@ from pyrovae.inference import (
     measure,
     precision,
     sandwich,
-    steps,
 )
 from pyrovae.inference.diagnostics import information, units
-from pyrovae.inference.gaps import gaps
-from pyrovae.inference.graphs import trace, waits
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import arithmetic
-from pyrovae.inference.seeding import derive_seed, index_of, seeded
-from pyrovae.inference.steps import Gradient, Step, hyperparameters
-from pyrovae.inference.svi import fits
+from pyrovae.inference.suboptimality import gaps
+from pyrovae.inference.tracing.graphs import trace, waits
+from pyrovae.inference.training import steps
+from pyrovae.inference.training.steps import Gradient, Step, hyperparameters
+from pyrovae.inference.training.trainer import fits
 from pyrovae.models import MLP, VAE, Gaussian, LowRankNormal, MeanFieldNormal, StandardNormal
+from pyrovae.seeding import derive_seed, index_of, seeded
 
 X = torch.randn(20, 3, generator=torch.Generator().manual_seed(1))
 CUDA = torch.device("cuda")

@@ -21,10 +21,11 @@ from torch.distributions import constraints
 from torch.testing import assert_close
 
 from pyrovae.errors import CheckpointError, DataError, NumericalError, UsageError
-from pyrovae.inference import ELBO, IWAE, LinearWarmup, Renyi, adam, fit, staged, svi
-from pyrovae.inference.checkpoint import load, load_latest, steps
+from pyrovae.inference import ELBO, IWAE, LinearWarmup, Renyi, adam, fit, staged
 from pyrovae.inference.diagnostics import kl_dimensions, marginal_kl, measure, remarks
-from pyrovae.inference.log_weights import draw
+from pyrovae.inference.training import trainer as svi
+from pyrovae.inference.training.checkpoint import load, load_latest, steps
+from pyrovae.inference.weights import draw
 from pyrovae.models import MLP, VAE, Gaussian, GaussianMixture, MeanFieldNormal, MixtureOfGaussians, StandardNormal
 
 X = torch.randn(23, 3, generator=torch.Generator().manual_seed(1))
@@ -287,7 +288,7 @@ def test_the_best_of_the_state_before_is_still_there(tmp_path):
     """Epochs 1 and 4 are the best so far: after epoch 4, falling back to epoch 3 needs the weights of epoch 1."""
     bounds = iter([5.0, 1.0, 2.0, 9.0, 3.0])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyrovae.inference.svi.Trainer.validate", lambda self: {"validation_bound": next(bounds)})
+        patch.setattr(svi.Trainer, "validate", lambda self: {"validation_bound": next(bounds)})
         train(vae(), epochs=4, directory=tmp_path)
         assert steps(tmp_path) == [20, 15, 5]
         (tmp_path / "checkpoints" / f"step-{20:09d}" / "manifest.json").unlink()
@@ -301,7 +302,7 @@ def test_the_best_of_the_state_before_is_still_there(tmp_path):
 
 KILLED = """
 import sys
-import pyrovae.inference.svi as svi
+import pyrovae.inference.training.trainer as svi
 from pyrovae.fit import command
 
 take_step = svi.Trainer.take_step
@@ -411,7 +412,7 @@ def test_without_validation_the_last_epoch_is_the_best():
 def test_patience():
     bounds = iter([1.0, 3.0, 2.0, 2.5, 2.9, 4.0])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyrovae.inference.svi.Trainer.validate", lambda self: {"validation_bound": next(bounds)})
+        patch.setattr(svi.Trainer, "validate", lambda self: {"validation_bound": next(bounds)})
         result = train(vae(), epochs=6, patience=3)
     assert (result.stopped, result.best_epoch, len(result.history)) == ("early", 2, 5)
 

@@ -24,9 +24,9 @@ from pyrovae.command import main
 from pyrovae.errors import PairError, UsageError
 from pyrovae.inference import IWAE, diagnostics
 from pyrovae.inference.diagnostics import Estimate, information, units
-from pyrovae.inference.gaps import QUANTITIES, Gaps, family_of, gaps
 from pyrovae.inference.individual import Individual
-from pyrovae.inference.log_weights import draw
+from pyrovae.inference.suboptimality import QUANTITIES, Gaps, family_of, gaps
+from pyrovae.inference.weights import draw
 
 FIT = 0.01  # how far a fit may end from the best ELBO, in nats
 QUICK = Individual(steps=60)

@@ -15,8 +15,8 @@ from torch.testing import assert_close
 from pyrovae.errors import PairError, UsageError
 from pyrovae.inference import individual, log_marginal
 from pyrovae.inference.individual import FittedGaussian, Individual, moments
-from pyrovae.inference.log_weights import draw
 from pyrovae.inference.unconstrained import Unconstrained
+from pyrovae.inference.weights import draw
 from pyrovae.models import VAE, Bernoulli, MeanFieldNormal, Network, StandardNormal
 
 # Guides that start the fit: shift in posterior standard deviations, and factor of them.

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyrovae.errors import NumericalError, UsageError
 from pyrovae.inference import log_marginal
 from pyrovae.inference.inference_data import elpd, to_inference_data
-from pyrovae.inference.log_marginal import exact, summarise
+from pyrovae.inference.marginal import exact, summarise
 from tests.conftest import assert_mean
 
 LOADING = torch.tensor([[1.0, -0.5], [0.3, 2.0], [0.0, 1.0]], dtype=torch.float64)
@@ -109,7 +109,7 @@ def test_weights_have_the_diagnostics_of_the_log_marginal():
 
 def test_predictive_draws_are_from_the_likelihood_at_the_draws(monkeypatch):
     monkeypatch.setattr(
-        sys.modules["pyrovae.inference.log_marginal"], "ELEMENTS_AT_ONCE", 64 * 4 * 50 * 3
+        sys.modules["pyrovae.inference.marginal"], "ELEMENTS_AT_ONCE", 64 * 4 * 50 * 3
     )  # 64 draws at once
     x = data(50)
     result = to_inference_data(model, guide, x, num_draws=200, num_particles=50)
@@ -126,7 +126,7 @@ def test_predictive_draws_are_from_the_likelihood_at_the_draws(monkeypatch):
 def test_any_pair_with_its_sites_and_shapes(monkeypatch):
     """Several latent and observed sites; drawn in chunks that divide neither draws nor particles."""
     x = data(6, 2)
-    monkeypatch.setattr(sys.modules["pyrovae.inference.log_marginal"], "ELEMENTS_AT_ONCE", 7 * 4 * 2 * 6)
+    monkeypatch.setattr(sys.modules["pyrovae.inference.marginal"], "ELEMENTS_AT_ONCE", 7 * 4 * 2 * 6)
     result = to_inference_data(layered, layered_guide, x, num_draws=9, num_particles=17)
     leading = ("chain", "draw", "datum")
     for group, dims in {

@@ -19,7 +19,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 from torch.testing import assert_close
 
 from pyrovae.inference import ELBO, IWAE, Objective, Renyi, log_marginal, log_weights
-from pyrovae.inference.log_weights import draw
+from pyrovae.inference.weights import draw
 from pyrovae.models import VAE, FullCovarianceNormal, Gaussian, LowRankNormal, MeanFieldNormal, Network, StandardNormal
 from pyrovae.models.guides import SCALE_FLOOR, Guide
 

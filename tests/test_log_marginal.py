@@ -16,8 +16,8 @@ from torch.testing import assert_close
 
 from pyrovae.errors import UsageError
 from pyrovae.inference import log_marginal, log_weights
-from pyrovae.inference.log_marginal import LogMarginal, curve_sizes, exact, pareto_k, standard_error, summarise
-from pyrovae.inference.log_weights import log_mean_exp
+from pyrovae.inference.marginal import LogMarginal, curve_sizes, exact, pareto_k, standard_error, summarise
+from pyrovae.inference.weights import log_mean_exp
 from pyrovae.models import MLP, VAE, Bernoulli, MeanFieldNormal, StandardNormal
 
 SAME = {"rtol": 0.0, "atol": 1e-12}

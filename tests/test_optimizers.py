@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 from torch.testing import assert_close
 
 from pyrovae.errors import UsageError
-from pyrovae.inference import ELBO, IWAE, adam, fit, steps
+from pyrovae.inference import ELBO, IWAE, adam, fit
 from pyrovae.inference.pair import Pair
-from pyrovae.inference.seeding import derive_seed, reseed
-from pyrovae.inference.steps import Step
+from pyrovae.inference.training import steps
+from pyrovae.inference.training.steps import Step
+from pyrovae.seeding import derive_seed, reseed
 
 X = torch.randn(23, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 SEED, EPOCHS, BATCH = 7, 3, 5

@@ -16,8 +16,8 @@ from torch.testing import assert_close
 
 from pyrovae.errors import PairError, UsageError
 from pyrovae.inference import ELBO, IWAE, Pair, Renyi, log_marginal, log_weights
-from pyrovae.inference.log_weights import draw
 from pyrovae.inference.pair import evaluating
+from pyrovae.inference.weights import draw
 from pyrovae.models import MLP, VAE, Bernoulli, Gaussian, HierarchicalVAE, MeanFieldNormal, StandardNormal
 
 ENCODER = nn.Linear(4, 4).double()

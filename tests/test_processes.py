@@ -15,9 +15,9 @@ import torch
 from pyrovae import fit as fit_command
 from pyrovae.errors import UsageError
 from pyrovae.inference import ELBO, fit, log_marginal
-from pyrovae.inference.checkpoint import Checkpoint, load_latest, save
-from pyrovae.inference.seeding import seeded
+from pyrovae.inference.training.checkpoint import Checkpoint, load_latest, save
 from pyrovae.models import MLP, VAE, Bernoulli, MeanFieldNormal, StandardNormal
+from pyrovae.seeding import seeded
 
 WORDS = "--data three-gaussians --latent-dim 2 --network.hidden 4 --batch-size 1000 --seed 1 --eval-K 5 --no-plots"
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from pyrovae.errors import PairError
 from pyrovae.inference import ELBO, IWAE, fit, log_marginal
-from pyrovae.inference.log_weights import At, log_prob, run, sample_sites
+from pyrovae.inference.weights import At, log_prob, run, sample_sites
 from pyrovae.models import Network
 
 GRID = torch.linspace(-6, 6, 241)

@@ -14,8 +14,8 @@ from torch.testing import assert_close
 
 from pyrovae.errors import PairError, UsageError
 from pyrovae.inference import log_marginal
-from pyrovae.inference.log_weights import draw, log_mean_exp
 from pyrovae.inference.proposals import FromGuide, FromPrior, Widened, density, draw_guide, inflated, pick, systematic
+from pyrovae.inference.weights import draw, log_mean_exp
 from pyrovae.models import MLP, FullCovarianceNormal, HierarchicalVAE, LowRankNormal, MeanFieldNormal, StandardNormal
 from pyrovae.models import Gaussian as GaussianLikelihood
 

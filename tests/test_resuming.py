@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import StepLR
 
 from pyrovae.errors import CheckpointError
 from pyrovae.inference import ELBO, Fit, fit
-from pyrovae.inference.checkpoint import Checkpoint, load_latest, save
+from pyrovae.inference.training.checkpoint import Checkpoint, load_latest, save
 from pyrovae.models import MLP, VAE, Gaussian, MeanFieldNormal, StandardNormal
 
 X = torch.randn(23, 3, generator=torch.Generator().manual_seed(1))

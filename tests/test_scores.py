@@ -12,9 +12,9 @@ from torch.testing import assert_close
 
 from pyrovae.errors import CheckpointError, OutputError
 from pyrovae.inference import log_marginal
-from pyrovae.inference.log_marginal import PER_ROW, LogMarginal
+from pyrovae.inference.marginal import PER_ROW, LogMarginal
 from pyrovae.models import MLP, VAE, Bernoulli, MeanFieldNormal, StandardNormal
-from pyrovae.scores import Scores, closing, heading, own_key
+from pyrovae.runs.scores import Scores, closing, heading, own_key
 
 SETTINGS = {"estimator": "importance sampling from the guide", "K": 50, "seed": 3}
 
@@ -97,7 +97,7 @@ def test_scores_that_another_made_up_are_not_believed(vae: VAE, tmp_path: Path, 
     better = [",".join([line.split(",")[0], "99.0", *line.split(",")[2:]]) for line in lines]
     other = Scores(tmp_path, SETTINGS | {"model": "another"})
     with monkeypatch.context() as patch:
-        patch.setattr("pyrovae.scores.own_key", lambda: b"another user's")
+        patch.setattr("pyrovae.runs.scores.own_key", lambda: b"another user's")
         of_another_user = scores.seal(better)
     for seal in ("", "# sealed \n", of_another_user, other.seal(better), scores.seal(lines)):
         scores.path.write_text(forged(better, scores) + seal)

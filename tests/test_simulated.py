@@ -15,10 +15,10 @@ from torch.testing import assert_close
 
 from pyrovae.errors import PairError, UsageError
 from pyrovae.inference import FromPrior, Individual, Widened, log_marginal, repair, simulated, verdict
-from pyrovae.inference.compiled import Compiled
-from pyrovae.inference.log_marginal import FROM_GUIDE, Origin
-from pyrovae.inference.repair import FROM_BOTH, better_than_guide
-from pyrovae.inference.simulated import like
+from pyrovae.inference.marginal import FROM_GUIDE, Origin
+from pyrovae.inference.repairs import FROM_BOTH, better_than_guide
+from pyrovae.inference.simulation import like
+from pyrovae.inference.tracing.draws import Compiled
 
 NOISE = 0.5
 VARIANCE = NOISE**2 / (1 + NOISE**2)  # of the posterior

@@ -21,8 +21,9 @@ from torch.testing import assert_close
 
 from pyrovae.data import load_data
 from pyrovae.errors import DataError, NumericalError, UsageError
-from pyrovae.inference import ELBO, IWAE, Capacity, LinearWarmup, Renyi, adam, fit, measure, steps
-from pyrovae.inference.graphs import (
+from pyrovae.inference import ELBO, IWAE, Capacity, LinearWarmup, Renyi, adam, fit, measure
+from pyrovae.inference.pair import Pair
+from pyrovae.inference.tracing.graphs import (
     HalfProducts,
     Refused,
     is_view,
@@ -32,9 +33,9 @@ from pyrovae.inference.graphs import (
     rewrite,
     trace,
 )
-from pyrovae.inference.log_weights import NEGLIGIBLE, log_mean_exp
-from pyrovae.inference.pair import Pair
-from pyrovae.inference.steps import Gradient, NotFinite, Step, compare, flushing
+from pyrovae.inference.training import steps
+from pyrovae.inference.training.steps import Gradient, NotFinite, Step, compare, flushing
+from pyrovae.inference.weights import NEGLIGIBLE, log_mean_exp
 from pyrovae.models import (
     MLP,
     VAE,
@@ -526,7 +527,7 @@ def test_auto_compiles_where_the_steps_repay_it() -> None:
 
 
 def steps_of_trainer(pair: nn.Module, data: Tensor, objective, epochs: int, batch_size: int):
-    from pyrovae.inference.svi import Trainer
+    from pyrovae.inference.training.trainer import Trainer
 
     trainer = Trainer(
         pair.model, pair.guide, data, objective, epochs, batch_size, adam, None, None, None, 0, None, "fp32", None, None

@@ -24,9 +24,9 @@ import pyrovae
 from pyrovae import compare, evaluate, fit, gaps
 from pyrovae.command import main
 from pyrovae.errors import CheckpointError, PairError, UsageError
-from pyrovae.inference.checkpoint import FILES, Checkpoint, fingerprint, name_of, save, steps
 from pyrovae.inference.pair import Pair
-from pyrovae.run import PLOTS, Run, claim, clear, open_run
+from pyrovae.inference.training.checkpoint import FILES, Checkpoint, fingerprint, name_of, save, steps
+from pyrovae.runs.directory import PLOTS, Run, claim, clear, open_run
 
 OPTIONS = shlex.split(
     "--data three-gaussians --latent-dim 2 --network.hidden 4 --batch-size 1000 --epochs 1 --eval-K 5 --eval-rows 20 "
@@ -246,7 +246,7 @@ def test_the_old_run_stays_until_the_new_one_starts(run: Path, capsys, monkeypat
     def refuse(*_: object) -> None:
         raise PairError("this pair does not fit")
 
-    monkeypatch.setattr("pyrovae.inference.svi.Trainer.discover", refuse)
+    monkeypatch.setattr("pyrovae.inference.training.trainer.Trainer.discover", refuse)
     assert ends(capsys, OVERWRITE + " --overwrite")[0] == 2
     assert contents(run) == before
 
@@ -370,9 +370,9 @@ def test_a_pair_that_is_built_without_memory_first_is_the_same(tmp_path: Path, r
     """Also what is no parameter: indices that a guide computes, and is not saved."""
     config = open_run(run).config | {"guide": {"name": "FullCovarianceNormal"}, "prior": {"name": "StandardNormal"}}
     fresh = Run(tmp_path / "fresh", config)
-    ours = pyrovae.config.build_model(config, (2,))
+    ours = pyrovae.runs.config.build_model(config, (2,))
     save(fresh.directory, Checkpoint(1, Pair(ours.model, ours.guide).tensors(), {}))
-    theirs = fresh.pair_with(pyrovae.inference.checkpoint.load(fresh.directory, 1))
+    theirs = fresh.pair_with(pyrovae.inference.training.checkpoint.load(fresh.directory, 1))
     for get in (torch.nn.Module.named_parameters, torch.nn.Module.named_buffers):
         expected = dict(get(ours))
         assert_close(dict(get(theirs)), expected, rtol=0, atol=0)

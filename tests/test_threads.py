@@ -9,12 +9,12 @@ import torch
 
 from pyrovae import evaluate as evaluate_command
 from pyrovae import fit as fit_command
+from pyrovae import processors as module
 from pyrovae.errors import UsageError
 from pyrovae.inference import ELBO, fit
-from pyrovae.inference import threads as module
-from pyrovae.inference.checkpoint import load_latest
-from pyrovae.inference.threads import look, threads
+from pyrovae.inference.training.checkpoint import load_latest
 from pyrovae.models import MLP, VAE, Gaussian, MeanFieldNormal, StandardNormal
+from pyrovae.processors import look, threads
 
 X = torch.randn(20, 3, generator=torch.Generator().manual_seed(1))
 

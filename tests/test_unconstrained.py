@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 from pyrovae.errors import PairError
 from pyrovae.inference import Individual, log_marginal
-from pyrovae.inference.log_weights import draw
 from pyrovae.inference.unconstrained import Unconstrained
+from pyrovae.inference.weights import draw
 
 X = torch.tensor([[0.3, -1.0], [2.0, 0.4], [-0.7, 0.1]], dtype=torch.float64)
 

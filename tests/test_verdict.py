@@ -12,9 +12,9 @@ from torch.testing import assert_close
 from pyrovae.inference import log_marginal
 from pyrovae.inference.annealed import Annealed, Sandwich
 from pyrovae.inference.bootstrap import interval, means
-from pyrovae.inference.log_marginal import exact, summarise
-from pyrovae.inference.simulated import Simulated
-from pyrovae.inference.verdict import verdict, worst_rows
+from pyrovae.inference.marginal import exact, summarise
+from pyrovae.inference.simulation import Simulated
+from pyrovae.inference.verdicts import verdict, worst_rows
 
 ROWS = 60
 

@@ -1,6 +1,6 @@
 """The model declared in pyrovae: python by_pyrovae.py eager|compiled
 
-Steps are `pyrovae.inference.steps.Step`, which is what `fit` takes; epochs are those of `fit`.
+Steps are `pyrovae.inference.training.steps.Step`, which is what `fit` takes; epochs are those of `fit`.
 """
 
 import functools
@@ -15,8 +15,8 @@ import pyrovae
 from pyrovae.data import Bernoulli as DrawnPixels
 from pyrovae.inference import ELBO, IWAE, fit
 from pyrovae.inference.pair import Pair
-from pyrovae.inference.steps import Step
-from pyrovae.inference.svi import adam
+from pyrovae.inference.training.steps import Step
+from pyrovae.inference.training.trainer import adam
 from pyrovae.models import MLP, VAE, Bernoulli, ConvDecoder, ConvEncoder, Gaussian, MeanFieldNormal, StandardNormal
 
 

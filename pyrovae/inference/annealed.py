@@ -50,16 +50,16 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyrovae.checks import check_count, check_rows
 from pyrovae.errors import PairError, UsageError
-from pyrovae.inference.checks import check_count, check_rows
-from pyrovae.inference.log_marginal import ELEMENTS_AT_ONCE, standard_error
-from pyrovae.inference.log_weights import At, draw, log_mean_exp, log_prob, run, sample_sites
+from pyrovae.inference.marginal import ELEMENTS_AT_ONCE, standard_error
 from pyrovae.inference.pair import evaluating
 from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.proposals import density, draw_prior, is_positive
-from pyrovae.inference.seeding import seeded
 from pyrovae.inference.unconstrained import Unconstrained
 from pyrovae.inference.validity import check_pair
+from pyrovae.inference.weights import At, draw, log_mean_exp, log_prob, run, sample_sites
+from pyrovae.seeding import seeded
 
 # Of the sigmoid schedule, as in Wu et al. 2017.
 SIGMOID_WIDTH = 4.0

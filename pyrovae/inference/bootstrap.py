@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyrovae.inference.seeding import seeded
+from pyrovae.seeding import seeded
 
 RESAMPLES = 10_000
 # Resamples drawn at once times rows: 8 MB of indices.

@@ -33,13 +33,13 @@ from pyro.infer import ELBO as PyroELBO
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
+from pyrovae.checks import check_count
 from pyrovae.errors import PairError, UsageError
-from pyrovae.inference.checks import check_count
-from pyrovae.inference.log_weights import Latent, draw
 from pyrovae.inference.objectives import Objective, kl_terms
 from pyrovae.inference.pair import evaluating
 from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.proposals import density
+from pyrovae.inference.weights import Latent, draw
 
 ACTIVE_VARIANCE = 0.01
 ACTIVE_KL = 0.01

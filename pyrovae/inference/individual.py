@@ -35,12 +35,12 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyrovae.checks import check_count
 from pyrovae.errors import UsageError
-from pyrovae.inference.checks import check_count
-from pyrovae.inference.log_weights import draw
 from pyrovae.inference.pair import evaluating
 from pyrovae.inference.proposals import Sampler, is_positive, particles_in
 from pyrovae.inference.unconstrained import Unconstrained
+from pyrovae.inference.weights import draw
 
 FAMILIES = ("diagonal", "full")
 RATE = 0.3

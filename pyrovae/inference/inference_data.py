@@ -44,15 +44,15 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyrovae.checks import check_count, check_rows
 from pyrovae.errors import NumericalError
-from pyrovae.inference.checks import check_count, check_rows
 from pyrovae.inference.individual import Individual
-from pyrovae.inference.log_marginal import FROM_GUIDE, LogMarginal, block_of, summarise
-from pyrovae.inference.log_weights import At, draw, log_prob, run, sample_sites
+from pyrovae.inference.marginal import FROM_GUIDE, LogMarginal, block_of, summarise
 from pyrovae.inference.pair import evaluating
 from pyrovae.inference.precision import in_single_precision
-from pyrovae.inference.seeding import seeded
 from pyrovae.inference.validity import check_pair
+from pyrovae.inference.weights import At, draw, log_prob, run, sample_sites
+from pyrovae.seeding import seeded
 
 Groups = dict[str, dict[str, Tensor]]
 

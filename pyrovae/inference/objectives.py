@@ -32,10 +32,10 @@ from pyro.infer import ELBO as PyroELBO
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
+from pyrovae.checks import check_count
 from pyrovae.errors import PairError, UsageError
-from pyrovae.inference.checks import check_count
-from pyrovae.inference.log_weights import Latent, Particles, draw, log_mean_exp
 from pyrovae.inference.pair import Pair
+from pyrovae.inference.weights import Latent, Particles, draw, log_mean_exp
 
 # Closer to 1 than this, Renyi's bound differs from the ELBO by less than its rounding error.
 ALPHA_TOLERANCE = 1e-4

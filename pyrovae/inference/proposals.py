@@ -36,7 +36,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrovae.errors import PairError, UsageError
-from pyrovae.inference.log_weights import At, draw, drawn_sites, log_prob, log_weights, run, sample_sites
+from pyrovae.inference.weights import At, draw, drawn_sites, log_prob, log_weights, run, sample_sites
 
 
 @dataclass(frozen=True)

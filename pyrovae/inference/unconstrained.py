@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyrovae.errors import PairError
-from pyrovae.inference.log_weights import At, Particles, draw, log_prob, run, sample_sites
+from pyrovae.inference.weights import At, Particles, draw, log_prob, run, sample_sites
 
 
 @dataclass(frozen=True)

@@ -38,12 +38,12 @@ from pyro.infer.autoguide import AutoContinuous, AutoGaussian, AutoGuide, AutoLa
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pyrovae.checks import check_programs, check_rows
 from pyrovae.errors import PairError
-from pyrovae.inference.checks import check_programs, check_rows
-from pyrovae.inference.log_weights import At, Particles, draw, run, sample_sites
 from pyrovae.inference.pair import evaluating, modules_of
-from pyrovae.inference.seeding import seeded
 from pyrovae.inference.unconstrained import bijection
+from pyrovae.inference.weights import At, Particles, draw, run, sample_sites
+from pyrovae.seeding import seeded
 
 # Draws whose Jacobian is looked at: a map that folds, such as |a|, shows both of its sides in so many.
 DRAWS_OF_MAP = 16

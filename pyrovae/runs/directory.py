@@ -3,9 +3,9 @@
 config.yaml          every option, as --config takes it, with the hash of the rows
 metrics.csv          one row per epoch
 tensorboard/         the same
-checkpoints/         see `pyrovae.inference.checkpoint`
+checkpoints/         see `pyrovae.inference.training.checkpoint`
 evaluation.json      log p(x), its diagnostics and verdict
-scores/              log p(x) row by row, see `pyrovae.scores`
+scores/              log p(x) row by row, see `pyrovae.runs.scores`
 gaps.json            where the bound is lost
 plots/
 """
@@ -22,19 +22,19 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pyrovae import config as configuration
+from pyrovae.runs import config as configuration
 from pyrovae.errors import CheckpointError, DataError, OutputError, UsageError, one_line
 from pyrovae.files import inside, is_writable, read_yaml, refuse_links
-from pyrovae.inference import checkpoint as checkpoints
+from pyrovae.inference.training import checkpoint as checkpoints
 from pyrovae.inference.pair import Pair
-from pyrovae.inference.seeding import seeded
+from pyrovae.seeding import seeded
 
 if TYPE_CHECKING:
     import torch
 
-    from pyrovae.config import Config, Model
+    from pyrovae.runs.config import Config, Model
     from pyrovae.data import Rows
-    from pyrovae.inference.checkpoint import Checkpoint
+    from pyrovae.inference.training.checkpoint import Checkpoint
 
 PLOTS = (
     "training_curves", "samples", "reconstructions", "neighbourhood", "latent_map", "traversals", "k_curve", "gaps",

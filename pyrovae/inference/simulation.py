@@ -34,15 +34,15 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyrovae.checks import check_count, check_rows
 from pyrovae.errors import PairError
 from pyrovae.inference.annealed import simulate
-from pyrovae.inference.checks import check_count, check_rows
-from pyrovae.inference.log_marginal import FROM_GUIDE, block_of, jackknife, standard_error, summarise
-from pyrovae.inference.log_weights import draw, log_mean_exp
+from pyrovae.inference.marginal import FROM_GUIDE, block_of, jackknife, standard_error, summarise
 from pyrovae.inference.pair import evaluating
 from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.proposals import Proposal
-from pyrovae.inference.seeding import seeded
+from pyrovae.inference.weights import draw, log_mean_exp
+from pyrovae.seeding import seeded
 
 # Data that are simulated: a state of the latents that makes one row in a hundred is missed by as many once in twenty.
 SIMULATED_ROWS = 300

@@ -31,9 +31,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from pyrovae.checks import check_count
 from pyrovae.errors import UsageError
-from pyrovae.inference.checks import check_count
-from pyrovae.inference.graphs import (
+from pyrovae.inference.objectives import Objective
+from pyrovae.inference.pair import Pair
+from pyrovae.inference.tracing.graphs import (
     HalfProducts,
     Refused,
     Stored,
@@ -46,9 +48,7 @@ from pyrovae.inference.graphs import (
     trace,
     waits,
 )
-from pyrovae.inference.objectives import Objective
-from pyrovae.inference.pair import Pair
-from pyrovae.inference.seeding import reseed, same_noise
+from pyrovae.seeding import reseed, same_noise
 
 PRECISIONS = ("fp32", "tf32", "bf16-mixed")
 # By how much the loss, and the gradient as a whole, of compiled code may differ from autograd's, as a share.

@@ -36,17 +36,17 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyrovae.checks import check_count, check_rows
 from pyrovae.errors import UsageError
-from pyrovae.inference.checks import check_count, check_rows
 from pyrovae.inference.diagnostics import Estimate, Information, Units, information, units
 from pyrovae.inference.individual import FAMILIES, Individual
-from pyrovae.inference.log_marginal import LogMarginal, block_of, join, summarise
-from pyrovae.inference.log_weights import draw
+from pyrovae.inference.marginal import LogMarginal, block_of, join, summarise
 from pyrovae.inference.pair import evaluating
 from pyrovae.inference.precision import in_single_precision
-from pyrovae.inference.seeding import seeded
 from pyrovae.inference.unconstrained import Unconstrained
 from pyrovae.inference.validity import check_pair
+from pyrovae.inference.weights import draw
+from pyrovae.seeding import seeded
 
 WRAPPERS = (
     dist.ExpandedDistribution,

@@ -42,8 +42,8 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyrovae.inference import code_cache
-from pyrovae.inference.seeding import same_noise as same_noise
+from pyrovae.inference.tracing import code_cache
+from pyrovae.seeding import same_noise as same_noise
 
 aten = torch.ops.aten
 
@@ -187,8 +187,9 @@ def unwatched() -> Iterator[None]:
 
 def place_of(error: BaseException) -> str:
     """Where an error comes from: " in guide, line 12 of pair.py; use torch.where", or Pyro's own function."""
-    torch_, pyro_, here = (os.path.dirname(file) + os.sep for file in (torch.__file__, pyro.__file__, __file__))
-    libraries = (torch_, pyro_, here, sysconfig.get_path("stdlib"), "<")
+    here = os.path.dirname(__file__)
+    torch_, pyro_, inference = (os.path.dirname(file) + os.sep for file in (torch.__file__, pyro.__file__, here))
+    libraries = (torch_, pyro_, inference, sysconfig.get_path("stdlib"), "<")
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith(libraries)]
     if own:

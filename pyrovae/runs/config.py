@@ -660,7 +660,7 @@ def build_optimizer(config: Config) -> "Callable[[list[Tensor]], torch.optim.Opt
     """What makes the optimiser of a list of parameters."""
     import torch
 
-    from pyrovae.inference.svi import adam
+    from pyrovae.inference.training.trainer import adam
 
     if config["optimizer"] == "Adam":
         return lambda parameters: adam(parameters, lr=config["lr"])
@@ -671,7 +671,7 @@ def build_schedule(config: Config) -> Any:
     """What makes the scheduler of an optimiser, or None."""
     import torch
 
-    from pyrovae.inference.svi import staged
+    from pyrovae.inference.training.trainer import staged
 
     if config["schedule"] == "staged":
         return staged

@@ -26,18 +26,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.flop_counter import FlopCounterMode
 
+from pyrovae.checks import check_count, check_programs, check_rows
 from pyrovae.errors import CheckpointError, DataError, NumericalError, OutputError, PairError, PyrovaeError, UsageError
 from pyrovae.files import inside
-from pyrovae.inference import checkpoint as checkpoints
-from pyrovae.inference.batches import RowSource, gather
-from pyrovae.inference.checks import check_count, check_programs, check_rows
 from pyrovae.inference.diagnostics import measure
-from pyrovae.inference.graphs import CompileWarning
-from pyrovae.inference.log_weights import draw, sample_sites
 from pyrovae.inference.objectives import ELBO, Objective, Renyi
 from pyrovae.inference.pair import Pair, Program, evaluating
 from pyrovae.inference.precision import arithmetic
-from pyrovae.inference.resuming import (
+from pyrovae.inference.tracing.graphs import CompileWarning
+from pyrovae.inference.training import checkpoint as checkpoints
+from pyrovae.inference.training.batches import RowSource, gather
+from pyrovae.inference.training.resuming import (
     check_progress,
     differences,
     keep_known,
@@ -46,8 +45,7 @@ from pyrovae.inference.resuming import (
     optimizer_state,
     refuse,
 )
-from pyrovae.inference.seeding import derive_seed, reseed, same_noise, seeded
-from pyrovae.inference.steps import (
+from pyrovae.inference.training.steps import (
     Before,
     NotFinite,
     Step,
@@ -56,8 +54,10 @@ from pyrovae.inference.steps import (
     check_precision,
     flushing,
 )
-from pyrovae.inference.threads import threads as using_threads
 from pyrovae.inference.validity import WHOLE, automatic, check_automatic, examine, set_up, undone, why_no_density
+from pyrovae.inference.weights import draw, sample_sites
+from pyrovae.processors import threads as using_threads
+from pyrovae.seeding import derive_seed, reseed, same_noise, seeded
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -173,7 +173,7 @@ def fit(
         model: Pyro model, called as model(x), with all its sites inside one `pyro.plate("data", len(x))`.
         guide: Pyro guide, called as guide(x).
         data: Training rows, shape (N, *event), or whatever `transform` takes: a tensor, or an object that reads rows
-            when it is indexed, such as `pyrovae.streaming.MappedRows`, from a file larger than memory.
+            when it is indexed, such as `pyrovae.data.streaming.MappedRows`, from a file larger than memory.
         objective: Any `pyro.infer.ELBO` with a differentiable loss; `ELBO()` when None. Its loss, summed over the
             batch, is what is minimised.
         epochs: Passes over the data, counted from the start also when resuming.

@@ -32,14 +32,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyrovae.checks import check_count, check_rows
 from pyrovae.errors import UsageError
-from pyrovae.inference.checks import check_count, check_rows
-from pyrovae.inference.log_weights import log_mean_exp
 from pyrovae.inference.pair import evaluating
 from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.proposals import FromGuide, Proposal
-from pyrovae.inference.seeding import seeded
 from pyrovae.inference.validity import check_pair
+from pyrovae.inference.weights import log_mean_exp
+from pyrovae.seeding import seeded
 
 # Elements of x decoded at once when `chunk_size` is not given: 64 MiB in single precision for each activation.
 ELEMENTS_AT_ONCE = 2**24

@@ -182,7 +182,7 @@ def keep_known(fresh: Mapping[str, Any], saved: dict[str, Any]) -> None:
 
 
 def check_progress(fresh: Mapping[str, Any], saved: Any, step: int, rows: int, batch_size: int, faults: Faults) -> None:
-    """Look whether a run's counters, `svi.Progress` as a dictionary, can be those of a run.
+    """Look whether a run's counters, `trainer.Progress` as a dictionary, can be those of a run.
 
     Args:
         fresh: Those of a run that starts.

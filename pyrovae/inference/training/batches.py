@@ -38,7 +38,7 @@ def gather(
     keep it alive. The thread draws no random numbers.
 
     Args:
-        data: Rows, or an object that gives rows on the host when indexed, such as `pyrovae.streaming.MappedRows`.
+        data: Rows, or an object that gives rows on the host when indexed, such as `pyrovae.data.streaming.MappedRows`.
         batches: Row numbers of each batch, best on the host.
         device: Where the batches are wanted.
     Raises:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from pyrovae.inference.checks import check_count
+from pyrovae.checks import check_count
 
 LOOK = 0.1  # seconds for which the machine is looked at
 BUSY = 0.5  # of a core, from which on it counts

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyrovae.data.streaming import Conversion, advise, blocks, read
 from pyrovae.errors import DataError
-from pyrovae.streaming import Conversion, advise, blocks, read
 
 _OVERLAP_ROWS = 10**7  # above this, rows are not compared: it would take minutes
 

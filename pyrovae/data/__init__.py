@@ -19,7 +19,7 @@ Named sources: `digits` comes with scikit-learn; `mnist`, `fashion-mnist`, `kmni
 `omniglot`, `cifar10`, `svhn` and `celeba` are read by torchvision; `three-gaussians`, `ring` and `pinwheel` are drawn
 in the plane. Any other source is a path: .npz, .npy, .csv, or a folder of images.
 
-The training rows of a .npy file that does not fit in memory stay in it (`pyrovae.streaming`). Nothing depends on
+The training rows of a .npy file that does not fit in memory stay in it (`pyrovae.data.streaming`). Nothing depends on
 whether they do: splits are a function of the number of rows, and what is found out about all rows (that they are
 finite, or binary; their hash, moments and overlap) is computed block by block, in the order of the source.
 """
@@ -45,10 +45,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyrovae.data.streaming import Conversion, MappedRows, read
+from pyrovae.data.summary import Moments, Part, summarise
 from pyrovae.errors import DataError, UsageError
 from pyrovae.files import user_cache
-from pyrovae.streaming import Conversion, MappedRows, read
-from pyrovae.summary import Moments, Part, summarise
 
 SPLITS = ("train", "validation", "test")
 BINARIZE = ("dynamic", "fixed", "threshold")

@@ -24,8 +24,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyrovae.checks import check_count, check_rows
 from pyrovae.errors import DataError, PairError, PyrovaeError, UsageError
-from pyrovae.inference.checks import check_count, check_rows
 from pyrovae.inference.pair import modules_of
 
 PARTICLES = "_particles"

@@ -30,8 +30,8 @@ from dataclasses import dataclass
 
 from pyrovae.errors import PairError, PyrovaeError
 from pyrovae.inference.annealed import Annealed, Sandwich
-from pyrovae.inference.log_marginal import LEAST_DRAWS_FOR_TAIL, LEAST_ESS, MOST_K_HAT, LogMarginal
-from pyrovae.inference.simulated import Simulated, like, simulated
+from pyrovae.inference.marginal import LEAST_DRAWS_FOR_TAIL, LEAST_ESS, MOST_K_HAT, LogMarginal
+from pyrovae.inference.simulation import Simulated, like, simulated
 from pyrovae.inference.validity import WHOLE
 
 MOST_ROWS_OVER = 0.1

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyrovae.errors import UsageError
-from pyrovae.inference.graphs import (
+from pyrovae.inference.pair import Pair
+from pyrovae.inference.proposals import FromGuide, FromPrior, Proposal, Sampler, Widened
+from pyrovae.inference.tracing.graphs import (
     CompileWarning,
     Refused,
     compile_graph,
@@ -34,10 +36,8 @@ from pyrovae.inference.graphs import (
     state,
     trace,
 )
-from pyrovae.inference.log_weights import draw
-from pyrovae.inference.pair import Pair
-from pyrovae.inference.proposals import FromGuide, FromPrior, Proposal, Sampler, Widened
-from pyrovae.inference.seeding import same_noise
+from pyrovae.inference.weights import draw
+from pyrovae.seeding import same_noise
 
 # The largest tensor of a tile: a few threads' second-level caches. Not by the number of threads, on which no draw
 # should depend.

@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyrovae.errors import OutputError
 from pyrovae.files import inside, open_own, opened, read_bytes, read_json, user_cache
-from pyrovae.inference.checkpoint import write_atomically
+from pyrovae.inference.training.checkpoint import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pyrovae.inference.annealed import Sandwich
-    from pyrovae.inference.log_marginal import LogMarginal
-    from pyrovae.inference.simulated import Simulated
+    from pyrovae.inference.marginal import LogMarginal
+    from pyrovae.inference.simulation import Simulated
 
     Check = TypeVar("Check", Sandwich, Simulated)
 
@@ -40,7 +40,7 @@ LONGEST_LINE, LARGEST_BLOCK = 2**16, 1000
 
 
 class Scores:
-    """A `pyrovae.inference.log_marginal.Store` in a file.
+    """A `pyrovae.inference.marginal.Store` in a file.
 
     Args:
         directory: The run's.
@@ -189,7 +189,7 @@ class Scores:
         """A block's lines as results; None if they are none of this setting."""
         import torch
 
-        from pyrovae.inference.log_marginal import LogMarginal
+        from pyrovae.inference.marginal import LogMarginal
 
         names = heading(self.settings["K"]).rstrip().split(",")
         try:
@@ -231,7 +231,7 @@ def first_row(lines: list[str]) -> int:
 
 def heading(num_particles: int) -> str:
     """The names of the columns, as a line."""
-    from pyrovae.inference.log_marginal import PER_ROW, curve_sizes
+    from pyrovae.inference.marginal import PER_ROW, curve_sizes
 
     names = ["log_marginal" if name == "estimate" else name for name in PER_ROW]
     return ",".join(["row", *names, *(f"L_{k}" for k in curve_sizes(num_particles))]) + "\n"

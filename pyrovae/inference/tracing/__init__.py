@@ -1,0 +1,1 @@
+"""A pair as tensor operations: recorded, rewritten, compiled, and compared with the pair itself."""

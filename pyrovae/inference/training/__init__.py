@@ -1,0 +1,1 @@
+"""Training: steps, batches, checkpoints, and the loop around them."""
