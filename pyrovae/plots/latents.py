@@ -1,0 +1,133 @@
+"""Codes in the plane."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from pyrovae.errors import UsageError
+from pyrovae.plots.style import (
+    BLUE,
+    MARKERS,
+    PALETTE,
+    SEQUENTIAL,
+    as_array,
+    dot_area,
+    new_figure,
+    scatter,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAX_CLASSES = 20
+
+
+def latent_map(codes: Tensor, labels: Any = None, title: str | None = None) -> Figure:
+    """Draw codes in the plane, coloured by label.
+
+    Two dimensions are drawn as they are, more by their first two principal components. One dimension is a histogram,
+    or with labels a strip per class.
+
+    Args:
+        codes: Shape (N, Z), for example the means of q(z|x).
+        labels: N numbers or strings. At most 20 distinct values are classes with a legend, and each name is also
+            written on its class's most central point; more numbers are a colour scale.
+        title: First line of the title.
+    Raises:
+        UsageError: the shapes do not fit together, or there are more than 20 names.
+    """
+    if codes.dim() != 2 or 0 in codes.shape:
+        raise UsageError(f"codes: expected shape (N, Z), got {tuple(codes.shape)}; pass one code per datum")
+    points = as_array(codes)
+    classes: np.ndarray = np.empty(0)
+    given: Any = None
+    if labels is not None:
+        given = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+        if given.shape != (len(points),):
+            raise UsageError(
+                f"labels: expected shape ({len(points)},), got {given.shape}; pass one label per row of codes"
+            )
+        classes = np.unique(given)
+        if len(classes) > MAX_CLASSES and not np.issubdtype(given.dtype, np.number):
+            raise UsageError(
+                f"labels: expected at most {MAX_CLASSES} names, got {len(classes)}; "
+                "group them, or pass numbers for a colour scale"
+            )
+    discrete = 0 < len(classes) <= MAX_CLASSES
+
+    latent_dim = points.shape[1]
+    figure = new_figure(6.8, 5.6, f"Latent codes, {len(points):,} data, Z = {latent_dim}", title)
+    axes = figure.add_subplot()
+    if latent_dim == 1 and given is None:
+        axes.hist(points[:, 0], bins=min(60, max(10, len(points) // 10)), color=BLUE, edgecolor="white")
+        axes.set_xlabel("z[0]")
+        axes.set_ylabel("data")
+        return figure
+    if latent_dim == 1:
+        # The height is the label itself; within a class it is spread to keep equal codes apart.
+        heights = given
+        if discrete:
+            heights = np.searchsorted(classes, given) + np.random.default_rng(0).uniform(-0.3, 0.3, len(points))
+            axes.set_yticks(range(len(classes)), [str(name) for name in classes])
+        points = np.stack([points[:, 0], np.asarray(heights, dtype=float)], 1)
+        axes.set_xlabel("z[0]")
+        axes.set_ylabel("label")
+    else:
+        names = ["z[0]", "z[1]"]
+        if latent_dim > 2:
+            points, shares = _principal_components(points)
+            names = [f"PCA {i + 1} ({share:.0%} of the variance)" for i, share in enumerate(shares)]
+        axes.set_xlabel(names[0])
+        axes.set_ylabel(names[1])
+        axes.set_aspect("equal", adjustable="datalim")
+
+    style: dict[str, Any] = {"s": dot_area(len(points)), "linewidths": 0, "rasterized": True}
+    if discrete:
+        for i, name in enumerate(classes):
+            colour, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
+            scatter(axes, points[given == name], color=colour, marker=marker, alpha=0.7, label=str(name), **style)
+        legend = figure.legend(loc="outside right upper", title="label", fontsize="small")
+        for handle in legend.legend_handles:
+            handle.set(alpha=1.0, sizes=[30])  # type: ignore[union-attr]
+        if latent_dim > 1:
+            _name_classes(axes, points, classes, given)
+    elif given is not None:
+        drawn = scatter(axes, points, c=given.astype(float), cmap=SEQUENTIAL, **style)
+        figure.colorbar(drawn, ax=axes, label="label")
+    else:
+        scatter(axes, points, color=BLUE, alpha=0.6, **style)
+    return figure
+
+
+def _principal_components(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first two principal components, shape (N, 2), and their shares of the variance."""
+    from sklearn.decomposition import PCA
+
+    if len(points) < 2:
+        raise UsageError("codes: expected at least 2 rows to find principal components, got 1; pass more data")
+    pca = PCA(n_components=2, svd_solver="full")
+    with np.errstate(invalid="ignore"):  # 0 / 0, for codes that all collapsed on one
+        components = pca.fit_transform(points)
+    return components, np.nan_to_num(pca.explained_variance_ratio_)
+
+
+def _name_classes(axes: Axes, points: np.ndarray, classes: np.ndarray, given: Any) -> None:
+    """Write each class's name on its most central point: in grey print the colours alone would not do."""
+    from matplotlib.patheffects import withStroke
+
+    for name in classes:
+        members = points[given == name]
+        central = np.linalg.norm(members - np.median(members, 0), axis=1).argmin()  # the median may lie outside
+        axes.annotate(
+            textwrap.shorten(str(name), 16, placeholder="…"),
+            tuple(members[central]),
+            ha="center",
+            va="center",
+            weight="bold",
+            path_effects=[withStroke(linewidth=3, foreground="white")],
+        )

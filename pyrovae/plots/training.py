@@ -1,0 +1,186 @@
+"""How training went: bounds, their parts, KL per dimension, active units and schedules."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pyrovae.errors import UsageError
+from pyrovae.plots.style import (
+    BLUE,
+    FAINT,
+    INK,
+    ORANGE,
+    PURPLE,
+    SEQUENTIAL,
+    SKY,
+    VERMILLION,
+    in_nats,
+    new_figure,
+    require_columns,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+
+def training_curves(metrics: DataFrame, title: str | None = None) -> Figure:
+    """Draw how training went: bounds, their parts, KL per dimension, active units and schedules.
+
+    A column that is absent or holds no finite value leaves its panel or line out. The vertical limits of the bounds
+    and the reconstruction leave out epochs so low, as the first often are, that they would flatten the rest; a note
+    says how many.
+
+    Args:
+        metrics: One row per epoch. `epoch`, and any of `train_bound`, `validation_bound` (its maximum is marked as
+            the best epoch; that of `train_bound` where there is no validation), `validation_elbo`,
+            `reconstruction`, `kl` and `kl_<site>[<dimension>]` in nats per datum; `active_units`; `beta`, drawn
+            unless always 1; `learning_rate`, drawn if it changes.
+        title: First line of the title, for example the model, K and the data.
+    Raises:
+        UsageError: there is no `epoch`, no row, or nothing to draw.
+    """
+    require_columns(metrics, "metrics", ["epoch"])
+    columns = {
+        str(name): values
+        for name in metrics.columns
+        if np.isfinite(values := np.asarray(metrics[name], dtype=float)).any()
+    }
+    epoch = np.asarray(metrics["epoch"], dtype=float)
+    columns.pop("epoch", None)
+    if np.all(columns.get("beta", 1.0) == 1.0):
+        columns.pop("beta", None)
+    if np.ptp(columns.get("learning_rate", 0.0)) == 0:
+        columns.pop("learning_rate", None)
+    dimensions = [name for name in columns if re.fullmatch(r"kl_.+\[\d+\]", name)]
+    bounds = [name for name in ("train_bound", "validation_bound", "validation_elbo") if name in columns]
+
+    stacks: list[list[str]] = [
+        ["bounds"] if bounds else [],
+        [name for name in ("reconstruction", "kl") if name in columns],
+        [name for name in ("active_units", "beta", "learning_rate") if name in columns],
+    ]
+    stacks = [stack for stack in stacks if stack]
+    if not stacks and not dimensions:
+        raise UsageError("metrics: expected a column of finite values beside 'epoch', got none; train an epoch first")
+    # On a grid of 6 by 6 the stacks share the width and the panels of a stack share its height, whatever is there.
+    layout = [
+        [stack[row * len(stack) // 6] for stack in stacks for _ in range(6 // len(stacks))]
+        for row in range(6 if stacks else 0)
+    ]
+    layout += [["heatmap"] * 4 + ["last"] * 2] * (6 if dimensions else 0)
+
+    height = 3.7 * (bool(stacks) + bool(dimensions)) + 0.6
+    figure = new_figure(11, height, "Training; bounds, reconstruction and KL in nats per datum", title)
+    panels: dict[str, Axes] = figure.subplot_mosaic(layout)  # type: ignore[arg-type]
+    if bounds:
+        _draw_bounds(panels["bounds"], epoch, {name: columns[name] for name in bounds})
+    for name, label, colour in (
+        ("reconstruction", "E log p(x|z)", VERMILLION),
+        ("kl", "KL(q || p)", PURPLE),
+        ("active_units", "active units", INK),
+        ("beta", "β", ORANGE),
+        ("learning_rate", "learning rate", FAINT),
+    ):
+        if name in panels:
+            _curve(panels[name], epoch, columns[name], color=colour)
+            panels[name].set_title(label, fontsize="medium")
+    if "active_units" in panels:
+        panels["active_units"].set_ylim(0, np.nanmax(columns["active_units"]) + 1)
+        panels["active_units"].locator_params(axis="y", nbins=5, integer=True)
+    if "reconstruction" in panels:
+        _leave_out_low_epochs(panels["reconstruction"], columns["reconstruction"][None])
+    for stack in stacks:
+        for name in stack:
+            _integer_ticks(panels[name])
+            panels[name].grid(alpha=0.3)
+            panels[name].tick_params(labelbottom=name == stack[-1])
+        panels[stack[-1]].set_xlabel("epoch")
+    if dimensions:
+        kl = {name.removeprefix("kl_"): columns[name] for name in dimensions}
+        _draw_kl_per_dimension(panels["heatmap"], panels["last"], epoch, kl)
+    return figure
+
+
+def _draw_bounds(axes: Axes, epoch: np.ndarray, bounds: dict[str, np.ndarray]) -> None:
+    styles: dict[str, dict[str, Any]] = {
+        "train_bound": {"label": "train", "color": SKY, "linestyle": "--"},
+        "validation_bound": {"label": "validation", "color": BLUE},
+        "validation_elbo": {"label": "validation ELBO, unscaled", "color": ORANGE, "linestyle": ":"},
+    }
+    for name, values in bounds.items():
+        _curve(axes, epoch, values, linewidth=1.8, **styles[name])
+    judged = "validation_bound" if "validation_bound" in bounds else next(iter(bounds))
+    finite = np.where(np.isfinite(bounds[judged]), bounds[judged], -np.inf)
+    best = int(finite.argmax())
+    label = f"best epoch {epoch[best]:g}: {in_nats(finite[best])}"
+    axes.axvline(epoch[best], color=FAINT, linewidth=0.8)
+    axes.plot(epoch[best], finite[best], "*", color=INK, markersize=11, linestyle="none", label=label)
+    axes.set_title("bound", fontsize="medium")
+    axes.set_ylabel("nats per datum")
+    axes.legend(fontsize="small")
+    _leave_out_low_epochs(axes, np.stack(list(bounds.values())))
+
+
+def _leave_out_low_epochs(axes: Axes, values: np.ndarray) -> None:
+    """Cut the lower limit where a few low epochs would flatten the others; `values` has shape (curves, epochs)."""
+    values = np.where(np.isfinite(values), values, np.nan)
+    values = values[:, ~np.isnan(values).all(0)]
+    lowest, high = np.nanmin(values, 0), np.nanmax(values)
+    typical = np.quantile(lowest, 0.2, method="higher")
+    low = high - 1.5 * (high - typical)
+    cut = int((lowest < low).sum())
+    if cut and low < high:
+        axes.set_ylim(low, high + 0.05 * (high - low))
+        noun = "epoch" if cut == 1 else "epochs"
+        axes.set_title(f"{axes.get_title()} ({cut} {noun} below the axis)", fontsize="medium")
+
+
+def _draw_kl_per_dimension(heatmap: Axes, last: Axes, epoch: np.ndarray, kl: dict[str, np.ndarray]) -> None:
+    """Draw KL over epochs as colour, and that of the last epoch as bars; rows are sorted by the bars."""
+    table = np.stack(list(kl.values()))
+    final = np.nan_to_num([values[np.isfinite(values)][-1] for values in table])
+    order = np.argsort(-final, kind="stable")
+    names = [list(kl)[i] for i in order]
+    rows = np.arange(len(names))
+
+    middles = (epoch[1:] + epoch[:-1]) / 2
+    first, end = (1.0, 1.0) if len(epoch) == 1 else (epoch[1] - epoch[0], epoch[-1] - epoch[-2])
+    edges = np.concatenate([[epoch[0] - first / 2], middles, [epoch[-1] + end / 2]])
+    mesh = heatmap.pcolormesh(
+        edges, np.arange(len(names) + 1) - 0.5, np.ma.masked_invalid(table[order]), cmap=SEQUENTIAL, vmin=0
+    )
+    heatmap.figure.colorbar(mesh, ax=heatmap, label="nats per datum", pad=0.01)
+    heatmap.set_title("KL per latent dimension, sorted by the last epoch", fontsize="medium")
+    heatmap.set_xlabel("epoch")
+    _integer_ticks(heatmap)
+
+    last.set_axisbelow(True)
+    last.barh(rows, final[order], color=PURPLE, height=0.8)
+    last.set_title("last epoch", fontsize="medium")
+    last.set_xlabel("KL, nats per datum")
+    last.set_xlim(left=0)
+    last.grid(alpha=0.3, axis="x")
+    for axes in (heatmap, last):
+        step = -(-len(names) // 25)  # at most 25 names fit the height
+        axes.set_yticks(rows[::step], names[::step], fontsize="small")
+        axes.set_ylim(len(names) - 0.5, -0.5)
+
+
+def _curve(axes: Axes, epoch: np.ndarray, values: np.ndarray, **style: Any) -> None:
+    """Draw finite values only, joined across gaps: validation may run every few epochs."""
+    finite = np.isfinite(values)
+    axes.plot(epoch[finite], values[finite], marker="." if finite.sum() <= 30 else None, **style)
+
+
+def _integer_ticks(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = axes.get_xlim()
+    if high - low < 1:  # one epoch alone
+        axes.set_xlim(low - 0.5, high + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
