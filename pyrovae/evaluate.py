@@ -311,11 +311,13 @@ def report(
 
     from pyrovae import __version__
     from pyrovae.inference.annealed import Sandwich
+    from pyrovae.inference.batch import Batch
     from pyrovae.inference.bootstrap import interval
     from pyrovae.inference.diagnostics import KL_SHARE, kl_dimensions, measure
     from pyrovae.inference.marginal import FROM_GUIDE, standard_error
+    from pyrovae.inference.modules import evaluating
     from pyrovae.inference.objectives import kl_terms
-    from pyrovae.inference.pair import evaluating
+    from pyrovae.inference.pair import Pair
     from pyrovae.inference.simulation import Simulated
     from pyrovae.inference.tracing.draws import Compiled
     from pyrovae.inference.verdicts import verdict, worst_rows
@@ -331,7 +333,7 @@ def report(
     judgement = verdict(result, check)
     with seeded(seed, "terms", device=x.device), evaluating(model.model, model.guide):
         terms = measure(model.model, model.guide, x.split(200), objective, particle_chunk)
-        forms = {} if exact else kl_terms(draw(model.model, model.guide, x[:1]))[1]
+        forms = {} if exact else kl_terms(draw(Pair(model.model, model.guide), Batch(x[:1])))[1]
     values: Report = {
         "verdict": judgement.kind,
         "reason": judgement.reason,
@@ -668,7 +670,9 @@ def check_netcdf(path: Path, model: "Model", x: "Tensor", num_particles: int, pr
     Raises:
         UsageError: another proposal, no such directory, another file of that name, or too many rows for memory.
     """
+    from pyrovae.inference.batch import Batch
     from pyrovae.inference.individual import Individual
+    from pyrovae.inference.pair import Pair
     from pyrovae.inference.weights import draw
 
     if proposal is not None and not isinstance(proposal, Individual):
@@ -677,7 +681,9 @@ def check_netcdf(path: Path, model: "Model", x: "Tensor", num_particles: int, pr
         raise UsageError(f"--netcdf {path}: expected a file in a directory that exists ({path.resolve()})")
     if os.path.lexists(path) and not (path.is_file() and begins(path, b"\x89HDF")):
         raise UsageError(f"--netcdf {path}: is there already and holds no saved draws; choose another name")
-    latents = sum(latent.value[0, 0].numel() for latent in draw(model.model, model.guide, x[:1]).latents.values())
+    latents = sum(
+        latent.value[0, 0].numel() for latent in draw(Pair(model.model, model.guide), Batch(x[:1])).latents.values()
+    )
     each = 2 * (x[0].numel() + latents) * x.element_size() * SAVED_DRAWS + 8 * num_particles
     free = shutil.disk_usage(path.resolve().parent).free
     if (size := each * len(x)) > free:

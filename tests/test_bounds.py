@@ -30,12 +30,13 @@ from pyrovae.inference import (
     Cyclical,
     LinearWarmup,
     Objective,
-    Pair,
     Renyi,
     log_marginal,
     log_weights,
 )
+from pyrovae.inference.batch import Batch
 from pyrovae.inference.objectives import kl_terms
+from pyrovae.inference.pair import Pair
 from pyrovae.inference.weights import draw, log_mean_exp
 from pyrovae.models import (
     MLP,
@@ -317,7 +318,7 @@ def test_gradient_through_a_discrete_guide_is_refused() -> None:
 
 def test_reductions_against_explicit_loops() -> None:
     """M averages of K-sample bounds: draws (M K, N) are grouped K in a row, and K is what is divided by."""
-    particles = draw(WIDE.model, WIDE.guide, rows(n=3), 6)
+    particles = draw(Pair(WIDE.model, WIDE.guide), Batch(rows(n=3)), 6)
     log_w = particles.log_weights
     for m, k in ((1, 6), (2, 3), (3, 2), (6, 1)):
         for alpha in (0.0, 0.5, 2.0, -1.0):
@@ -356,7 +357,7 @@ def test_one_particle_is_the_elbo_draw_for_draw(bound: Objective) -> None:
 
 def test_renyi_tends_to_the_elbo() -> None:
     """Renyi(1 - d) = mean log w + (d/2) var log w + O(d^2) on the same draws."""
-    particles = draw(WIDE.model, WIDE.guide, rows(n=4), 10)
+    particles = draw(Pair(WIDE.model, WIDE.guide), Batch(rows(n=4)), 10)
     log_w = particles.log_weights
     for d in (0.02, -0.02, 2e-3):
         excess = (Renyi(1 - d, 10).of(particles) - ELBO(10, kl="sampled").of(particles)) / d
@@ -415,7 +416,7 @@ def test_beta_weighs_the_kl_only(beta: float, form: str) -> None:
     vae, x, k = small_vae(), binary(), 3
     objective = ELBO(k, beta=beta, kl=form)
     torch.manual_seed(1)
-    particles = draw(vae.model, vae.guide, x, k)
+    particles = draw(Pair(vae.model, vae.guide), Batch(x), k)
     z = particles.latents["z"].value
     likelihood = dist.Bernoulli(logits=vae.likelihood.decoder(z)).log_prob(x).sum(-1).mean(0)
     q = vae.guides[0](x).base_dist
@@ -461,7 +462,7 @@ def test_scheduled_loss(schedule) -> None:
     losses = []
     for step in range(4):
         torch.manual_seed(1)
-        particles = draw(vae.model, vae.guide, x, 2)
+        particles = draw(Pair(vae.model, vae.guide), Batch(x), 2)
         terms = kl_terms(particles)[0]["z"].mean(0)
         wanted = -(particles.log_likelihood.mean(0) - schedule.penalty(terms, **schedule.values(step))).sum()
         assert_close(objective.of(particles), particles.log_likelihood.mean(0) - terms, **EXACT)
@@ -486,7 +487,7 @@ def test_analytic_and_sampled_kl_agree(guide_class: type, prior: str) -> None:
     elbo.loss(vae.model, vae.guide, x)
     assert elbo.kl_forms == {"z": "analytic" if prior == "standard" else "sampled"}
     with torch.no_grad():
-        particles = draw(vae.model, vae.guide, x, 20_000)
+        particles = draw(Pair(vae.model, vae.guide), Batch(x), 20_000)
         sampled, forms = kl_terms(particles, analytic=False)
         assert forms == {"z": "sampled"}
         auto, _ = kl_terms(particles)
@@ -519,7 +520,7 @@ def test_analytic_kl_to_a_prior_that_is_not_standard(guide_class: type) -> None:
     v = scale**2
     trace = (S.diagonal(dim1=-2, dim2=-1) / v).sum(-1)
     wanted = 0.5 * (trace + ((q.mean - c) ** 2 / v).sum(-1) - 3 + v.log().sum() - torch.logdet(S))
-    values, forms = kl_terms(draw(model, program, x, 2))
+    values, forms = kl_terms(draw(Pair(model, program), Batch(x), 2))
     assert forms == {"z": "analytic"}
     assert_close(values["z"], wanted.expand(2, 3), **EXACT)
 
@@ -547,7 +548,7 @@ def test_analytic_kl_of_a_low_rank_guide_whose_rows_share_a_parameter(shared: st
     trace = (S.diagonal(dim1=-2, dim2=-1) + x.square()).sum(-1) / 4
     wanted = 0.5 * (trace - 3 + 3 * math.log(4.0) - torch.logdet(S))
     for k in (1, 2):
-        values, forms = kl_terms(draw(model, guide, x, k))
+        values, forms = kl_terms(draw(Pair(model, guide), Batch(x), k))
         assert forms["z"] == "analytic"
         assert_close(values["z"].expand(k, 4), wanted.expand(k, 4), **EXACT)
 
@@ -564,7 +565,7 @@ def test_auxiliary_sites_add_up() -> None:
             a, b = (pyro.sample(name, dist.Normal(x, 0.5), infer={"is_auxiliary": True}) for name in "ab")
             pyro.sample("z", dist.Delta(a + b))
 
-    particles = draw(model, guide, torch.tensor([0.3, -0.4], dtype=torch.float64), 5)
+    particles = draw(Pair(model, guide), Batch(torch.tensor([0.3, -0.4], dtype=torch.float64)), 5)
     assert_close(ELBO(5).of(particles), particles.log_weights.mean(0), **EXACT)
 
 
@@ -583,7 +584,7 @@ def test_hierarchy_takes_the_analytic_kl_only_where_it_is_one() -> None:
     x = torch.randn(1, 4, dtype=torch.float64).expand(R, 4)
     auto, sampled = ELBO(), ELBO(kl="sampled")
     with torch.no_grad():
-        particles = draw(vae.model, vae.guide, x, 1)
+        particles = draw(Pair(vae.model, vae.guide), Batch(x), 1)
         a, s = auto.of(particles), sampled.of(particles)
         assert auto.kl_forms == {"z1": "sampled", "z2": "analytic"}
         assert sampled.kl_forms == {"z1": "sampled", "z2": "sampled"}
@@ -798,7 +799,7 @@ def test_batch_invariance() -> None:
     """The bound of a batch is those of its rows: one wrapped network body sees no other row."""
     vae = VAE(StandardNormal(2), Gaussian(Network(nn.Linear(2, 4), 2, 4)), MeanFieldNormal(MLP(4), 2)).double()
     x = torch.randn(5, 4, dtype=torch.float64)
-    particles = draw(vae.model, vae.guide, x, 3)
+    particles = draw(Pair(vae.model, vae.guide), Batch(x), 3)
     order = torch.tensor([3, 0, 4, 1, 2])
     fixed = poutine.condition(vae.model, data={"z": particles.latents["z"].value[:, order]})
     with pyro.plate("_particles", 3, dim=-2):

@@ -22,7 +22,9 @@ from torch.testing import assert_close
 
 from pyrovae.errors import CheckpointError, DataError, NumericalError, UsageError
 from pyrovae.inference import ELBO, IWAE, LinearWarmup, Renyi, adam, fit, staged
+from pyrovae.inference.batch import Batch
 from pyrovae.inference.diagnostics import kl_dimensions, marginal_kl, measure, remarks
+from pyrovae.inference.pair import Pair
 from pyrovae.inference.training import trainer as svi
 from pyrovae.inference.training.checkpoint import load, load_latest, steps
 from pyrovae.inference.weights import draw
@@ -798,7 +800,9 @@ def test_kl_of_a_dimension_against_quadrature():
     log_q = q.log_prob(grid)
     truth = (log_q.exp() * (log_q - log_p)).sum(0) * (16 / 4000)
     with torch.no_grad():
-        samples = torch.stack([marginal_kl(draw(pair.model, pair.guide, x, 1).latents["z"]) for _ in range(1000)])
+        samples = torch.stack(
+            [marginal_kl(draw(Pair(pair.model, pair.guide), Batch(x), 1).latents["z"]) for _ in range(1000)]
+        )
     error = samples.std(0) / math.sqrt(len(samples))
     assert ((samples.mean(0) - truth.T).abs() < 5 * error).all()
     assert error.max() < 0.05

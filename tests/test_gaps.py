@@ -23,8 +23,10 @@ from pyrovae import gaps as gaps_command
 from pyrovae.command import main
 from pyrovae.errors import PairError, UsageError
 from pyrovae.inference import IWAE, diagnostics
+from pyrovae.inference.batch import Batch
 from pyrovae.inference.diagnostics import Estimate, information, units
 from pyrovae.inference.individual import Individual
+from pyrovae.inference.pair import Pair
 from pyrovae.inference.suboptimality import QUANTITIES, Gaps, family_of, gaps
 from pyrovae.inference.weights import draw
 
@@ -137,7 +139,9 @@ def test_one_proposal_that_is_good_is_enough(exact):
     def far(x: Tensor) -> None:
         guide(x + 10)
 
-    assert (draw(exact.model, far, x, 500).log_weights.logsumexp(0) - math.log(500) < exact.log_prob(x) - 10).all()
+    assert (
+        draw(Pair(exact.model, far), Batch(x), 500).log_weights.logsumexp(0) - math.log(500) < exact.log_prob(x) - 10
+    ).all()
     result = gaps(exact.model, far, x, 500, individual=Individual(steps=200), seed=0).log_marginal
     assert ((result.estimate - exact.log_prob(x)).abs() < 0.2).all()
 
@@ -306,7 +310,7 @@ def test_a_hierarchy_is_taken_as_one_latent():
     torch.manual_seed(3)
     wanted = []
     for _ in range(2):
-        z = {name: latent.value[0] for name, latent in draw(model, guide, x).latents.items()}
+        z = {name: latent.value[0] for name, latent in draw(Pair(model, guide), Batch(x)).latents.items()}
         log_q = torch.stack(
             [
                 dist.Normal(x, 0.5).log_prob(a) + dist.Normal(a * x, 0.5).log_prob(b)

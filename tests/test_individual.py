@@ -14,7 +14,9 @@ from torch.testing import assert_close
 
 from pyrovae.errors import PairError, UsageError
 from pyrovae.inference import individual, log_marginal
+from pyrovae.inference.batch import Batch
 from pyrovae.inference.individual import FittedGaussian, Individual, moments
+from pyrovae.inference.pair import Pair
 from pyrovae.inference.unconstrained import Unconstrained
 from pyrovae.inference.weights import draw
 from pyrovae.models import VAE, Bernoulli, MeanFieldNormal, Network, StandardNormal
@@ -367,7 +369,7 @@ def test_a_fitted_gaussian_is_a_pyro_guide(family):
     x = torch.tensor([-2.0, 0.1, 1.5], dtype=torch.float64)
     fitted = Individual(family, steps=20, draws=4).fit(model, guide, x)
     torch.manual_seed(0)
-    particles = draw(model, fitted.guide, x, 3000)
+    particles = draw(Pair(model, fitted.guide), Batch(x), 3000)
     u = fitted.pair.join(particles)
     assert_close(particles.log_weights, fitted.pair.log_joint(u) - fitted.log_prob(u), rtol=0, atol=1e-8)
     assert_mean(u, fitted.loc)

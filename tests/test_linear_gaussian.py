@@ -19,6 +19,8 @@ from torch.distributions import MultivariateNormal, kl_divergence
 from torch.testing import assert_close
 
 from pyrovae.inference import ELBO, IWAE, Objective, Renyi, log_marginal, log_weights
+from pyrovae.inference.batch import Batch
+from pyrovae.inference.pair import Pair
 from pyrovae.inference.weights import draw
 from pyrovae.models import VAE, FullCovarianceNormal, Gaussian, LowRankNormal, MeanFieldNormal, Network, StandardNormal
 from pyrovae.models.guides import SCALE_FLOOR, Guide
@@ -179,7 +181,7 @@ def test_exact_guide_every_bound_is_log_p(exact: LinearGaussian, form: str, boun
 def test_exact_guide_elbo_with_analytic_kl(exact: LinearGaussian, noise) -> None:
     """E log p(x|z) - KL is log p(x) for the posterior, and its only noise is that of log p(x|z)."""
     x, elbo = exact.sample(4), ELBO(2 * Q)
-    particles = draw(exact.model, exact.guide, x, 2 * Q)
+    particles = draw(Pair(exact.model, exact.guide), Batch(x), 2 * Q)
     z = particles.latents["z"].value
     log_likelihood = dist.Normal(z @ exact.W.T + exact.mu, exact.s2.sqrt()).log_prob(x).sum(-1)
     q = MultivariateNormal((x - exact.mu) @ exact.gain.T, exact.covariance)
@@ -367,7 +369,7 @@ def test_beta_optimum_is_ppca_of_variance_beta_s2(beta: float, active: int, nois
 def test_log_weights_identity_of_terms(exact: LinearGaussian) -> None:
     """log p(x|z) + log p(z) - log q(z|x), each at the same z, in float64 to rounding."""
     x = exact.sample(4)
-    particles = draw(exact.model, exact.guide, x, 5)
+    particles = draw(Pair(exact.model, exact.guide), Batch(x), 5)
     z = particles.latents["z"].value
     assert_close(particles.log_prior, dist.Normal(0.0, 1.0).log_prob(z).sum(-1), **EXACT)
     likelihood = dist.Normal(z @ exact.W.T + exact.mu, exact.s2.sqrt()).log_prob(x).sum(-1)

@@ -16,7 +16,8 @@ from torch.testing import assert_close
 
 from pyrovae.errors import PairError, UsageError
 from pyrovae.inference import ELBO, IWAE, Pair, Renyi, log_marginal, log_weights
-from pyrovae.inference.pair import evaluating
+from pyrovae.inference.batch import Batch
+from pyrovae.inference.modules import evaluating
 from pyrovae.inference.weights import draw
 from pyrovae.models import MLP, VAE, Bernoulli, Gaussian, HierarchicalVAE, MeanFieldNormal, StandardNormal
 
@@ -349,7 +350,7 @@ def test_auxiliary_sites_of_the_guide_are_trained_and_make_no_log_p() -> None:
             pyro.sample("aux", dist.Normal(x.new_zeros(()), 2.0), infer={"is_auxiliary": True})
 
     x = x_of()
-    particles = draw(a_model, guide, x, 4)
+    particles = draw(Pair(a_model, guide), Batch(x), 4)
     aux = dist.Normal(x.new_zeros(()), 2.0).log_prob(particles.guide_trace.nodes["aux"]["value"])
     z = particles.latents["z"].value
     wanted = particles.log_likelihood + particles.log_prior - dist.Normal(0.0, 1.0).log_prob(z).sum(-1) - aux
@@ -507,7 +508,7 @@ def test_hierarchies_need_nothing_special() -> None:
         [MeanFieldNormal(MLP(4, hidden=(5,)), 3), MeanFieldNormal(MLP(3, hidden=(5,)), 2)],
     ).double()
     x = x_of()
-    particles = draw(vae.model, vae.guide, x, 4)
+    particles = draw(Pair(vae.model, vae.guide), Batch(x), 4)
     z1, z2 = particles.latents["z1"].value, particles.latents["z2"].value
     prior = vae.prior().log_prob(z2) + vae.conditionals[0](z2).log_prob(z1)
     guide = vae.guides[0](x).log_prob(z1) + vae.guides[1](z1).log_prob(z2)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from pyrovae.errors import PairError
 from pyrovae.inference import ELBO, IWAE, fit, log_marginal
+from pyrovae.inference.batch import Batch
 from pyrovae.inference.weights import At, log_prob, run, sample_sites
 from pyrovae.models import Network
 
@@ -33,7 +34,7 @@ def log_joint(model: Callable, x: Tensor, values: dict[str, Tensor]) -> Tensor:
     k = len(next(iter(values.values())))
     wide = {name: v[:, None].expand(k, len(x), *v.shape[1:]) for name, v in values.items()}
     with torch.no_grad(), At(wide):
-        sites = sample_sites(run(model, "model", x, k))
+        sites = sample_sites(run(model, "model", Batch(x), k))
     return torch.stack([log_prob(site, name, (k, len(x))) for name, site in sites.items()]).sum(0).double()
 
 

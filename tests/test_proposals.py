@@ -14,6 +14,8 @@ from torch.testing import assert_close
 
 from pyrovae.errors import PairError, UsageError
 from pyrovae.inference import log_marginal
+from pyrovae.inference.batch import Batch
+from pyrovae.inference.pair import Pair
 from pyrovae.inference.proposals import FromGuide, FromPrior, Widened, density, draw_guide, inflated, pick, systematic
 from pyrovae.inference.weights import draw, log_mean_exp
 from pyrovae.models import MLP, FullCovarianceNormal, HierarchicalVAE, LowRankNormal, MeanFieldNormal, StandardNormal
@@ -143,7 +145,7 @@ def test_shipped_guides_of_two_layers(guide) -> None:
     vae = HierarchicalVAE(StandardNormal(2), [MeanFieldNormal(MLP(2, hidden=[4]), 2)], likelihood, guides).double()
     x = torch.randn(4, 3, dtype=torch.float64)
     values = draw_guide(vae.guide, x, 6)
-    assert_close(density(vae.guide, x, values), draw(vae.model, vae.guide, x, 6, values).log_guide)
+    assert_close(density(vae.guide, x, values), draw(Pair(vae.model, vae.guide), Batch(x), 6, values).log_guide)
     estimates = [log_marginal(vae.model, vae.guide, x, 20_000, proposal=p, seed=3) for p in (FromGuide(), Widened())]
     error = torch.hypot(*(e.standard_error for e in estimates))
     assert ((estimates[0].estimate - estimates[1].estimate).abs() < 5 * error).all()

@@ -9,6 +9,8 @@ from torch.testing import assert_close
 
 from pyrovae.errors import PairError
 from pyrovae.inference import Individual, log_marginal
+from pyrovae.inference.batch import Batch
+from pyrovae.inference.pair import Pair
 from pyrovae.inference.unconstrained import Unconstrained
 from pyrovae.inference.weights import draw
 
@@ -32,7 +34,7 @@ def test_densities_of_u() -> None:
     """u = (log a, b): log p(u) = log p(a, b) + log a, log q(u) likewise, so that weights are the same."""
     torch.manual_seed(0)
     space = Unconstrained(model, guide, X)
-    particles = draw(model, guide, X, 5)
+    particles = draw(Pair(model, guide), Batch(X), 5)
     u = space.join(particles)
     a = particles.latents["a"].value
     assert_close(u, torch.cat([a.log().unsqueeze(-1), particles.latents["b"].value], -1))

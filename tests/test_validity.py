@@ -45,7 +45,7 @@ from pyrovae.inference import (
     sandwich,
     to_inference_data,
 )
-from pyrovae.inference.pair import evaluating
+from pyrovae.inference.modules import evaluating
 from pyrovae.inference.validity import check_pair, examine
 from pyrovae.models import (
     MLP,

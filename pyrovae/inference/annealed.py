@@ -52,8 +52,10 @@ from torch.distributions import Distribution
 
 from pyrovae.checks import check_count, check_rows
 from pyrovae.errors import PairError, UsageError
+from pyrovae.inference.batch import Batch
 from pyrovae.inference.marginal import ELEMENTS_AT_ONCE, standard_error
-from pyrovae.inference.pair import evaluating
+from pyrovae.inference.modules import evaluating
+from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.proposals import density, draw_prior, is_positive
 from pyrovae.inference.unconstrained import Unconstrained
@@ -174,7 +176,7 @@ class Path:
         self.space, self.start, self.shape = space, start, (num_chains, len(space.x))
         with unvalidated():  # distributions keep what they are made under
             at = draw_prior(space.model, space.x, num_chains) if start == "prior" else None
-            particles = draw(space.model, space.guide, space.x, num_chains, at)
+            particles = draw(Pair(space.model, space.guide), Batch(space.x), num_chains, at)
         self.u = space.join(particles)
         # The guide of a single site does not depend on u: it need not be run again.
         self.guide_sites = sample_sites(particles.guide_trace) if len(space.transforms) == 1 else None
@@ -413,7 +415,7 @@ def sandwich(
         for rows in torch.arange(len(x), device=x.device).split(ROWS_AT_ONCE):
             chains = annealed(model, guide, x[rows])
             exact = {name: value[:, rows] for name, value in z.items()}
-            u = chains.space.join(draw(model, guide, x[rows], 1, exact))
+            u = chains.space.join(draw(Pair(model, guide), Batch(x[rows]), 1, exact))
             forward.append(log_mean_exp(torch.cat([chains(c) for c in sizes])))
             reverse.append(-log_mean_exp(-torch.cat([chains.reverse(u.expand(c, -1, -1)) for c in sizes])))
             acceptance.append(chains.acceptance.double())
@@ -430,7 +432,7 @@ def simulate(model: Callable, x_like: Tensor) -> tuple[Tensor, dict[str, Tensor]
     # A copy without gaps or overlaps, so that each observation is a view of elements of it.
     x_like = x_like.detach().clone(memory_format=torch.contiguous_format)
     with Simulate() as simulation:
-        trace = run(model, "model", x_like, 1)
+        trace = run(model, "model", Batch(x_like), 1)
     sites = sample_sites(trace)
     x, made = x_like.clone(), torch.zeros_like(x_like, dtype=torch.bool)
     for name, obs in simulation.observed.items():
@@ -456,7 +458,7 @@ def simulate(model: Callable, x_like: Tensor) -> tuple[Tensor, dict[str, Tensor]
     z = {name: site["value"] for name, site in sites.items() if name not in simulation.observed}
     # Run at the x that was drawn, the model must observe it under the very distribution that it was drawn from.
     with At(z):
-        again = sample_sites(run(model, "model", x, 1))
+        again = sample_sites(run(model, "model", Batch(x), 1))
     for name in simulation.observed:
         drawn, seen = (log_prob(s[name], f"model site '{name}'", (1, len(x))).double() for s in (sites, again))
         if not torch.allclose(drawn, seen, rtol=1e-4, atol=1e-4):

@@ -35,8 +35,10 @@ from torch.distributions import Distribution, kl_divergence
 
 from pyrovae.checks import check_count
 from pyrovae.errors import PairError, UsageError
+from pyrovae.inference.batch import Batch
+from pyrovae.inference.modules import evaluating
 from pyrovae.inference.objectives import Objective, kl_terms
-from pyrovae.inference.pair import evaluating
+from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.proposals import density
 from pyrovae.inference.weights import Latent, draw
@@ -89,7 +91,7 @@ def measure(
             totals["bound"] = totals.get("bound", 0.0) - float(objective.loss(model, guide, x))
             continue
         size, *sizes = objective.chunks(particle_chunk)
-        particles = draw(model, guide, x, size)
+        particles = draw(Pair(model, guide), Batch(x), size)
         terms = [objective.terms(particles), *(objective.draw(model, guide, x, k) for k in sizes)]
         kl = torch.stack([value.mean(0) for value in kl_terms(particles)[0].values()]).sum(0)
         reconstruction = particles.log_likelihood.mean(0)
@@ -280,7 +282,7 @@ def units(model: Callable, guide: Callable, x: Tensor, num_particles: int = 10) 
     noises: list[list[Tensor]] = []
     with evaluating(model, guide):
         for block in x.split(200):
-            latents = draw(model, guide, block, num_particles).latents
+            latents = draw(Pair(model, guide), Batch(block), num_particles).latents
             means = {site: posterior_mean(latent) for site, latent in latents.items()}
             centre = {site: values.cpu() for site, (values, _) in means.items()}
             names = [f"{site}[{d}]" for site, values in centre.items() for d in range(values.shape[1])]
@@ -343,7 +345,7 @@ def information(model: Callable, guide: Callable, x: Tensor, num_particles: int 
     own, aggregate, log_prior = [], [], []
     with evaluating(model, guide):
         for _ in range(num_particles):
-            blocks = [draw(model, guide, block, 1) for block in x.split(200)]
+            blocks = [draw(Pair(model, guide), Batch(block), 1) for block in x.split(200)]
             latents = blocks[0].latents
             if auxiliary := set(blocks[0].log_guides) - set(latents):
                 raise PairError(f"guide site '{min(auxiliary)}' is auxiliary, so that q(z|x) alone is not known")

@@ -37,7 +37,9 @@ from torch import Tensor
 
 from pyrovae.checks import check_count
 from pyrovae.errors import UsageError
-from pyrovae.inference.pair import evaluating
+from pyrovae.inference.batch import Batch
+from pyrovae.inference.modules import evaluating
+from pyrovae.inference.pair import Pair
 from pyrovae.inference.proposals import Sampler, is_positive, particles_in
 from pyrovae.inference.unconstrained import Unconstrained
 from pyrovae.inference.weights import draw
@@ -169,7 +171,7 @@ class Individual:
         q = self.fit(model, guide, x).widened(self.widen)
 
         def at(values: dict[str, Tensor]) -> Tensor:
-            u = q.pair.join(draw(model, guide, x, particles_in(values), values))
+            u = q.pair.join(draw(Pair(model, guide), Batch(x), particles_in(values), values))
             return q.pair.log_joint(u) - q.log_prob(u)
 
         return Sampler(q.log_weights, at)

@@ -46,9 +46,11 @@ from torch import Tensor
 
 from pyrovae.checks import check_count, check_rows
 from pyrovae.errors import NumericalError
+from pyrovae.inference.batch import Batch
 from pyrovae.inference.individual import Individual
 from pyrovae.inference.marginal import FROM_GUIDE, LogMarginal, block_of, summarise
-from pyrovae.inference.pair import evaluating
+from pyrovae.inference.modules import evaluating
+from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.validity import check_pair
 from pyrovae.inference.weights import At, draw, log_prob, run, sample_sites
@@ -141,7 +143,7 @@ class Block:
         log_likelihood: list[dict[str, Tensor]] = []
         log_weights = []
         for size in self.sizes(num_particles):
-            particles = draw(model, guide, x, size)
+            particles = draw(Pair(model, guide), Batch(x), size)
             shape = (size, len(x))
             sites = observed_sites(particles.model_trace)
             latents.append({name: latent.value for name, latent in particles.latents.items()})
@@ -195,7 +197,7 @@ class Block:
         program, parts, done = poutine.uncondition(self.model), [], 0
         for size in self.sizes(num_draws):
             with At({name: z[done : done + size] for name, z in latents.items()}):
-                trace = run(program, "model", self.x, size)
+                trace = run(program, "model", Batch(self.x), size)
             parts.append({name: trace.nodes[name]["value"] for name in names})
             done += size
         return concatenated(parts)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from pyrovae.checks import check_count, check_rows
 from pyrovae.errors import UsageError
-from pyrovae.inference.pair import evaluating
+from pyrovae.inference.modules import evaluating
 from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.proposals import FromGuide, Proposal
 from pyrovae.inference.validity import check_pair

@@ -34,6 +34,7 @@ from torch.distributions import kl_divergence
 
 from pyrovae.checks import check_count
 from pyrovae.errors import PairError, UsageError
+from pyrovae.inference.batch import Batch
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.weights import Latent, Particles, draw, log_mean_exp
 
@@ -115,7 +116,7 @@ class Objective(PyroELBO):
 
     def draw(self, model: Callable, guide: Callable, x: Tensor, num_particles: int) -> Tensor:
         """`terms` of that many draws, shape (T, num_particles, N); arguments and errors as for `bound`."""
-        particles = draw(model, guide, x, num_particles)
+        particles = draw(Pair(model, guide), Batch(x), num_particles)
         if torch.is_grad_enabled():
             check_reparameterised(particles)
         return self.terms(particles)
@@ -151,7 +152,7 @@ class Objective(PyroELBO):
 
     def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> Any:
         """Pyro's own entry for traces; everything here goes through `draw`."""
-        particles = draw(model, guide, args[0], self.num_averages * self.num_particles)
+        particles = draw(Pair(model, guide), Batch(args[0]), self.num_averages * self.num_particles)
         return particles.model_trace, particles.guide_trace
 
 

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
-from pyrovae.inference.pair import modules_of
+from pyrovae.inference.modules import modules_of
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -36,6 +36,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrovae.errors import PairError, UsageError
+from pyrovae.inference.batch import Batch
+from pyrovae.inference.pair import Pair
 from pyrovae.inference.weights import At, draw, drawn_sites, log_prob, log_weights, run, sample_sites
 
 
@@ -79,7 +81,7 @@ class FromGuide:
 
     def __call__(self, model: Callable, guide: Callable, x: Tensor) -> Sampler:
         def at(values: dict[str, Tensor]) -> Tensor:
-            return draw(model, guide, x, particles_in(values), values).log_weights
+            return draw(Pair(model, guide), Batch(x), particles_in(values), values).log_weights
 
         return Sampler(lambda k: log_weights(model, guide, x, k), at)
 
@@ -95,7 +97,7 @@ class FromPrior:
 
     def __call__(self, model: Callable, guide: Callable, x: Tensor) -> Sampler:
         def at(values: dict[str, Tensor]) -> Tensor:
-            return draw(model, guide, x, particles_in(values), values).log_likelihood
+            return draw(Pair(model, guide), Batch(x), particles_in(values), values).log_likelihood
 
         return Sampler(lambda k: at(draw_prior(model, x, k)), at)
 
@@ -144,7 +146,7 @@ class Widened:
             return log_w.gather(0, torch.rand_like(log_w).argsort(0))
 
         def at(values: dict[str, Tensor]) -> Tensor:
-            particles = draw(model, guide, x, particles_in(values), values)
+            particles = draw(Pair(model, guide), Batch(x), particles_in(values), values)
             log_r = [density(guide, x, values, c) + math.log(a) for c, a in zip(self.scales, shares, strict=False)]
             log_r += [particles.log_prior + math.log(self.share)] if self.share else []
             return particles.log_likelihood + particles.log_prior - torch.logsumexp(torch.stack(log_r), 0)
@@ -218,19 +220,19 @@ def particles_in(values: dict[str, Tensor]) -> int:
 def draw_guide(guide: Callable, x: Tensor, num_particles: int, factor: float = 1.0) -> dict[str, Tensor]:
     """Latents of shape (K, N, *event) by name, from the guide widened by a factor."""
     with Inflate(factor):
-        sites = sample_sites(run(guide, "guide", x, num_particles))
+        sites = sample_sites(run(guide, "guide", Batch(x), num_particles))
     return {name: site["value"] for name, site in sites.items() if not site["is_observed"]}
 
 
 def draw_prior(model: Callable, x: Tensor, num_particles: int) -> dict[str, Tensor]:
     """Latents of shape (K, N, *event) by name, from the prior."""
     prior = poutine.block(model, hide_fn=lambda site: site["is_observed"])
-    return {name: site["value"] for name, site in sample_sites(run(prior, "model", x, num_particles)).items()}
+    return {name: site["value"] for name, site in sample_sites(run(prior, "model", Batch(x), num_particles)).items()}
 
 
 def density(guide: Callable, x: Tensor, values: dict[str, Tensor], factor: float = 1.0) -> Tensor:
     """log q of the guide widened by a factor, at given latents: shape (K, N)."""
     shape = (particles_in(values), len(x))
     with At(values), Inflate(factor):
-        sites = drawn_sites(sample_sites(run(guide, "guide", x, shape[0])))
+        sites = drawn_sites(sample_sites(run(guide, "guide", Batch(x), shape[0])))
     return torch.stack([log_prob(site, f"guide site '{name}'", shape) for name, site in sites.items()]).sum(0)

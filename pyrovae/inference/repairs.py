@@ -23,7 +23,7 @@ from torch import Tensor
 from pyrovae.errors import PairError, UsageError
 from pyrovae.inference.individual import Individual
 from pyrovae.inference.marginal import PER_ROW, LogMarginal, log_marginal
-from pyrovae.inference.pair import evaluating
+from pyrovae.inference.modules import evaluating
 from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.proposals import Proposal, Widened
 from pyrovae.inference.unconstrained import Unconstrained

@@ -37,8 +37,10 @@ from torch import Tensor
 from pyrovae.checks import check_count, check_rows
 from pyrovae.errors import PairError
 from pyrovae.inference.annealed import simulate
+from pyrovae.inference.batch import Batch
 from pyrovae.inference.marginal import FROM_GUIDE, block_of, jackknife, standard_error, summarise
-from pyrovae.inference.pair import evaluating
+from pyrovae.inference.modules import evaluating
+from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.proposals import Proposal
 from pyrovae.inference.weights import draw, log_mean_exp
@@ -135,7 +137,7 @@ def simulated(
     sizes = [min(chunk, num_particles - done) for done in range(0, num_particles, chunk)]
     lower, upper, corrected = [], [], []
     with evaluating(model, guide), torch.no_grad(), seeded(seed, "simulated", device=x_like.device):
-        probe = draw(model, guide, x_like)
+        probe = draw(Pair(model, guide), Batch(x_like))
         if not probe.latents:
             raise PairError(
                 "the model has no latent site, so that its log p(x) is that of what it observes, without error"

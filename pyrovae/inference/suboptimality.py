@@ -38,10 +38,12 @@ from torch import Tensor
 
 from pyrovae.checks import check_count, check_rows
 from pyrovae.errors import UsageError
+from pyrovae.inference.batch import Batch
 from pyrovae.inference.diagnostics import Estimate, Information, Units, information, units
 from pyrovae.inference.individual import FAMILIES, Individual
 from pyrovae.inference.marginal import LogMarginal, block_of, join, summarise
-from pyrovae.inference.pair import evaluating
+from pyrovae.inference.modules import evaluating
+from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.unconstrained import Unconstrained
 from pyrovae.inference.validity import check_pair
@@ -224,7 +226,7 @@ def family_of(model: Callable, guide: Callable, x: Tensor) -> str:
 
     It is diagonal where every site is a factorised Gaussian (or a transformed one) that depends on no other site.
     """
-    for latent in draw(model, guide, x, 2).latents.values():
+    for latent in draw(Pair(model, guide), Batch(x), 2).latents.values():
         q = latent.guide
         while isinstance(q, WRAPPERS):
             q = q.base_dist

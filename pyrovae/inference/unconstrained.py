@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyrovae.errors import PairError
+from pyrovae.inference.batch import Batch
+from pyrovae.inference.pair import Pair
 from pyrovae.inference.weights import At, Particles, draw, log_prob, run, sample_sites
 
 
@@ -61,7 +63,8 @@ class Unconstrained:
 
     def __init__(self, model: Callable, guide: Callable, x: Tensor) -> None:
         self.model, self.guide, self.x = model, guide, x
-        probe, other = draw(model, guide, x), draw(model, guide, x)
+        pair = Pair(model, guide)
+        probe, other = draw(pair, Batch(x)), draw(pair, Batch(x))
         if auxiliary := set(probe.log_guides) - set(probe.latents):
             raise PairError(
                 f"guide site '{min(auxiliary)}' is auxiliary, so that q(z|x) alone is not known; draw from the guide "
@@ -90,7 +93,7 @@ class Unconstrained:
 
     def draw(self, num_particles: int) -> Tensor:
         """u from the guide, shape (K, N, U)."""
-        return self.join(draw(self.model, self.guide, self.x, num_particles))
+        return self.join(draw(Pair(self.model, self.guide), Batch(self.x), num_particles))
 
     def join(self, particles: Particles) -> Tensor:
         """u of latents that were drawn, shape (K, N, U)."""
@@ -115,7 +118,7 @@ class Unconstrained:
         """log p(x|u) and log p(u) at what `split` gave for u, each of shape (K, N); the guide is not run."""
         k, n = log_det.shape
         with At(values):
-            sites = sample_sites(run(self.model, "model", self.x, k))
+            sites = sample_sites(run(self.model, "model", Batch(self.x), k))
         log_p = {name: log_prob(site, f"model site '{name}'", (k, n)) for name, site in sites.items()}
         log_likelihood = sum((v for name, v in log_p.items() if name not in values), torch.zeros_like(log_det))
         return log_likelihood, sum((log_p[name] for name in values), log_det)
@@ -123,5 +126,5 @@ class Unconstrained:
     def __call__(self, u: Tensor) -> Densities:
         """The log-densities at u, shape (K, N, U)."""
         values, log_det = self.split(u)
-        particles = draw(self.model, self.guide, self.x, len(u), values)
+        particles = draw(Pair(self.model, self.guide), Batch(self.x), len(u), values)
         return Densities(particles.log_likelihood, particles.log_prior + log_det, particles.log_guide + log_det)

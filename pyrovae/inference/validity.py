@@ -40,7 +40,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyrovae.checks import check_programs, check_rows
 from pyrovae.errors import PairError
-from pyrovae.inference.pair import evaluating, modules_of
+from pyrovae.inference.batch import Batch
+from pyrovae.inference.modules import evaluating, modules_of
+from pyrovae.inference.pair import Pair
 from pyrovae.inference.unconstrained import bijection
 from pyrovae.inference.weights import At, Particles, draw, run, sample_sites
 from pyrovae.seeding import seeded
@@ -184,7 +186,7 @@ class Look:
         self.k = 3 if len(x) == 2 else 2
         self.wrong_norms: list[str] = []
         with self.watching_norms():
-            self.base = draw(model, guide, x, self.k)
+            self.base = draw(Pair(model, guide), Batch(x), self.k)
         self.densities = densities(self.base)
         self.values = {
             name: site["value"]
@@ -222,7 +224,7 @@ class Look:
         """`densities` of some particles and rows of the draws, each of shape (particles, len(rows))."""
         values = {name: taken(value, particles, rows) for name, value in self.values.items()}
         x = self.x[rows if rows_of_x is None else rows_of_x]
-        return densities(draw(self.model, self.guide, x, particles, values))
+        return densities(draw(Pair(self.model, self.guide), Batch(x), particles, values))
 
     def differing(
         self, got: dict[str, Tensor], rows: Tensor, columns: Tensor | None = None, rough: bool = False
@@ -287,7 +289,7 @@ class Look:
             with pyro.poutine.block(), At(self.values), suppress(Exception):  # as of a guide for this x and no other
                 self.guide(x.roll(1, 0))
 
-        got = densities(draw(self.model, ends_elsewhere, self.x, self.k, self.values))
+        got = densities(draw(Pair(self.model, ends_elsewhere), Batch(self.x), self.k, self.values))
         if name := self.differing(got, every):
             raise PairError(
                 f"{name}: the model uses what the guide kept of x, as skip connections from an encoder do, so that it "
@@ -422,12 +424,15 @@ class Look:
         changed = torch.where(kept, flat, flat.roll(1, 0))
         values = {**self.values, name: changed.reshape(value.shape)}
         every = torch.arange(len(self.x), device=self.x.device)
-        return self.differing(densities(draw(self.model, self.guide, self.x, self.k, values)), every) is not None
+        return (
+            self.differing(densities(draw(Pair(self.model, self.guide), Batch(self.x), self.k, values)), every)
+            is not None
+        )
 
     def fault_of_map(self, noise: list[str], points: list[str]) -> str | None:
         """Why Deltas are not a one-to-one function of auxiliary sites with its density; None if they are."""
         n, k = len(self.x), DRAWS_OF_MAP
-        trace = run(self.guide, "guide", self.x, k)
+        trace = run(self.guide, "guide", Batch(self.x), k)
         sites = sample_sites(trace)
         what = f"guide site '{points[0]}' is a Delta at a function of the auxiliary site '{noise[0]}'"
         for name in noise:
@@ -490,7 +495,7 @@ class Look:
         """
         k, n = len(next(iter(values.values()))), len(self.x)
         with At(values):
-            sites = sample_sites(run(self.guide, "guide", self.x, k))
+            sites = sample_sites(run(self.guide, "guide", Batch(self.x), k))
         parts, log_volume, log_density = [], self.x.new_zeros(()), self.x.new_zeros(())
         for name in points:
             z = sites[name]["value"]

@@ -11,7 +11,8 @@ breaks that is refused by name.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,9 +25,11 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyrovae.checks import check_count, check_rows
+from pyrovae.checks import check_count
 from pyrovae.errors import DataError, PairError, PyrovaeError, UsageError
-from pyrovae.inference.pair import modules_of
+from pyrovae.inference.batch import Batch
+from pyrovae.inference.modules import modules_of
+from pyrovae.inference.pair import Pair
 
 PARTICLES = "_particles"
 # exp(-60) is 1e-26, far below the rounding of double precision.
@@ -84,47 +87,64 @@ class Particles:
         return self.log_likelihood + self.log_prior - self.log_guide
 
 
-def log_weights(model: Callable, guide: Callable, x: Tensor, num_particles: int = 1) -> Tensor:
+def log_weights(
+    model: Callable, guide: Callable, x: Tensor, num_particles: int = 1, given: Sequence[Tensor] = ()
+) -> Tensor:
     """Log importance weights log p(x, z) - log q(z|x) of draws from the guide.
 
     Args:
-        model: Pyro model, called as model(x), with all its sites inside one `pyro.plate("data", len(x))`.
-        guide: Pyro guide of the same latent sites, called as guide(x).
+        model: Pyro model, called as model(x, *given), with all its sites inside one `pyro.plate("data", len(x))`.
+        guide: Pyro guide of the same latent sites, called as guide(x, *given).
         x: Data, shape (N, *event).
         num_particles: K.
+        given: What everything is conditioned on, such as labels: tensors of shape (N, ...).
 
     Returns:
         Log-weights in nats, shape (K, N), unscaled.
 
     Raises:
-        UsageError: num_particles < 1.
+        UsageError: num_particles < 1, or tensors without a row for each datum.
         PairError: the pair's log-weights would not be per datum; the site is named.
     """
-    return draw(model, guide, x, num_particles).log_weights
+    return draw(Pair(model, guide), Batch.of(x, given), num_particles).log_weights
 
 
 def draw(
-    model: Callable, guide: Callable, x: Tensor, num_particles: int = 1, at: dict[str, Tensor] | None = None
+    pair: Pair,
+    batch: Batch,
+    num_particles: int = 1,
+    at: dict[str, Tensor] | None = None,
+    held: Collection[str] = (),
 ) -> Particles:
-    """Run the pair under a plate of particles; arguments and errors as for `log_weights`.
+    """Run the pair under a plate of particles; errors as for `log_weights`.
 
     Args:
+        pair: The pair.
+        batch: N rows of data.
+        num_particles: K.
         at: Values of latent sites by name, each of shape (K, N, *event), where the pair is evaluated in place of draws
             from the guide.
+        held: Of "model" and "guide" those whose log-densities have no gradient by parameters, but by the draws alone.
+            The draws keep theirs.
+
+    Raises:
+        PairError: a guide that is held gives other densities when it is run again, as with dropout.
     """
     check_count("num_particles (K)", num_particles)
-    check_rows("x", x)
-    shape = (num_particles, len(x))
+    shape = (num_particles, len(batch))
     with At(at or {}):
-        guide_trace = run(guide, "guide", x, num_particles)
+        guide_trace = run(pair.guide, "guide", batch, num_particles)
     q = sample_sites(guide_trace)
     for name, site in q.items():
-        check_plates(site, f"guide site '{name}'", len(x))
-    model_trace = run(poutine.replay(model, trace=guide_trace), "model", x, num_particles)
+        check_plates(site, f"guide site '{name}'", len(batch))
+    with pair.held() if "model" in held else nullcontext():
+        model_trace = run(poutine.replay(pair.model, trace=guide_trace), "model", batch, num_particles)
     p = sample_sites(model_trace)
     check_agreement(p, q)
     log_q = {name: log_prob(site, f"guide site '{name}'", shape) for name, site in drawn_sites(q).items()}
     log_p = {name: log_prob(site, f"model site '{name}'", shape) for name, site in p.items()}
+    if "guide" in held:
+        log_q = held_densities(pair, batch, q, log_q)
 
     names = [name for name, site in p.items() if not site["is_observed"]]
     order = [name for name in q if name in p]
@@ -140,7 +160,7 @@ def draw(
         )
         for i, name in enumerate(names)
     }
-    zero = x.new_zeros(shape, dtype=next((v.dtype for v in log_p.values()), None))
+    zero = batch.x.new_zeros(shape, dtype=next((v.dtype for v in log_p.values()), None))
     return Particles(
         log_likelihood=sum((log_p[name] for name in p if name not in latents), zero),
         log_prior=sum((log_p[name] for name in latents), zero),
@@ -150,6 +170,22 @@ def draw(
         model_trace=model_trace,
         guide_trace=guide_trace,
     )
+
+
+def held_densities(pair: Pair, batch: Batch, q: dict[str, dict], log_q: dict[str, Tensor]) -> dict[str, Tensor]:
+    """log q of every site at its draws, with the guide's parameters held: gradients go through the draws alone."""
+    k, n = next(iter(log_q.values())).shape
+    with pair.held(), At({name: site["value"] for name, site in q.items() if not site["is_observed"]}):
+        sites = drawn_sites(sample_sites(run(pair.guide, "guide", batch, k)))
+    again = {name: log_prob(site, f"guide site '{name}'", (k, n)) for name, site in sites.items()}
+    if type(batch.x) is Tensor:  # in a graph it has no values
+        for name, value in again.items():
+            if not torch.allclose(value, log_q[name], rtol=1e-3, atol=1e-3, equal_nan=True):
+                raise PairError(
+                    f"guide site '{name}': the guide gives another density when it is run again at the same draws, as "
+                    "with dropout, so that its parameters cannot be held; remove it, or hold nothing"
+                )
+    return again
 
 
 class At(Messenger):
@@ -164,32 +200,32 @@ class At(Messenger):
             msg["value"], msg["done"] = self.values[msg["name"]], True
 
 
-def run(program: Callable, role: str, x: Tensor, num_particles: int) -> Trace:
+def run(program: Callable, role: str, batch: Batch, num_particles: int) -> Trace:
     """Trace a model or guide under the particle plate."""
     traced = poutine.trace(program)
     try:
         with pyro.plate(PARTICLES, num_particles, dim=-2):
-            return traced.get_trace(x)
+            return traced.get_trace(*batch.tensors)
     except Exception as error:
         if isinstance(error, PyrovaeError) and isinstance(error.__cause__, type(error)):
             error = error.__cause__  # without the shapes that Pyro adds to a message, line by line
-        elif type(x) is Tensor and not isinstance(error, PyrovaeError):  # in a graph it has no values
-            explain(error, traced.trace, program, role, x)
+        elif type(batch.x) is Tensor and not isinstance(error, PyrovaeError):  # in a graph it has no values
+            explain(error, traced.trace, program, role, batch)
         error.add_note(
-            f"raised by the {role} for x of shape {tuple(x.shape)}, run for {num_particles} particles: sites inside "
-            f"the data plate have batch shape ({num_particles}, {len(x)})"
+            f"raised by the {role} for {batch.shapes()}, run for {num_particles} particles: sites inside the data "
+            f"plate have batch shape ({num_particles}, {len(batch)})"
         )
         raise error
 
 
-def explain(error: Exception, trace: Trace, program: Callable, role: str, x: Tensor) -> None:
+def explain(error: Exception, trace: Trace, program: Callable, role: str, batch: Batch) -> None:
     """Raise in place of an error of torch or Pyro what it comes from, if that is how the program was written.
 
     Args:
         error: What the program raised under the particle plate.
         trace: Of the sites that came before.
     """
-    what = str(error).split("\n")[0]
+    what, x = str(error).split("\n")[0], batch.x
     for name, site in sample_sites(trace).items():
         try:
             check_plates(site, f"{role} site '{name}'", len(x))
@@ -216,7 +252,7 @@ def explain(error: Exception, trace: Trace, program: Callable, role: str, x: Ten
             ) from error
     mismatch = re.match(r"Shape mismatch inside plate\('(.*)'\) at site (.*) dim (-?\d+), (\d+) vs (\d+)", what)
     of_shapes = mismatch or (type(error) in (RuntimeError, IndexError) and "memory" not in what)
-    if of_shapes and runs_by_itself(program, x):
+    if of_shapes and runs_by_itself(program, batch):
         raise PairError(
             f"{role}: it runs by itself, but not for several particles at once, where a latent has shape (K, N, "
             f"*event) while x has (N, *event): {what}. Count dimensions from the end, as in z[..., 0], "
@@ -232,11 +268,11 @@ def explain(error: Exception, trace: Trace, program: Callable, role: str, x: Ten
         ) from error
 
 
-def runs_by_itself(program: Callable, x: Tensor) -> bool:
+def runs_by_itself(program: Callable, batch: Batch) -> bool:
     """Whether a program can be run without the particle plate, on draws of its own."""
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), pyro.poutine.block():
+    with torch.random.fork_rng(devices=[batch.x.device] if batch.x.is_cuda else []), pyro.poutine.block():
         try:
-            poutine.trace(getattr(program, "__wrapped__", program)).get_trace(x)
+            poutine.trace(getattr(program, "__wrapped__", program)).get_trace(*batch.tensors)
         except Exception:
             return False
     return True

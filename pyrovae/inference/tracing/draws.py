@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyrovae.errors import UsageError
+from pyrovae.inference.batch import Batch
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.proposals import FromGuide, FromPrior, Proposal, Sampler, Widened
 from pyrovae.inference.tracing.graphs import (
@@ -239,7 +240,7 @@ def worth_compiling(model: Callable, guide: Callable, x: Tensor, num_particles: 
     with torch.no_grad(), same_noise(x.device):
         for k in (1, 2):
             with FlopCounterMode(display=False) as counter:
-                draw(model, guide, few, k)
+                draw(Pair(model, guide), Batch(few), k)
             counts.append(counter.get_total_flops())
     work = (counts[1] - counts[0]) * num_particles * len(x) / len(few)
     return work >= (WORTH_ON_CPU if x.device.type == "cpu" else WORTH_ON_GPU)

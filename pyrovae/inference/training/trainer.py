@@ -29,9 +29,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from pyrovae.checks import check_count, check_programs, check_rows
 from pyrovae.errors import CheckpointError, DataError, NumericalError, OutputError, PairError, PyrovaeError, UsageError
 from pyrovae.files import inside
+from pyrovae.inference.batch import Batch
 from pyrovae.inference.diagnostics import measure
+from pyrovae.inference.modules import Program, evaluating
 from pyrovae.inference.objectives import ELBO, Objective, Renyi
-from pyrovae.inference.pair import Pair, Program, evaluating
+from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import arithmetic
 from pyrovae.inference.tracing.graphs import CompileWarning
 from pyrovae.inference.training import checkpoint as checkpoints
@@ -442,7 +444,7 @@ class Trainer:
                 x = self.transform(raw)
                 with self.diagnosing(x, rows):
                     if isinstance(self.objective, Objective):
-                        draw(self.pair.model, self.pair.guide, x, 1)
+                        draw(self.pair, Batch(x), 1)
                     else:
                         self.objective.loss(self.pair.model, self.pair.guide, x)
         state.restore()
@@ -659,7 +661,7 @@ class Trainer:
             self.repeat_noise(rows)
             k = self.objective.num_averages * self.objective.num_particles
             with torch.no_grad(), suppress(ValueError), pyro.validation_enabled(False):
-                particles = draw(self.pair.model, self.pair.guide, x, min(k, self.particle_chunk or k))
+                particles = draw(self.pair, Batch(x), min(k, self.particle_chunk or k))
                 bad = (~particles.log_weights.isfinite()).any(0)
                 wrong = wrong if wrong.any() else bad
                 latents = particles.latents
