@@ -1,7 +1,7 @@
 """What the commands have in common: reading options, and how they end.
 
 Options are read by jsonargparse. A word stays the word that was typed, whatever YAML would make of `007`, `yes` or
-`[a]`: it gets its meaning in `pyrovae.runs.config`, as do the values of a YAML file. A part and its own settings are
+`[a]`: it gets its meaning in `pyrovae.runs.options`, as do the values of a YAML file. A part and its own settings are
 written `--prior VampPrior --prior.components 500`, and in YAML
 
     prior:
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pyrovae.errors import OutputError, PyrovaeError, UsageError, one_line
 
 if TYPE_CHECKING:
-    from pyrovae.runs.config import Choice
+    from pyrovae.runs.options import Choice
 
 
 def parser(command: str, description: str, usage: str = "[options]") -> Any:

@@ -38,8 +38,9 @@ from typing import TYPE_CHECKING, Any
 from pyrovae.command import add_choices, add_option, given, main, parser
 from pyrovae.errors import CheckpointError, NumericalError, UsageError
 from pyrovae.evaluate import default_draws, whole_option
-from pyrovae.runs.config import DERIVED, PROPOSALS, SETTINGS, build_proposal, thread_count
+from pyrovae.runs.build import build_proposal
 from pyrovae.runs.directory import Run, open_run
+from pyrovae.runs.options import DERIVED, PROPOSALS, SETTINGS, thread_count
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING, Any
 from pyrovae.command import add_choices, add_option, given, main, parser
 from pyrovae.errors import NumericalError, OutputError, UsageError
 from pyrovae.files import inside
-from pyrovae.runs.config import PROPOSALS, SETTINGS, build_proposal, one_of, option, refuse, thread_count, when, whole
+from pyrovae.runs.build import build_proposal
+from pyrovae.runs.config import refuse
 from pyrovae.runs.directory import Run, begins, open_run
+from pyrovae.runs.options import PROPOSALS, SETTINGS, one_of, option, thread_count, when, whole
 from pyrovae.runs.scores import Scores
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from pyrovae.inference.marginal import LogMarginal
     from pyrovae.inference.proposals import Proposal
     from pyrovae.inference.simulation import Simulated
-    from pyrovae.runs.config import Model
+    from pyrovae.runs.build import Model
 
 Report = dict[str, Any]
 # Data simulated to check a setting of annealed importance sampling.
@@ -618,7 +620,7 @@ def evaluate(
     repair: bool = False,
 ) -> Report:
     """Score a run, going on where an interrupted evaluation was; print and write the report and the K-curve."""
-    from pyrovae.runs.config import build_objective
+    from pyrovae.runs.build import build_objective
 
     started = time.perf_counter()
     place = pick_device(device)

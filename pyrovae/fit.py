@@ -15,23 +15,9 @@ from typing import TYPE_CHECKING, Any
 from pyrovae.command import add_choices, add_option, given, leading, main, parser, stoppable
 from pyrovae.errors import CheckpointError, DataError, UsageError
 from pyrovae.files import inside
-from pyrovae.runs.config import (
-    DERIVED,
-    OPTIONS,
-    PARTS,
-    RESUMABLE,
-    Config,
-    build_model,
-    build_objective,
-    build_optimizer,
-    build_rows,
-    build_schedule,
-    option,
-    resolve,
-    text,
-    title,
-    warnings,
-)
+from pyrovae.runs.build import build_model, build_objective, build_optimizer, build_rows, build_schedule
+from pyrovae.runs.config import Config, resolve, title, warnings
+from pyrovae.runs.options import DERIVED, OPTIONS, PARTS, RESUMABLE, option, text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +25,7 @@ if TYPE_CHECKING:
     from pyrovae.data import Rows
     from pyrovae.inference.training.trainer import Fit
     from pyrovae.plots import Style
-    from pyrovae.runs.config import Model
+    from pyrovae.runs.build import Model
 
 # Rows that a model is initialised at: means and k-means need no more.
 INITIAL_ROWS = 20_000

@@ -13,8 +13,8 @@ from pyrovae.command import add_option, given, main, parser
 from pyrovae.errors import NumericalError, UsageError
 from pyrovae.evaluate import SPLITS, Report, heading, number, pick_device, rows_done, rows_of, whole_option
 from pyrovae.files import inside
-from pyrovae.runs.config import SETTINGS, thread_count
 from pyrovae.runs.directory import Run, open_run
+from pyrovae.runs.options import SETTINGS, thread_count
 
 if TYPE_CHECKING:
     from pyrovae.data import Rows

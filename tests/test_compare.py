@@ -479,11 +479,11 @@ def test_seeds_of_a_configuration_are_one_line_unless_told_not_to(runs, capsys):
 
 
 def test_rows_are_loaded_once_for_all_runs_of_the_same_data(runs, monkeypatch):
-    from pyrovae.runs import config
+    from pyrovae.runs import build
 
     loaded = []
-    build = config.build_rows
-    monkeypatch.setattr(config, "build_rows", lambda c: loaded.append(c["data"]) or build(c))
+    build_rows = build.build_rows
+    monkeypatch.setattr(build, "build_rows", lambda c: loaded.append(c["data"]) or build_rows(c))
     run(f"{runs}/a {runs}/other/a {runs}/mixture {runs}/bits --K 2 --rows 9 --no-baseline")
     assert sorted(loaded) == ["digits", "three-gaussians"]
 

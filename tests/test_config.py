@@ -11,20 +11,16 @@ from pyrovae import inference, models
 from pyrovae.errors import DataError, UsageError
 from pyrovae.inference import ELBO, IWAE, Capacity, Cyclical, LinearWarmup, Renyi, fit
 from pyrovae.models import BernoulliMixture, GaussianMixture
-from pyrovae.runs.config import (
-    OPTIONS,
-    PARTS,
-    RESUMABLE,
+from pyrovae.runs.build import (
     build_beta,
     build_model,
     build_objective,
     build_optimizer,
     build_rows,
     build_schedule,
-    resolve,
-    title,
-    warnings,
 )
+from pyrovae.runs.config import resolve, title, warnings
+from pyrovae.runs.options import OPTIONS, PARTS, RESUMABLE
 
 IMAGE, VECTOR = (1, 8, 8), (5,)
 

@@ -370,7 +370,7 @@ def test_a_pair_that_is_built_without_memory_first_is_the_same(tmp_path: Path, r
     """Also what is no parameter: indices that a guide computes, and is not saved."""
     config = open_run(run).config | {"guide": {"name": "FullCovarianceNormal"}, "prior": {"name": "StandardNormal"}}
     fresh = Run(tmp_path / "fresh", config)
-    ours = pyrovae.runs.config.build_model(config, (2,))
+    ours = pyrovae.runs.build.build_model(config, (2,))
     save(fresh.directory, Checkpoint(1, Pair(ours.model, ours.guide).tensors(), {}))
     theirs = fresh.pair_with(pyrovae.inference.training.checkpoint.load(fresh.directory, 1))
     for get in (torch.nn.Module.named_parameters, torch.nn.Module.named_buffers):

@@ -22,19 +22,22 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pyrovae.runs import config as configuration
 from pyrovae.errors import CheckpointError, DataError, OutputError, UsageError, one_line
 from pyrovae.files import inside, is_writable, read_yaml, refuse_links
-from pyrovae.inference.training import checkpoint as checkpoints
 from pyrovae.inference.pair import Pair
+from pyrovae.inference.training import checkpoint as checkpoints
+from pyrovae.runs import build
+from pyrovae.runs.config import resolve
+from pyrovae.runs.options import DERIVED, option
 from pyrovae.seeding import seeded
 
 if TYPE_CHECKING:
     import torch
 
-    from pyrovae.runs.config import Config, Model
     from pyrovae.data import Rows
     from pyrovae.inference.training.checkpoint import Checkpoint
+    from pyrovae.runs.build import Model
+    from pyrovae.runs.config import Config
 
 PLOTS = (
     "training_curves", "samples", "reconstructions", "neighbourhood", "latent_map", "traversals", "k_curve", "gaps",
@@ -91,7 +94,7 @@ class Run:
             DataError: they are not those of the training any more.
         """
         config = dict(self.config)
-        rows = configuration.build_rows(config)
+        rows = build.build_rows(config)
         if rows.hash != self.config["data_hash"]:
             raise DataError(
                 f"{self.directory}: the data has changed since the training: hash {rows.hash[:12]} now, "
@@ -122,7 +125,7 @@ class Run:
         for device in ("meta", "cpu"):  # first without memory
             try:
                 with seeded("build"), torch.device(device):
-                    model = configuration.build_model(self.config, tuple(self.config["event_shape"]))
+                    model = build.build_model(self.config, tuple(self.config["event_shape"]))
             except (UsageError, RuntimeError, TypeError, ArithmeticError) as error:
                 raise CheckpointError(f"{self.directory / 'config.yaml'}: declares no model ({error})") from error
             tensors = Pair(model.model, model.guide).tensors()
@@ -185,7 +188,7 @@ def read_config(directory: Path) -> "Config":
     if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
         raise CheckpointError(f"{file}: data_hash: expected a SHA-256, got {digest!r}")
     try:
-        config = configuration.resolve({k: v for k, v in content.items() if k not in configuration.DERIVED})
+        config = resolve({k: v for k, v in content.items() if k not in DERIVED})
     except (UsageError, ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from error
     return config | {key: content[key] for key in derived}
@@ -291,7 +294,7 @@ def clear(directory: Path) -> None:
 def differences(theirs: "Config", ours: "Config") -> list[str]:
     """Keys whose values differ, with both."""
     return [
-        f"{configuration.option(key)}: {theirs.get(key)} there, {ours.get(key)} here"
+        f"{option(key)}: {theirs.get(key)} there, {ours.get(key)} here"
         for key in dict.fromkeys([*theirs, *ours])
         if theirs.get(key) != ours.get(key) and key != "version"
     ]

@@ -1,0 +1,1 @@
+"""What stands for a run: its recipe, its directory, its scores."""
