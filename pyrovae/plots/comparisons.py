@@ -69,20 +69,9 @@ def k_curve(
     Raises:
         UsageError: the lengths differ, or a K is below 1.
     """
-    k, bound, half = as_array(ks), as_array(mean), Z95 * as_array(error)
-    paired = Z95 * as_array([] if paired_error is None else paired_error)
-    if not (k.ndim == 1 and len(k) and k.shape == bound.shape == half.shape):
-        raise UsageError(
-            f"ks, mean, error: expected one length, got shapes {k.shape}, {bound.shape}, {half.shape}; "
-            "pass a mean and an error for each K"
-        )
-    if paired_error is not None and paired.shape != k.shape:
-        raise UsageError(f"paired_error: expected shape {k.shape}, as ks, got {paired.shape}; pass one for each K")
-    if k.min() < 1:
-        raise UsageError(f"ks: expected numbers of particles of at least 1, got {k.min():g}; remove it")
+    k, bound, half, paired = _checked_curve(ks, mean, error, paired_error)
     order = np.argsort(k)
     k, bound, half = k[order], bound[order], half[order]
-
     panels = 1 if paired_error is None else 2
     figure = new_figure(6.4 if panels == 1 else 10.5, 4.4, r"Importance-weighted bound $L_K$ over K", title)
     axes = figure.add_subplot(1, panels, 1, ylabel="nats per datum")
@@ -112,6 +101,22 @@ def k_curve(
     return figure
 
 
+def _checked_curve(ks: Numbers, mean: Numbers, error: Numbers, paired_error: Numbers | None) -> list[np.ndarray]:
+    """K, the bound, and half of its interval and of its paired interval; refuses lengths that differ."""
+    k, bound, half = as_array(ks), as_array(mean), Z95 * as_array(error)
+    paired = Z95 * as_array([] if paired_error is None else paired_error)
+    if not (k.ndim == 1 and len(k) and k.shape == bound.shape == half.shape):
+        raise UsageError(
+            f"ks, mean, error: expected one length, got shapes {k.shape}, {bound.shape}, {half.shape}; "
+            "pass a mean and an error for each K"
+        )
+    if paired_error is not None and paired.shape != k.shape:
+        raise UsageError(f"paired_error: expected shape {k.shape}, as ks, got {paired.shape}; pass one for each K")
+    if k.min() < 1:
+        raise UsageError(f"ks: expected numbers of particles of at least 1, got {k.min():g}; remove it")
+    return [k, bound, half, paired]
+
+
 def comparison(table: DataFrame, title: str | None = None) -> Figure:
     """Draw models by log p(x), the best on top: exact values, estimates and mere lower bounds each in their own way.
 
@@ -133,31 +138,61 @@ def comparison(table: DataFrame, title: str | None = None) -> Figure:
     require_columns(table, "table", ["name", "log_marginal", "error", "exact"])
     table = table.sort_values("log_marginal", ascending=False, na_position="last", kind="stable")
 
-    def numbers(column: str, otherwise: Any) -> np.ndarray:
-        known = table[column].astype(float) if column in table.columns else otherwise
-        return np.broadcast_to(np.asarray(known, dtype=float), len(table))
+    judged = "verdict" in table.columns
+    exact = np.asarray(table["exact"], dtype=bool)
+    kinds = np.asarray(table["verdict"]) if judged else np.where(exact, "exact", "importance-sampled")
+    names = [textwrap.fill(str(name), 30) for name in table["name"]]
+    heights = np.array([max(0.36, 0.18 * (name.count("\n") + 1.4)) for name in names])  # inches
+    rows = np.cumsum(heights) - heights / 2
 
-    value, error = numbers("log_marginal", None), numbers("error", None)
+    caption = "log p(x) with 95% intervals, higher is better"
+    figure = new_figure(12.6 if judged else 8.2, heights.sum() + 1.7, caption, title)
+    axes = figure.add_subplot(ylim=(heights.sum(), 0), xlabel="log p(x), nats per datum")
+    handles = _draw_models(axes, rows, table, kinds)
+    _write_beside(axes, rows, _columns_beside(table, kinds), kinds, best=_is_best(table))
+    for row, height in zip(rows, heights, strict=True):
+        axes.axhline(row + height / 2, color="0.92", linewidth=0.8, zorder=0)
+    axes.set_yticks(rows, names)
+    axes.tick_params(axis="y", length=0)
+    axes.locator_params(axis="x", nbins=7)
+    axes.grid(alpha=0.3, axis="x")
+    axes.spines[["top", "left", "right"]].set_visible(False)
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize="small")
+    return figure
+
+
+def _numbers(table: DataFrame, column: str) -> np.ndarray:
+    """A column as numbers, shape (rows,): NaN where the table does not have it."""
+    return np.asarray(table[column].astype(float)) if column in table.columns else np.full(len(table), np.nan)
+
+
+def _is_best(table: DataFrame) -> np.ndarray:
+    """Which models are drawn bold: of rank 1 for certain, or without ranks the highest."""
+    if "rank_low" in table.columns:
+        return _numbers(table, "rank_high") == 1
+    value = _numbers(table, "log_marginal")
+    return value == value[0]
+
+
+def _draw_models(axes: Axes, rows: np.ndarray, table: DataFrame, kinds: np.ndarray) -> list[Any]:
+    """Draw each model's interval, seeds and ELBO in its row; returns what the legend names."""
+    value, error, elbo = (_numbers(table, name) for name in ("log_marginal", "error", "elbo"))
     half = np.where(np.isfinite(error), Z95 * error, 0.0)  # an unknown error draws no interval
     with np.errstate(invalid="ignore"):  # infinities
-        ends = np.stack([value - numbers("low", value - half), numbers("high", value + half) - value])
+        low, high = (
+            _numbers(table, name) if name in table.columns else value + sign * half
+            for name, sign in (("low", -1), ("high", 1))
+        )
+        ends = np.stack([value - low, high - value])
     ends = np.where(np.isfinite(ends), ends, 0.0).clip(min=0)
-    elbo = numbers("elbo", np.nan)
-    exact = np.asarray(table["exact"], dtype=bool)
-    judged = "verdict" in table.columns
-    kinds = np.asarray(table["verdict"]) if judged else np.where(exact, "exact", "importance-sampled")
     seeds = [list(m) if len(m) > 1 else [] for m in table["seed_means"]] if "seed_means" in table.columns else []
-    names = [textwrap.fill(str(name), 30) for name in table["name"]]
     reach = ends.max(0)
     for i, means in enumerate(seeds):
         reach[i] = max([reach[i], *(abs(mean - value[i]) for mean in means)])
-    low, high, drawn = _on_scale(value, reach, elbo)
+    left, right, drawn = _on_scale(value, reach, elbo)
+    axes.set_xlim(left, right)
 
-    heights = np.array([max(0.36, 0.18 * (name.count("\n") + 1.4)) for name in names])  # inches
-    rows = np.cumsum(heights) - heights / 2
-    caption = "log p(x) with 95% intervals, higher is better"
-    figure = new_figure(12.6 if judged else 8.2, heights.sum() + 1.7, caption, title)
-    axes = figure.add_subplot(xlim=(low, high), ylim=(heights.sum(), 0), xlabel="log p(x), nats per datum")
     handles: list[Any] = []
     for kind, (colour, marker, label) in VERDICT_MARKS.items():
         here = drawn & (kinds == kind)
@@ -178,55 +213,56 @@ def comparison(table: DataFrame, title: str | None = None) -> Figure:
         axes.hlines(rows[with_elbo], elbo[with_elbo], value[with_elbo], **gap)
         hollow = {"facecolors": "white", "edgecolors": "0.35", "s": 34}
         handles.append(scatter(axes, np.stack([elbo, rows], 1)[with_elbo], label="ELBO", zorder=2, **hollow))
-    beyond = ~drawn & (value < low)
+    beyond = ~drawn & (value < left)
     if beyond.any():
-        edge = np.full(beyond.sum(), low + 0.015 * (high - low))
+        edge = np.full(beyond.sum(), left + 0.015 * (right - left))
         handles += axes.plot(edge, rows[beyond], "<", color=FAINT, markersize=9, label="off the axis")
+    return handles
 
+
+def _columns_beside(table: DataFrame, kinds: np.ndarray) -> dict[str, list[str]]:
+    """What is written beside each row, by its heading."""
+    value, error = _numbers(table, "log_marginal"), _numbers(table, "error")
+    exact, judged = np.asarray(table["exact"], dtype=bool), "verdict" in table.columns
     bounds = [
         "≥ " if judged and not sure and np.isfinite(mean) else "" for sure, mean in zip(exact, value, strict=True)
     ]
     columns = {"± standard error": [b + with_error(*pair) for b, *pair in zip(bounds, value, error, strict=True)]}
-    best = value == value[0]
     if "rank_low" in table.columns:
-        best = numbers("rank_high", None) == 1
-        ranks = zip(numbers("rank_low", None), numbers("rank_high", None), strict=True)
+        ranks = zip(_numbers(table, "rank_low"), _numbers(table, "rank_high"), strict=True)
         columns["rank"] = ["–".join(f"{r:g}" for r in sorted(set(ends)) if np.isfinite(r)) for ends in ranks]
     if "difference_low" in table.columns:
-        parts = zip(*(numbers(f"difference{end}", None) for end in ("", "_low", "_high")), strict=True)
+        parts = zip(*(_numbers(table, f"difference{end}") for end in ("", "_low", "_high")), strict=True)
         signs = [SIGNS[kind] for kind in table["difference_bound"]] if "difference_bound" in table.columns else []
         differences = [
             f"{sign}{in_nats(d)} [{in_nats(a)}, {in_nats(b)}]" if np.isfinite(d) else ""
             for (d, a, b), sign in zip(parts, signs or [""] * len(table), strict=True)
         ]
-        columns["to the best, 95% interval"] = ["best" if best[0] else "highest", *differences[1:]]
+        columns["to the best, 95% interval"] = ["best" if _is_best(table)[0] else "highest", *differences[1:]]
     if "seeds" in table.columns:
-        spreads = numbers("spread", np.nan) if "spread" in table.columns else np.full(len(table), np.nan)
         columns["seeds"] = [
-            f"{n}, sd {sd:.2g}" if np.isfinite(sd) else f"{n}" for n, sd in zip(table["seeds"], spreads, strict=True)
+            f"{n}, sd {sd:.2g}" if np.isfinite(sd) else f"{n}"
+            for n, sd in zip(table["seeds"], _numbers(table, "spread"), strict=True)
         ]
     if judged:
         columns["verdict"] = list(kinds)
+    return columns
+
+
+def _write_beside(
+    axes: Axes, rows: np.ndarray, columns: dict[str, list[str]], kinds: np.ndarray, best: np.ndarray
+) -> None:
+    """Write the columns at the right of the axes, the best models bold and the verdicts in their colour."""
     beside = axes.get_yaxis_transform()  # x in widths of the axes, y in data
+    place: dict[str, Any] = {"xycoords": beside, "textcoords": "offset points", "annotation_clip": False}
     offset = 10.0  # points
     for heading, cells in columns.items():
-        place: dict[str, Any] = {"xycoords": beside, "textcoords": "offset points", "annotation_clip": False}
         for row, cell, first, kind in zip(rows, cells, best, kinds, strict=True):
             weight = "bold" if first and heading != "verdict" else "normal"
             colour = VERDICT_MARKS[kind][0] if heading == "verdict" and kind in VERDICT_MARKS else INK
             axes.annotate(cell, (1, row), (offset, 0), va="center", weight=weight, color=colour, **place)
         axes.annotate(heading, (1, 0), (offset, 0), va="bottom", fontsize="small", color="0.35", **place)
         offset += 6.2 * max(map(len, [heading, *cells])) + 12
-    for row, height in zip(rows, heights, strict=True):
-        axes.axhline(row + height / 2, color="0.92", linewidth=0.8, zorder=0)
-    axes.set_yticks(rows, names)
-    axes.tick_params(axis="y", length=0)
-    axes.locator_params(axis="x", nbins=7)
-    axes.grid(alpha=0.3, axis="x")
-    axes.spines[["top", "left", "right"]].set_visible(False)
-    if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize="small")
-    return figure
 
 
 def _on_scale(value: np.ndarray, reach: np.ndarray, elbo: np.ndarray) -> tuple[float, float, np.ndarray]:

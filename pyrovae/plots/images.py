@@ -219,14 +219,19 @@ def traversals(
         axes.set_xticks(np.arange(len(picked)) + 0.5, headings)
         axes.set_yticks(np.arange(shown) + 0.5, names)
         return figure
+    figure, panels = _panels(shown, images.shape[2], style, caption, title)
+    _draw_paths(panels, decoded, value, names, kind)
+    return figure
 
+
+def _draw_paths(panels: list[Axes], paths: np.ndarray, value: np.ndarray, names: list[str], kind: str) -> None:
+    """Draw points or profiles along one latent dimension in each panel; `paths` has shape (panels, S, D)."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    figure, panels = _panels(shown, images.shape[2], style, caption, title)
     scale = ScalarMappable(Normalize(value.min(), value.max()), colormaps[SEQUENTIAL])
-    for panel, path, name in zip(panels, decoded, names, strict=True):
+    for panel, path, name in zip(panels, paths, names, strict=True):
         panel.set_title(name, fontsize="medium")
         if kind == "point":
             panel.plot(path[:, 0], path[:, 1], color=FAINT, linewidth=0.8, zorder=1)
@@ -234,8 +239,7 @@ def traversals(
         else:
             for profile, colour in zip(path, scale.to_rgba(value), strict=True):
                 _profile(panel, profile, color=colour)
-    figure.colorbar(scale, ax=panels, label="along the latent dimension")
-    return figure
+    panels[0].figure.colorbar(scale, ax=panels, label="along the latent dimension")
 
 
 def _kind(argument: str, x: Tensor, batch_dims: int) -> str:

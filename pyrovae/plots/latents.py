@@ -44,22 +44,10 @@ def latent_map(codes: Tensor, labels: Any = None, title: str | None = None) -> F
     if codes.dim() != 2 or 0 in codes.shape:
         raise UsageError(f"codes: expected shape (N, Z), got {tuple(codes.shape)}; pass one code per datum")
     points = as_array(codes)
-    classes: np.ndarray = np.empty(0)
     given: Any = None
+    classes: np.ndarray = np.empty(0)
     if labels is not None:
-        given = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
-        if given.shape != (len(points),):
-            raise UsageError(
-                f"labels: expected shape ({len(points)},), got {given.shape}; pass one label per row of codes"
-            )
-        classes = np.unique(given)
-        if len(classes) > MAX_CLASSES and not np.issubdtype(given.dtype, np.number):
-            raise UsageError(
-                f"labels: expected at most {MAX_CLASSES} names, got {len(classes)}; "
-                "group them, or pass numbers for a colour scale"
-            )
-    discrete = 0 < len(classes) <= MAX_CLASSES
-
+        given, classes = _labels(labels, len(points))
     latent_dim = points.shape[1]
     figure = new_figure(6.8, 5.6, f"Latent codes, {len(points):,} data, Z = {latent_dim}", title)
     axes = figure.add_subplot()
@@ -68,26 +56,10 @@ def latent_map(codes: Tensor, labels: Any = None, title: str | None = None) -> F
         axes.set_xlabel("z[0]")
         axes.set_ylabel("data")
         return figure
-    if latent_dim == 1:
-        # The height is the label itself; within a class it is spread to keep equal codes apart.
-        heights = given
-        if discrete:
-            heights = np.searchsorted(classes, given) + np.random.default_rng(0).uniform(-0.3, 0.3, len(points))
-            axes.set_yticks(range(len(classes)), [str(name) for name in classes])
-        points = np.stack([points[:, 0], np.asarray(heights, dtype=float)], 1)
-        axes.set_xlabel("z[0]")
-        axes.set_ylabel("label")
-    else:
-        names = ["z[0]", "z[1]"]
-        if latent_dim > 2:
-            points, shares = _principal_components(points)
-            names = [f"PCA {i + 1} ({share:.0%} of the variance)" for i, share in enumerate(shares)]
-        axes.set_xlabel(names[0])
-        axes.set_ylabel(names[1])
-        axes.set_aspect("equal", adjustable="datalim")
+    points = _strips(axes, points, given, classes) if latent_dim == 1 else _plane(axes, points)
 
     style: dict[str, Any] = {"s": dot_area(len(points)), "linewidths": 0, "rasterized": True}
-    if discrete:
+    if len(classes):
         for i, name in enumerate(classes):
             colour, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
             scatter(axes, points[given == name], color=colour, marker=marker, alpha=0.7, label=str(name), **style)
@@ -102,6 +74,45 @@ def latent_map(codes: Tensor, labels: Any = None, title: str | None = None) -> F
     else:
         scatter(axes, points, color=BLUE, alpha=0.6, **style)
     return figure
+
+
+def _labels(labels: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The labels, shape (N,), and the classes among them: none where they are numbers on a scale."""
+    given = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    if given.shape != (count,):
+        raise UsageError(f"labels: expected shape ({count},), got {given.shape}; pass one label per row of codes")
+    classes = np.unique(given)
+    if len(classes) <= MAX_CLASSES:
+        return given, classes
+    if not np.issubdtype(given.dtype, np.number):
+        raise UsageError(
+            f"labels: expected at most {MAX_CLASSES} names, got {len(classes)}; "
+            "group them, or pass numbers for a colour scale"
+        )
+    return given, classes[:0]
+
+
+def _strips(axes: Axes, points: np.ndarray, given: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Put codes of one dimension, shape (N, 1), at the height of their label: shape (N, 2)."""
+    heights = given
+    if len(classes):  # within a class the height is spread, to keep equal codes apart
+        heights = np.searchsorted(classes, given) + np.random.default_rng(0).uniform(-0.3, 0.3, len(points))
+        axes.set_yticks(range(len(classes)), [str(name) for name in classes])
+    axes.set_xlabel("z[0]")
+    axes.set_ylabel("label")
+    return np.stack([points[:, 0], np.asarray(heights, dtype=float)], 1)
+
+
+def _plane(axes: Axes, points: np.ndarray) -> np.ndarray:
+    """Two dimensions as they are, more by their first two principal components: shape (N, 2)."""
+    names = ["z[0]", "z[1]"]
+    if points.shape[1] > 2:
+        points, shares = _principal_components(points)
+        names = [f"PCA {i + 1} ({share:.0%} of the variance)" for i, share in enumerate(shares)]
+    axes.set_xlabel(names[0])
+    axes.set_ylabel(names[1])
+    axes.set_aspect("equal", adjustable="datalim")
+    return points
 
 
 def _principal_components(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

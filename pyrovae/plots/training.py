@@ -45,17 +45,7 @@ def training_curves(metrics: DataFrame, title: str | None = None) -> Figure:
         UsageError: there is no `epoch`, no row, or nothing to draw.
     """
     require_columns(metrics, "metrics", ["epoch"])
-    columns = {
-        str(name): values
-        for name in metrics.columns
-        if np.isfinite(values := np.asarray(metrics[name], dtype=float)).any()
-    }
-    epoch = np.asarray(metrics["epoch"], dtype=float)
-    columns.pop("epoch", None)
-    if np.all(columns.get("beta", 1.0) == 1.0):
-        columns.pop("beta", None)
-    if np.ptp(columns.get("learning_rate", 0.0)) == 0:
-        columns.pop("learning_rate", None)
+    epoch, columns = np.asarray(metrics["epoch"], dtype=float), _drawable(metrics)
     dimensions = [name for name in columns if re.fullmatch(r"kl_.+\[\d+\]", name)]
     bounds = [name for name in ("train_bound", "validation_bound", "validation_elbo") if name in columns]
 
@@ -79,6 +69,36 @@ def training_curves(metrics: DataFrame, title: str | None = None) -> Figure:
     panels: dict[str, Axes] = figure.subplot_mosaic(layout)  # type: ignore[arg-type]
     if bounds:
         _draw_bounds(panels["bounds"], epoch, {name: columns[name] for name in bounds})
+    _draw_parts(panels, epoch, columns)
+    for stack in stacks:
+        for name in stack:
+            _integer_ticks(panels[name])
+            panels[name].grid(alpha=0.3)
+            panels[name].tick_params(labelbottom=name == stack[-1])
+        panels[stack[-1]].set_xlabel("epoch")
+    if dimensions:
+        kl = {name.removeprefix("kl_"): columns[name] for name in dimensions}
+        _draw_kl_per_dimension(panels["heatmap"], panels["last"], epoch, kl)
+    return figure
+
+
+def _drawable(metrics: DataFrame) -> dict[str, np.ndarray]:
+    """The columns with a finite value, less those that would only draw a constant."""
+    columns = {
+        str(name): values
+        for name in metrics.columns
+        if np.isfinite(values := np.asarray(metrics[name], dtype=float)).any()
+    }
+    columns.pop("epoch", None)
+    if np.all(columns.get("beta", 1.0) == 1.0):
+        columns.pop("beta", None)
+    if np.ptp(columns.get("learning_rate", 0.0)) == 0:
+        columns.pop("learning_rate", None)
+    return columns
+
+
+def _draw_parts(panels: dict[str, Axes], epoch: np.ndarray, columns: dict[str, np.ndarray]) -> None:
+    """Draw what has a panel of its own name."""
     for name, label, colour in (
         ("reconstruction", "E log p(x|z)", VERMILLION),
         ("kl", "KL(q || p)", PURPLE),
@@ -94,16 +114,6 @@ def training_curves(metrics: DataFrame, title: str | None = None) -> Figure:
         panels["active_units"].locator_params(axis="y", nbins=5, integer=True)
     if "reconstruction" in panels:
         _leave_out_low_epochs(panels["reconstruction"], columns["reconstruction"][None])
-    for stack in stacks:
-        for name in stack:
-            _integer_ticks(panels[name])
-            panels[name].grid(alpha=0.3)
-            panels[name].tick_params(labelbottom=name == stack[-1])
-        panels[stack[-1]].set_xlabel("epoch")
-    if dimensions:
-        kl = {name.removeprefix("kl_"): columns[name] for name in dimensions}
-        _draw_kl_per_dimension(panels["heatmap"], panels["last"], epoch, kl)
-    return figure
 
 
 def _draw_bounds(axes: Axes, epoch: np.ndarray, bounds: dict[str, np.ndarray]) -> None:
