@@ -162,7 +162,8 @@ def explain(error: Exception) -> tuple[int, str]:
     """Exit code and one line for an error."""
     line = one_line(str(error)) or type(error).__name__
     if isinstance(error, PyrovaeError):
-        return error.code, line
+        options = (f"--{setting.replace('_', '-').replace('=', ' ')}" for setting in error.settings)
+        return error.code, f"{line} ({', '.join(options)})" if error.settings else line
     memory = ("out of memory", "can't allocate memory", "not enough memory")
     if type(error).__name__ == "OutOfMemoryError" or (
         isinstance(error, RuntimeError) and any(m in line for m in memory)

@@ -23,9 +23,19 @@ def one_line(text: str) -> str:
 
 
 class PyrovaeError(Exception):
-    """Base of the library's own errors; `code` is the exit code of a command that ends with it."""
+    """Base of the library's own errors; `code` is the exit code of a command that ends with it.
+
+    Args:
+        message: What was wanted, what came, and the remedy.
+        settings: What the remedy sets, as a configuration names it: "binarize", or with its value "stream=on". A
+            command shows the options of those names; a message itself speaks of none.
+    """
 
     code = 1
+
+    def __init__(self, message: str = "", *, settings: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.settings = settings
 
     def __str__(self) -> str:
         return one_line(super().__str__())

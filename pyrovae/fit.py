@@ -13,6 +13,7 @@ from signal import SIGTERM
 from typing import TYPE_CHECKING, Any
 
 from pyrovae.command import add_choices, add_option, given, leading, main, parser, stoppable
+from pyrovae.data import SOURCES
 from pyrovae.errors import CheckpointError, DataError, UsageError
 from pyrovae.files import inside
 from pyrovae.runs.build import build_model, build_objective, build_optimizer, build_rows, build_schedule
@@ -58,9 +59,9 @@ def options_parser() -> Any:
     return p
 
 
-DATA_HELP = (
-    "names: digits (8x8, embedded), mnist, fashion-mnist, kmnist, emnist, omniglot, cifar10, svhn, celeba (by "
-    "torchvision); three-gaussians, ring, pinwheel (toys in the plane)"
+DATA_HELP = "names: " + "; ".join(
+    f"{', '.join(source.name for source in SOURCES if source.kind == kind)} ({kind})"
+    for kind in dict.fromkeys(source.kind for source in SOURCES)
 )
 
 
@@ -508,13 +509,14 @@ def save_figure(figure: "Figure", directory: Path, name: str) -> Path:
 
 def style_of(config: Config, rows: "Rows") -> "Style":
     """How these rows are drawn: handwriting as ink on paper, other images as photographs, tables by their columns."""
-    from pyrovae.data import HANDWRITING, Standardize
+    from pyrovae.data import Standardize, find_source
     from pyrovae.plots import Style
 
+    source = find_source(config["data"])
     low, high = rows.test.min().item(), rows.test.max().item()
     inside = (low >= 0 and high <= 1) or low == high
     return Style(
-        ink=str(config["data"]).lower().replace("_", "-") in HANDWRITING,
+        ink=source is not None and source.handwriting,
         limits=(0.0, 1.0) if inside else (low, high),
         columns=rows.columns,
         unit="standardised" if isinstance(rows.transform, Standardize) else "",

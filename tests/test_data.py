@@ -14,15 +14,14 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from pyrovae import data as data_module
-from pyrovae.data import NAMES, SPLITS, Data, Measure, default_measure, load_data
-from pyrovae.data.streaming import MappedRows
+from pyrovae.data import NAMES, SPLITS, Data, MappedRows, Measure, default_measure, found, load_data, transforms
 from pyrovae.errors import DataError, UsageError
 
 GREY = np.random.default_rng(0).integers(0, 256, (60, 5, 4), dtype=np.uint8)
@@ -49,6 +48,11 @@ def raises(error: type[Exception], *words: str) -> Iterator[None]:
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def leave_memory(monkeypatch: pytest.MonkeyPatch, available: int) -> None:
+    """Let the machine seem to have that many bytes of memory left."""
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=available))
 
 
 def rows_of(*splits: torch.Tensor) -> set[bytes]:
@@ -292,11 +296,11 @@ def test_the_level_255_never_becomes_1():
     def largest(like, generator):
         return almost.expand(like.shape)
 
-    original, data_module._uniform = data_module._uniform, largest
+    original, transforms._uniform = transforms._uniform, largest
     try:
-        assert (data_module.Dequantize(256)(level) * 256).floor().tolist() == [[255.0, 0.0]]
+        assert (transforms.Dequantize(256)(level) * 256).floor().tolist() == [[255.0, 0.0]]
     finally:
-        data_module._uniform = original
+        transforms._uniform = original
 
 
 def test_bits_per_dimension():
@@ -348,7 +352,7 @@ def test_the_hash_of_the_data_covers_every_split(tmp_path, split):
 def test_the_hash_of_rows_covers_what_was_drawn_for_them(monkeypatch, split):
     digits = load_data("digits")
     before = [digits.rows("mass"), digits.rows("density")]
-    monkeypatch.setitem(data_module._SEED, split, data_module._SEED[split] + 1)
+    monkeypatch.setitem(found.SEED, split, found.SEED[split] + 1)
     for one, other in zip(before, [digits.rows("mass"), digits.rows("density")], strict=True):
         assert not torch.equal(getattr(one, split), getattr(other, split))
         assert one.hash != other.hash
@@ -358,13 +362,13 @@ def test_every_pixel_has_a_draw_of_its_own():
     """Of n pixels at probability 1/2, the sum over any axis has variance n / 4; no two dequantised ones are equal."""
     torch.manual_seed(0)
     grey = torch.full((60, 50, 40), 0.5)
-    bits = data_module.Bernoulli(None)(grey)
+    bits = transforms.DrawnPixels(None)(grey)
     for axes in ((0,), (1,), (2,), (0, 1), (1, 2)):
         sums = bits.sum(axes).double()
         n = grey.numel() / sums.numel()
         assert abs(sums.mean() - n / 2) < 5 * math.sqrt(n / 4 / sums.numel())
         assert abs(sums.var() / (n / 4) - 1) < 5 * math.sqrt(2 / sums.numel())
-    u = data_module.Dequantize(2)(torch.zeros(9, 8, 7, dtype=torch.uint8))
+    u = transforms.Dequantize(2)(torch.zeros(9, 8, 7, dtype=torch.uint8))
     assert len(u.unique()) == u.numel()
 
 
@@ -701,16 +705,17 @@ def test_rows_in_their_file_are_copies(tmp_path):
 def test_a_file_larger_than_memory_is_read_where_it_is(tmp_path, monkeypatch):
     x = RANDOM.integers(0, 256, (4000, 100), dtype=np.uint8)
     path = saved(tmp_path / "x.npy", x=x)
-    monkeypatch.setattr("pyrovae.data._HELD_OUT", 10)
+    for module in ("loading", "arrays"):
+        monkeypatch.setattr(f"pyrovae.data.{module}.HELD_OUT", 10)
     memory = load_data(path)
-    monkeypatch.setattr(data_module, "_available_memory", lambda: 3980 * 100 - 1)
+    leave_memory(monkeypatch, 3980 * 100 - 1)
     mapped = load_data(path)
     assert isinstance(mapped.train, MappedRows)
     assert mapped.hash == memory.hash
     assert torch.equal(mapped.train[:], memory.train)
     with raises(DataError, "--binarize fixed", "choose dynamic or threshold"):
         mapped.rows("mass", "fixed")
-    monkeypatch.setattr(data_module, "_available_memory", lambda: 10_000)
+    leave_memory(monkeypatch, 10_000)
     with raises(DataError, "GiB of memory"):  # not even for the places of the rows
         load_data(path)
 
@@ -809,7 +814,9 @@ def test_torchvision_mnist(tmp_path):
 
 def test_torchvision_files_missing(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.MNIST.download", lambda self: pytest.fail("tried to download"))
-    with raises(DataError, "fashion-mnist", str(tmp_path / "none"), "--data-root", "download is off"):
+    with raises(
+        DataError, "fashion-mnist", str(tmp_path / "none"), "give the directory that holds it", "download is off"
+    ):
         load_data("fashion_mnist", tmp_path / "none", download=False)
 
 
@@ -820,7 +827,9 @@ def test_torchvision_download_that_fails(tmp_path, monkeypatch):
         raise ConnectionResetError("no\nnetwork")
 
     monkeypatch.setattr(datasets.MNIST, "download", download)
-    with raises(DataError, "mnist", str(tmp_path), "--data-root", "the download failed (no network)"):
+    with raises(
+        DataError, "mnist", str(tmp_path), "give the directory that holds it", "the download failed (no network)"
+    ):
         load_data("mnist", tmp_path)
 
 
@@ -986,7 +995,7 @@ def test_a_folder_without_images(tmp_path):
 def test_a_folder_of_all_sorts_of_files(tmp_path, monkeypatch):
     """One with a few more files than pictures is read; one that is no folder of pictures is not gone through."""
     write_images(tmp_path, 3)
-    monkeypatch.setattr("pyrovae.data._OTHERS", 20)
+    monkeypatch.setattr("pyrovae.data.files.OTHERS", 20)
     for i in range(20):
         (tmp_path / f"{i}.txt").touch()
     assert len(load_data(tmp_path).train) == 1
@@ -1230,7 +1239,7 @@ def test_npz_directory_that_claims_more_than_it_can_unpack(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".csv", ""])
 def test_data_larger_than_memory(tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(data_module, "_available_memory", lambda: 10_000)
+    leave_memory(monkeypatch, 10_000)
     monkeypatch.setattr(np.lib.format, "read_array", no_allocation)
     monkeypatch.setattr(np, "load", no_allocation)
     path = tmp_path / f"x{suffix}"

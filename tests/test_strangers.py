@@ -522,7 +522,7 @@ def test_a_configuration_that_points_elsewhere(run: Path, capsys, monkeypatch, d
         raise AssertionError("a connection")
 
     monkeypatch.setattr(socket.socket, "connect", connect)
-    monkeypatch.setattr("pyrovae.data._OTHERS", 50)
+    monkeypatch.setattr("pyrovae.data.files.OTHERS", 50)
     monkeypatch.setenv("XDG_CACHE_HOME", str(Path("cache").resolve()))
     os.mkfifo("fifo.npy")
     for i in range(60):

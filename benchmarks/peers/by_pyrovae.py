@@ -12,7 +12,7 @@ from networks import EVENT, SCALE, Z, count_parameters
 from worker import Peer, peak_resident, serve
 
 import pyrovae
-from pyrovae.data import Bernoulli as DrawnPixels
+from pyrovae.data.transforms import DrawnPixels
 from pyrovae.inference import ELBO, IWAE, fit
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.training.steps import Step

@@ -29,10 +29,12 @@ def build_rows(config: Config) -> "Rows":
     Raises:
         DataError: the data is missing, damaged, or does not suit the likelihood.
     """
-    from pyrovae.data import DOWNLOADED, default_measure, load_data
+    from pyrovae.data import SOURCES, default_measure, find_source, load_data
 
-    if config["data_root"] is not None and str(config["data"]).lower().replace("_", "-") not in DOWNLOADED:
-        raise UsageError(f"--data-root: not used by --data {config['data']}; it is for {', '.join(DOWNLOADED)}")
+    source = find_source(config["data"])
+    if config["data_root"] is not None and not (source and source.downloaded):
+        having = ", ".join(source.name for source in SOURCES if source.downloaded)
+        raise UsageError(f"--data-root: not used by --data {config['data']}; it is for {having}")
     data = load_data(config["data"], config["data_root"], "data_hash" not in config, stream=config["stream"])
     if config["likelihood"] is None:
         binarised = config["binarize"] is not None

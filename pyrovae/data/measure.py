@@ -1,0 +1,32 @@
+"""The measure: what a reported log p(x) is, and so which numbers may stand in one column."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a reported log p(x) is: a mass or a density, of what, on which space.
+
+    Attributes:
+        kind: "mass" or "density".
+        description: The space in words, for tables.
+        levels: Number of grey levels L if the rows are dequantised ones, else None.
+        dimensions: D, the number of elements of one event.
+    """
+
+    kind: str
+    description: str
+    levels: int | None
+    dimensions: int
+
+    def bits_per_dimension(self, nats: float) -> float | None:
+        """Bits per dimension from a mean log p(x) in nats; None for a density in the data's own units.
+
+        >>> Measure("mass", "mass on {0,1}^2", None, 2).bits_per_dimension(-2 * math.log(2))
+        1.0
+        """
+        bits = -nats / (self.dimensions * math.log(2))
+        if self.kind == "mass":
+            return bits
+        return None if self.levels is None else bits + math.log2(self.levels)

@@ -1,0 +1,272 @@
+r"""Named sources: one entry of `SOURCES` for each data set, with everything that is known of it.
+
+`digits` comes with scikit-learn; the toys in the plane are drawn, always the same; all others are read by torchvision.
+A new data set is a new entry. Nothing heavy is imported before a source is read: `--help` lists them.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pyrovae.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pyrovae.data.found import Found
+
+PLANE_ROWS = 5000
+
+
+@dataclass(frozen=True)
+class Source(ABC):
+    """A data set with a name.
+
+    Attributes:
+        name: What users call it; in any case, with `-` or `_`.
+        kind: What it is one of, in a list of sources.
+        downloaded: Whether it is fetched to a directory of data sets.
+        handwriting: Whether it is bright strokes on black, which pictures show as ink on paper.
+    """
+
+    kind: ClassVar[str]
+    downloaded: ClassVar[bool] = False
+    name: str
+    handwriting: bool = field(default=False, kw_only=True)
+
+    @abstractmethod
+    def read(self, root: Path, download: bool) -> "Found":
+        """Its rows and labels; those that are downloaded are under `root`, and put there if `download` says so.
+
+        Raises:
+            DataError: missing, or damaged.
+        """
+
+
+@dataclass(frozen=True)
+class Digits(Source):
+    """The 1797 handwritten digits of scikit-learn: 8x8 pixels of 17 levels."""
+
+    kind = "8x8, embedded"
+
+    def read(self, root: Path, download: bool) -> "Found":
+        from sklearn.datasets import load_digits
+
+        from pyrovae.data.found import Found
+
+        digits = load_digits()
+        return Found({"train": digits.images.astype("uint8")}, {"train": digits.target}, levels=17)
+
+
+@dataclass(frozen=True)
+class Plane(Source):
+    """Rows drawn in the plane.
+
+    Attributes:
+        draw: From a generator and standard normal noise, shape (PLANE_ROWS, 2), to rows and labels (None: it has none).
+    """
+
+    kind = "toys in the plane"
+    draw: "Callable[[np.random.Generator, np.ndarray], tuple[np.ndarray, np.ndarray | None]]"
+
+    def read(self, root: Path, download: bool) -> "Found":
+        import numpy as np
+
+        from pyrovae.data.found import SEED, Found
+
+        random = np.random.default_rng(SEED["plane"])
+        x, labels = self.draw(random, random.standard_normal((PLANE_ROWS, 2)))
+        return Found({"train": x}, {} if labels is None else {"train": labels})
+
+
+def _three_gaussians(random: "np.random.Generator", noise: "np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
+    """Uniform weights, sd 1/2, centres on the circle of radius 2."""
+    import numpy as np
+
+    label = random.integers(3, size=PLANE_ROWS)
+    angle = np.pi / 2 + 2 * np.pi * label / 3
+    centre = 2 * np.stack([np.cos(angle), np.sin(angle)], 1)
+    return centre + noise / 2, label
+
+
+def _ring(random: "np.random.Generator", noise: "np.ndarray") -> "tuple[np.ndarray, None]":
+    """A standard normal variable pushed to the unit circle."""
+    import numpy as np
+
+    return noise / 10 + noise / np.linalg.norm(noise, axis=1, keepdims=True), None
+
+
+def _pinwheel(random: "np.random.Generator", noise: "np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
+    """Five arms, sd 0.3 along and 0.05 across, turned by exp(radius) / 4."""
+    import numpy as np
+
+    label = random.integers(5, size=PLANE_ROWS)
+    along, across = 1 + 0.3 * noise[:, 0], 0.05 * noise[:, 1]
+    angle = 2 * np.pi * label / 5 + np.exp(along) / 4
+    turned = [np.cos(angle) * along - np.sin(angle) * across, np.sin(angle) * along + np.cos(angle) * across]
+    return np.stack(turned, 1), label
+
+
+def _arrays(found: Any, name: str) -> "tuple[np.ndarray, np.ndarray]":
+    """Rows and labels of a torchvision data set that has them as arrays."""
+    import numpy as np
+
+    return np.asarray(found.data), np.asarray(found.targets)
+
+
+def _upright(found: Any, name: str) -> "tuple[np.ndarray, np.ndarray]":
+    """EMNIST is stored with rows and columns exchanged."""
+    rows, labels = _arrays(found, name)
+    return rows.swapaxes(1, 2), labels
+
+
+def _svhn(found: Any, name: str) -> "tuple[np.ndarray, np.ndarray]":
+    import numpy as np
+
+    return np.asarray(found.data), np.asarray(found.labels)
+
+
+def _omniglot(found: Any, name: str) -> "tuple[np.ndarray, np.ndarray]":
+    """28x28, strokes bright."""
+    from PIL import Image, ImageOps
+
+    def convert(image: Any) -> Any:
+        return ImageOps.invert(image.convert("L").resize((28, 28), Image.Resampling.BOX))
+
+    return _pictures(found, name, (28, 28), convert)
+
+
+def _celeba(found: Any, name: str) -> "tuple[np.ndarray, None]":
+    """The central 148x148 pixels at 64x64; forty attributes for each face, and none of them its label."""
+    from PIL import Image
+
+    def convert(image: Any) -> Any:
+        left, top = (image.width - 148) // 2, (image.height - 148) // 2
+        square = image.convert("RGB").crop((left, top, left + 148, top + 148))
+        return square.resize((64, 64), Image.Resampling.BILINEAR)
+
+    return _pictures(found, name, (64, 64, 3), convert)[0], None
+
+
+def _pictures(
+    found: Any, name: str, shape: tuple[int, ...], convert: Callable[[Any], Any]
+) -> "tuple[np.ndarray, np.ndarray]":
+    """Decode torchvision's images one by one: pictures of shape (N, *shape), and their labels."""
+    import numpy as np
+
+    from pyrovae.data.found import in_short, require_memory
+
+    require_memory(2 * len(found) * math.prod(shape), name)
+    pictures, labels = np.empty((len(found), *shape), np.uint8), []
+    for index in range(len(found)):
+        try:
+            image, label = found[index]
+            pictures[index] = np.asarray(convert(image))
+        except OSError as error:
+            raise DataError(f"{name}: image {index} cannot be read ({in_short(error)}); fetch it again") from error
+        labels.append(label)
+    return pictures, np.array(labels)
+
+
+_BY_TRAIN = {"train": {"train": True}, "test": {"train": False}}
+_BALANCED = {"train": {"train": True, "split": "balanced"}, "test": {"train": False, "split": "balanced"}}
+_BY_SPLIT = {"train": {"split": "train"}, "test": {"split": "test"}}
+_BACKGROUND = {"train": {"background": True}, "test": {"background": False}}
+_FACES = {split: {"split": split[:5], "target_type": []} for split in ("train", "validation", "test")}  # its "valid"
+
+
+@dataclass(frozen=True)
+class Torchvision(Source):
+    """A data set that torchvision fetches and reads.
+
+    Attributes:
+        loader: torchvision's class.
+        splits: Arguments of that class for each split it has.
+        unpack: From an object of that class, and the name for messages, to rows and labels (None: it has none).
+        idx: Its IDX files, as a pattern of names without their ends; they are checked before they are read.
+        named: Whether its labels have names that say more than the numbers do.
+        other_labels: Whether the labels of test stand for other things than those of train, and are counted on.
+    """
+
+    kind = "by torchvision"
+    downloaded = True
+    loader: str
+    splits: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: _BY_TRAIN)
+    unpack: "Callable[[Any, str], tuple[np.ndarray, np.ndarray | None]]" = _arrays
+    idx: str | None = None
+    named: bool = field(default=False, kw_only=True)
+    other_labels: bool = field(default=False, kw_only=True)
+
+    def read(self, root: Path, download: bool) -> "Found":
+        from pyrovae.data.found import Found
+
+        if self.idx is not None:
+            self._check_files(root / self.loader / "raw")
+        x: dict[str, np.ndarray] = {}
+        y: dict[str, np.ndarray] = {}
+        classes = None
+        for split, arguments in self.splits.items():
+            found = self._construct(root, arguments, download)
+            x[split], labels = self.unpack(found, self.name)
+            if labels is not None:
+                y[split] = labels + (y["train"].max() + 1 if self.other_labels and split != "train" else 0)
+            classes = tuple(found.classes) if self.named else None
+        return Found(x, y, classes=classes)
+
+    def _check_files(self, folder: Path) -> None:
+        from pyrovae.data.files import check_idx
+
+        for path in sorted(folder.glob(f"{self.idx}-idx?-ubyte*")):
+            if path.suffix == ".gz" and path.with_suffix("").exists():
+                continue
+            check_idx(path)
+            if path.suffix == ".gz":  # torchvision would replace it by a download, unless it is the original
+                raise DataError(f"{path}: packed, and torchvision reads unpacked files; run gunzip --keep on it")
+
+    def _construct(self, root: Path, arguments: Mapping[str, Any], download: bool) -> Any:
+        from torchvision import datasets
+
+        from pyrovae.data.found import in_short
+
+        loader = getattr(datasets, self.loader)
+        try:
+            try:
+                return loader(root, download=False, **arguments)
+            except RuntimeError:  # torchvision's word for files that are missing, or damaged
+                if not download:
+                    raise
+                return loader(root, download=True, **arguments)
+        except Exception as error:  # a download fails in as many ways as there are networks
+            tried = "the download failed" if download else "download is off"
+            fetch = "" if download else f", or fetch it with pyrovae.load_data({self.name!r})"
+            raise DataError(
+                f"{self.name}: not found, or damaged, under {root}, and {tried} ({in_short(error)}); "
+                f"give the directory that holds it{fetch}",
+                settings=("data_root",),
+            ) from error
+
+
+SOURCES: tuple[Source, ...] = (
+    Digits("digits", handwriting=True),
+    Torchvision("mnist", "MNIST", idx="*", handwriting=True),
+    Torchvision("fashion-mnist", "FashionMNIST", idx="*", named=True),
+    Torchvision("kmnist", "KMNIST", idx="*", handwriting=True),
+    Torchvision("emnist", "EMNIST", _BALANCED, _upright, idx="emnist-balanced-*", handwriting=True),
+    Torchvision("omniglot", "Omniglot", _BACKGROUND, _omniglot, other_labels=True, handwriting=True),
+    Torchvision("cifar10", "CIFAR10", named=True),
+    Torchvision("svhn", "SVHN", _BY_SPLIT, _svhn),
+    Torchvision("celeba", "CelebA", _FACES, _celeba),
+    Plane("three-gaussians", _three_gaussians),
+    Plane("ring", _ring),
+    Plane("pinwheel", _pinwheel),
+)
+NAMES: tuple[str, ...] = tuple(source.name for source in SOURCES)
+
+
+def find_source(name: object) -> Source | None:
+    """The source of that name, in any case and with `-` or `_`; None if there is none."""
+    wanted = name.lower().replace("_", "-") if isinstance(name, str) else None
+    return next((source for source in SOURCES if source.name == wanted), None)
