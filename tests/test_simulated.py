@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from pyrovae.errors import PairError, UsageError
-from pyrovae.inference import FromPrior, Individual, Widened, log_marginal, repair, simulated, verdict
+from pyrovae.inference import FromPrior, Individual, Widened, elpd, log_marginal, repair, simulated, verdict
 from pyrovae.inference.marginal import FROM_GUIDE, Origin
 from pyrovae.inference.repairs import FROM_BOTH, better_than_guide
 from pyrovae.inference.simulation import like
@@ -140,6 +141,47 @@ def test_compiled_draws_are_checked_as_they_are() -> None:
     assert_close(fast.upper - fast.lower, plain.upper - plain.lower, rtol=0, atol=1e-4)
 
 
+def between(low: float, high: float) -> Callable[[Tensor], None]:
+    """A guide that knows no more of z than its ends."""
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Uniform(torch.full_like(x, low), high))
+
+    return guide
+
+
+def test_a_support_that_misses_part_of_the_prior_s_is_a_bound() -> None:
+    """The draws show nothing: log p(x) is missed by the log of the share of the posterior that they come from."""
+
+    def flat(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Uniform(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, 10.0), obs=x)
+
+    x = data(40)
+    result = log_marginal(flat, between(0.25, 0.75), x, 500, seed=0)
+    assert verdict(log_marginal(flat, between(0.0, 1.0), x, 500, seed=0)).kind == "ok"
+    said = verdict(result)
+    assert said.kind == "lower bound only"
+    assert "simulated data the latents are where the proposal has no density" in said.reason
+    check = simulated(flat, between(0.25, 0.75), like(x), 500)
+    assert (check.width, check.most, check.validated) == (math.inf, math.inf, False)
+    assert 100 < int(check.upper.isinf().sum()) < 200  # half of the prior
+    # Mixed with the prior it misses nothing: all weights are finite, and right.
+    mixed = log_marginal(flat, between(0.25, 0.75), x, 2000, proposal=Widened(scales=(1.0,), share=0.5), seed=0)
+    full = log_marginal(flat, between(0.0, 1.0), x, 2000, seed=0)
+    assert verdict(mixed).kind == "ok"
+    assert abs(mixed.mean - full.mean) < 5 * math.hypot(mixed.monte_carlo_error, full.monte_carlo_error)
+    assert abs(result.mean - full.mean + math.log(2)) < 0.01
+
+
+def test_how_far_one_row_is_off_is_not_told() -> None:
+    check = simulated(model, gaussian(1.0), data(1), 50, seed=3)
+    assert math.isnan(check.error)
+    assert (check.most, check.validated) == (math.inf, False)
+
+
 def test_pairs_that_cannot_be_simulated_are_unchecked() -> None:
     """A factor has no sampler; the draws are judged all the same, and the reason is given."""
 
@@ -243,6 +285,12 @@ def test_a_model_without_latents_has_nothing_to_be_tried() -> None:
     said = verdict(result)
     assert said.kind == "unchecked"
     assert "no latent site" in said.reason
+    for proposal in (FromPrior(), Widened(), FROM_BOTH, Individual()):
+        with pytest.raises(PairError, match="the model has no latent site"):
+            log_marginal(certain, lambda x: None, x, 100, proposal=proposal)
+    bad = replace(result, ess=torch.ones_like(result.ess))
+    with pytest.raises(PairError, match="the model has no latent site"):
+        repair(certain, lambda x: None, x, bad)
 
 
 def test_the_check_leaves_the_random_state_as_it_was() -> None:
@@ -339,3 +387,16 @@ def test_repair_takes_the_rows_that_were_scored() -> None:
     for wrong, rows in ((result, x[:5]), (pickle.loads(pickle.dumps(result)), x)):
         with pytest.raises(UsageError, match="expected what log_marginal returned for x"):
             repair(model, gaussian(1.1), rows, wrong)
+
+
+@pytest.mark.parametrize("use", [verdict, elpd, lambda result: repair(model, gaussian(), data(10), result)])
+def test_what_is_no_estimate_is_refused(use: Callable) -> None:
+    for wrong, words in ((data(10), r"a tensor of shape \(10,\)"), (None, "NoneType"), (use, "function")):
+        with pytest.raises(UsageError, match=f"^result: expected what log_marginal returned, got {words}$"):
+            use(wrong)
+
+
+def test_what_is_no_check_is_refused() -> None:
+    result = log_marginal(model, gaussian(1.1), data(10), 50, seed=0)
+    with pytest.raises(UsageError, match=r"^check: expected what simulated or sandwich returned, got LogMarginal$"):
+        verdict(result, result)

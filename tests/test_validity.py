@@ -285,6 +285,24 @@ def test_every_entry_that_reports_log_p_refuses_them(entry: str, case: str) -> N
         ENTRIES[entry](model, guide, data())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda *pair_and_x: log_marginal(*pair_and_x, 50),
+        lambda *pair_and_x: gaps(*pair_and_x, 50),
+        lambda *pair_and_x: fit(*pair_and_x, ELBO(), epochs=1, batch_size=10),
+    ],
+)
+def test_numbers_too_coarse_for_log_densities_are_refused(use: Callable, dtype: torch.dtype) -> None:
+    """In bfloat16 log-densities near -110 are 0.5 apart. Data may be: what is computed with them is looked at."""
+    vae = VAE(StandardNormal(2), Bernoulli(MLP(2, 3, (4,))), MeanFieldNormal(MLP(3, None, (4,)), 2))
+    x = torch.ones(20, 3, dtype=dtype)
+    use(lambda x: vae.model(x.float()), lambda x: vae.guide(x.float()), x)
+    with pytest.raises(PairError, match=f"log-density is in {dtype}, whose digits are too few .* Pass x.float"):
+        use(vae.to(dtype).model, vae.guide, x)
+
+
 def test_other_kinds_of_numbers_are_refused() -> None:
     """A probability is not weighed against a density, nor anything against an improper prior."""
 

@@ -48,7 +48,7 @@ from pyrovae.checks import check_count, check_rows
 from pyrovae.errors import NumericalError
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.individual import Individual
-from pyrovae.inference.marginal import FROM_GUIDE, LogMarginal, block_of, summarise
+from pyrovae.inference.marginal import FROM_GUIDE, LogMarginal, block_of, check_result, summarise
 from pyrovae.inference.modules import evaluating
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
@@ -298,10 +298,12 @@ def elpd(result: LogMarginal) -> Any:
         and the k-hat above which the estimate of a row is a lower bound only. No k-hat where K is too small to tell.
 
     Raises:
+        UsageError: the argument is no such result.
         NumericalError: a row's estimate is not a finite number; it is named.
     """
     import xarray
 
+    check_result(result)
     if result.invalid:
         row = result.invalid[0]
         raise NumericalError(f"row {row}: log p(x) is {result.estimate[row].item()}; an ELPD needs all rows finite")

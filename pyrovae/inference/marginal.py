@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrovae.checks import check_count, check_rows
+from pyrovae.checks import check_count, check_rows, describe
 from pyrovae.errors import UsageError
 from pyrovae.inference.modules import evaluating
 from pyrovae.inference.precision import in_single_precision
@@ -192,6 +192,12 @@ class Store(Protocol):
 
     def put(self, start: int, result: LogMarginal) -> None:
         """Keep a result."""
+
+
+def check_result(result: object) -> None:
+    """Refuse what is no estimate of log p(x)."""
+    if not isinstance(result, LogMarginal):
+        raise UsageError(f"result: expected what log_marginal returned, got {describe(result)}")
 
 
 def standard_error(values: Tensor) -> float:

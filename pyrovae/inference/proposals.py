@@ -38,7 +38,7 @@ from torch import Tensor
 from pyrovae.errors import PairError, UsageError
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.pair import Pair
-from pyrovae.inference.weights import At, draw, drawn_sites, log_prob, log_weights, run, sample_sites
+from pyrovae.inference.weights import NO_LATENTS, At, draw, drawn_sites, log_prob, log_weights, run, sample_sites
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,13 @@ def inflated(q: Any, factor: float, site: str) -> Any:
 
 
 def particles_in(values: dict[str, Tensor]) -> int:
-    """K of latents by name, each of shape (K, N, *event)."""
+    """K of latents by name, each of shape (K, N, *event).
+
+    Raises:
+        PairError: there are none.
+    """
+    if not values:
+        raise PairError(NO_LATENTS)
     return len(next(iter(values.values())))
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyrovae.errors import PairError, UsageError
 from pyrovae.inference.individual import Individual
-from pyrovae.inference.marginal import PER_ROW, LogMarginal, log_marginal
+from pyrovae.inference.marginal import PER_ROW, LogMarginal, check_result, log_marginal
 from pyrovae.inference.modules import evaluating
 from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.proposals import Proposal, Widened
@@ -61,6 +61,7 @@ def repair(
         UsageError: the estimate is not one of x by `log_marginal`.
         PairError: the proposal cannot be made for this pair.
     """
+    check_result(result)
     origin = result.origin
     if origin is None or len(result.estimate) != len(x):
         raise UsageError("result: expected what log_marginal returned for x; score x again")

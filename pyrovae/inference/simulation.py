@@ -43,7 +43,7 @@ from pyrovae.inference.modules import evaluating
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.proposals import Proposal
-from pyrovae.inference.weights import draw, log_mean_exp
+from pyrovae.inference.weights import NO_LATENTS, draw, log_mean_exp
 from pyrovae.seeding import seeded
 
 # Data that are simulated: a state of the latents that makes one row in a hundred is missed by as many once in twenty.
@@ -95,8 +95,12 @@ class Simulated:
 
     @property
     def most(self) -> float:
-        """`width` and two of its errors, at least 0: how far an estimate may be too low on average."""
-        return max(0.0, self.width + 2 * self.error)
+        """`width` and two of its errors, at least 0: how far an estimate may be too low on average.
+
+        Infinite where that cannot be told: for a single row, or where a draw of the posterior has no density.
+        """
+        most = self.width + 2 * self.error
+        return max(0.0, most) if math.isfinite(most) else math.inf
 
     @property
     def validated(self) -> bool:
@@ -139,9 +143,7 @@ def simulated(
     with evaluating(model, guide), torch.no_grad(), seeded(seed, "simulated", device=x_like.device):
         probe = draw(Pair(model, guide), Batch(x_like))
         if not probe.latents:
-            raise PairError(
-                "the model has no latent site, so that its log p(x) is that of what it observes, without error"
-            )
+            raise PairError(NO_LATENTS)
         if auxiliary := set(probe.log_guides) - set(probe.latents):
             raise PairError(f"guide site '{min(auxiliary)}' is auxiliary, so that q(z|x) at a given z is not known")
         with Spread(set(probe.latents)) as spread:

@@ -17,7 +17,7 @@ from torch.distributions import biject_to
 from pyrovae.errors import PairError
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.pair import Pair
-from pyrovae.inference.weights import At, Particles, draw, log_prob, run, sample_sites
+from pyrovae.inference.weights import NO_LATENTS, At, Particles, draw, log_prob, run, sample_sites
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,7 @@ class Unconstrained:
                 "itself"
             )
         if not probe.latents:
-            raise PairError(
-                "the model has no latent site, so that its log p(x) is that of what it observes, without error"
-            )
+            raise PairError(NO_LATENTS)
         self.transforms: dict[str, Any] = {}
         for name, latent in probe.latents.items():
             if not latent.guide.has_rsample and latent.guide.support.is_discrete:

@@ -116,6 +116,7 @@ def examine(model: Callable, guide: Callable, x: Tensor, rows: int | None = None
         by_place = [] if total is None else [p for p in parameters(model, guide) if p.shape[:1] in ((rows,), (total,))]
         with stirred(by_place):
             looked = Look(model, guide, looked.x) if by_place else looked
+            looked.check_numbers()
             looked.check_norms()
             looked.check_neighbours()
             looked.check_memory()
@@ -210,6 +211,15 @@ class Look:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def check_numbers(self) -> None:
+        """Refuse log-densities of numbers too coarse for them: in bfloat16, those near -110 are 0.5 apart."""
+        for name, value in self.densities.items():
+            if value.dtype.itemsize < 4:
+                raise PairError(
+                    f"{name}: its log-density is in {value.dtype}, whose digits are too few for nats. Pass x.float(), "
+                    "and modules after module.float()"
+                )
 
     def check_norms(self) -> None:
         """Refuse a batch normalisation whose features are the rows, once particles come first."""

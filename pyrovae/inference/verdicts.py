@@ -28,9 +28,10 @@ are chains: `ok` where that sandwich is narrower than 0.1 nat (`pyrovae.inferenc
 import math
 from dataclasses import dataclass
 
-from pyrovae.errors import PairError, PyrovaeError
+from pyrovae.checks import describe
+from pyrovae.errors import PairError, PyrovaeError, UsageError
 from pyrovae.inference.annealed import Annealed, Sandwich
-from pyrovae.inference.marginal import LEAST_DRAWS_FOR_TAIL, LEAST_ESS, MOST_K_HAT, LogMarginal
+from pyrovae.inference.marginal import LEAST_DRAWS_FOR_TAIL, LEAST_ESS, MOST_K_HAT, LogMarginal, check_result
 from pyrovae.inference.simulation import Simulated, like, simulated
 from pyrovae.inference.validity import WHOLE
 
@@ -69,7 +70,13 @@ def verdict(result: LogMarginal, check: Sandwich | Simulated | None = None) -> V
         check: `simulated` data of the same pair, proposal and K; for annealed importance sampling, its `sandwich`.
             None: made here for an estimate that `log_marginal` returned, where it is needed, with the pair as it is
             now. It costs as much as an estimate of 300 rows.
+
+    Raises:
+        UsageError: an argument is of another type.
     """
+    check_result(result)
+    if not isinstance(check, Sandwich | Simulated | None):
+        raise UsageError(f"check: expected what simulated or sandwich returned, got {describe(check)}")
     rows = len(result.estimate)
     if result.invalid:
         named = ", ".join(f"{i} ({result.estimate[i].item():g})" for i in result.invalid[:MOST_NAMED])
@@ -142,6 +149,12 @@ def by_simulation(result: LogMarginal, check: Simulated | None) -> Verdict:
         except (PyrovaeError, ValueError, RuntimeError) as error:
             why = str(error).strip().split("\n")[0]
             return Verdict("unchecked", f"{draws}, but the pair cannot be tried on simulated data: {why}")
+    if missed := int(check.upper.isposinf().sum()):
+        return Verdict(
+            "lower bound only",
+            f"of {missed} of {len(check.lower)} simulated data the latents are where the proposal has no density: its "
+            "support misses part of the prior's",
+        )
     tail = f"on {len(check.lower)} simulated data the sandwich is {short(check.width, check.error)} nats wide"
     if not check.validated:
         return Verdict("lower bound only", f"{tail}, not narrower than 0.1: the proposal misses part of the posterior")

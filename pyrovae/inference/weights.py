@@ -34,6 +34,7 @@ from pyrovae.inference.pair import Pair
 PARTICLES = "_particles"
 # exp(-60) is 1e-26, far below the rounding of double precision.
 NEGLIGIBLE = 60.0
+NO_LATENTS = "the model has no latent site, so that its log p(x) is that of what it observes, without error"
 
 
 @dataclass
@@ -354,17 +355,28 @@ def log_prob(site: dict, where: str, shape: tuple[int, int]) -> Tensor:
     if site["is_observed"] and batch and batch[-1] != shape[1] and not isinstance(fn, dist.Unit):
         raise PairError(f"{where}: {batch[-1]} rows are observed in a plate over {shape[1]} data; pass x whole as obs")
     try:
-        result = scale_and_mask(fn.log_prob(value), 1.0, site["mask"])
+        log_p = fn.log_prob(value)
     except ValueError as error:
-        if "within the support" in str(error):
+        if "within the support" not in str(error):
+            raise
+        # A guide is asked for its density at latents of others, too, as of the prior: it may have none there.
+        if not where.startswith("guide site") or value.isnan().any():
             raise outside(site, where) from error
-        raise
+        log_p = log_prob_or_none(fn, value)
+    result = scale_and_mask(log_p, 1.0, site["mask"])
     if result.shape != shape:
         raise PairError(
             f"{where}: expected one log-probability per particle and datum, shape {shape}, got {tuple(result.shape)}; "
             "declare the dimensions of an event with .to_event()"
         )
     return result
+
+
+def log_prob_or_none(fn: Any, value: Tensor) -> Tensor:
+    """log p of values some of which are outside the support, where the density is 0 and its logarithm -inf."""
+    inside = fn.support.check(value)
+    of_event = inside.reshape(inside.shape + (1,) * len(fn.event_shape))
+    return fn.log_prob(torch.where(of_event, value, fn.sample())).masked_fill(~inside, -math.inf)
 
 
 def outside(site: dict, where: str) -> PyrovaeError:

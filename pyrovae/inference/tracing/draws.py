@@ -120,7 +120,8 @@ def compare(got: Tensor, wanted: Tensor, tolerance: tuple[float, float] | None =
         difference = (got - wanted).abs().nan_to_num(math.inf).max().item()
         raise Refused(
             f"compiled log-weights differ by up to {difference:.2g} nats from the pair's own on the same noise, so the "
-            "pair depends on something that is no tensor operation (numpy, Python's random, a changed global)"
+            "pair depends on something that is no tensor operation (numpy, Python's random, a changed global), or the "
+            "compiler is wrong about one"
         )
 
 

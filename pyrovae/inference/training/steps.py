@@ -269,7 +269,8 @@ def compare(got: Sequence[Tensor], wanted: Sequence[Tensor], precision: str, num
         if not difference <= tolerance * size + slack:
             raise Refused(
                 f"the compiled {name} differs by {difference.item():.2g} from the pair's own of {size.item():.2g} on "
-                "the same noise, so the pair depends on something that is no tensor operation (numpy, Python's random)"
+                "the same noise, so the pair depends on something that is no tensor operation (numpy, Python's "
+                "random), or the compiler is wrong about one"
             )
 
 

@@ -360,7 +360,7 @@ class Trainer:
         if on_start is None and not resume:
             self.refuse_others()
         sampled = self.data[:: max(1, len(self.data) // 1000)].cpu().contiguous()
-        self.fingerprint = hashlib.sha256(sampled.numpy().tobytes()).hexdigest()[:16]
+        self.fingerprint = hashlib.sha256(sampled.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
         self.discover()
         self.optimizer = self.make_optimizer(list(self.pair.trainable().values()))
         check_layout(self.pair, self.optimizer)
