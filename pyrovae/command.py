@@ -19,11 +19,12 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pyrovae.errors import OutputError, PyrovaeError, UsageError, one_line
+from pyrovae.processes import leading, several
 
 if TYPE_CHECKING:
     from pyrovae.runs.options import Choice
@@ -125,6 +126,13 @@ def given(namespace: Any) -> dict[str, Any]:
     return prune(namespace.as_dict())
 
 
+def whole_option(options: dict[str, Any], key: str, default: int | None) -> Any:
+    """An option that is a whole number: at least 0 for the seed, 1 for all others."""
+    from pyrovae.runs.options import option, whole
+
+    return default if key not in options else whole(0 if key == "seed" else 1)(option(key), options[key])
+
+
 def main(command: str, run: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit with its code."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -137,6 +145,7 @@ def main(command: str, run: Callable[[list[str]], int | None], argv: Sequence[st
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(OutputError.code)
     except KeyboardInterrupt:
+        stop_waiting()
         print(f"pyrovae.{command}: interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
@@ -148,9 +157,10 @@ def main(command: str, run: Callable[[list[str]], int | None], argv: Sequence[st
     sys.exit(code)
 
 
-def leading() -> bool:
-    """Whether this is the only process, or the one of several that writes and speaks."""
-    return os.environ.get("RANK", "0") == "0"
+def say(text: str) -> None:
+    """Print a line at once; of several processes one speaks."""
+    if leading():
+        print(text, flush=True)
 
 
 LESS_MEMORY = (
@@ -209,29 +219,38 @@ def writable(descriptor: int) -> bool:
     return bool(select.select([], [descriptor], [], 0)[1])
 
 
-@contextmanager
-def stoppable() -> Iterator[Callable[[], int]]:
-    """Turn SIGINT and SIGTERM into a request to stop; yields what tells the signal, 0 for none. Twice: out now.
+class Stop:
+    """While it is entered, SIGINT and SIGTERM are a wish to stop, which it tells when called. Twice: out now.
 
     Of several processes each may hear of one wish twice, from its launcher and from whoever asked that.
-    """
-    received, since = 0, 0.0
-    echo = 5.0 if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0.0  # seconds
 
-    def note(number: int, frame: object) -> None:
-        nonlocal received, since
-        if received:
-            if time.monotonic() - since >= echo:
+    Attributes:
+        signal: The number of the signal received, or 0.
+    """
+
+    def __init__(self) -> None:
+        self.signal, self.since = 0, 0.0
+        self.echo = 5.0 if several() else 0.0  # seconds
+
+    def __call__(self) -> bool:
+        """Whether to stop."""
+        return bool(self.signal)
+
+    def __enter__(self) -> "Stop":
+        self.previous = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, frame: object) -> None:
+        """Take note of a signal."""
+        if self.signal:
+            if time.monotonic() - self.since >= self.echo:
                 os._exit(128 + number)
             return
-        received, since = number, time.monotonic()
+        self.signal, self.since = number, time.monotonic()
         stop_waiting()
         if leading():
             warn("stopping after this step and saving the state; once more stops at once")
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

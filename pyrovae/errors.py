@@ -5,6 +5,7 @@ the built-in exceptions they derive from; a command prints the message, without 
 """
 
 import re
+from pathlib import Path
 
 # Characters of a message: names and values in it may come from a file, and be of any length.
 LONGEST = 2000
@@ -75,3 +76,16 @@ class OutputError(PyrovaeError, OSError):
     """An output that cannot be written."""
 
     code = 6
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training or its final evaluation was stopped; what was done is saved in `directory`, and resuming goes on.
+
+    Attributes:
+        directory: The run's.
+        trained: Whether the training has ended, so that only evaluation and figures are missing.
+    """
+
+    def __init__(self, message: str, directory: Path, trained: bool) -> None:
+        super().__init__(message)
+        self.directory, self.trained = directory, trained

@@ -4,174 +4,11 @@ Prints a table and writes it to RUN/gaps.json, with the rows' own values, and to
 """
 
 import sys
-import textwrap
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from pyrovae.command import add_option, given, main, parser
-from pyrovae.errors import NumericalError, UsageError
-from pyrovae.evaluate import SPLITS, Report, heading, number, pick_device, rows_done, rows_of, whole_option
-from pyrovae.files import inside
-from pyrovae.runs.directory import Run, open_run
+from pyrovae.command import add_option, given, main, parser, say, whole_option
+from pyrovae.errors import UsageError
 from pyrovae.runs.options import SETTINGS, thread_count
-
-if TYPE_CHECKING:
-    from pyrovae.data import Rows
-    from pyrovae.inference.suboptimality import Gaps
-
-
-def analyse(
-    run: Run,
-    num_particles: int = 2000,
-    limit: int | None = 200,
-    split: str = "test",
-    seed: int = 0,
-    chunk_size: int | None = None,
-    device: str = "auto",
-    family: str | None = None,
-) -> Report:
-    """Split the gap of a run, and write its gaps.json.
-
-    Raises:
-        NumericalError: log p(x) or an ELBO of some row is not a number.
-    """
-    import torch
-
-    from pyrovae.inference.suboptimality import QUANTITIES, gaps
-
-    place = pick_device(device)
-    rows = run.rows()
-    x = rows_of(rows, split, limit).to(place)
-    model = run.model(place)
-    for notice in run.notices:
-        print(f"note: {notice}")
-    with rows_done(len(x), f"log p(x) and the best Gaussian of each row, K = {num_particles}") as done:
-        result = gaps(
-            model.model,
-            model.guide,
-            x,
-            num_particles,
-            family,
-            chunk_size=chunk_size,
-            progress=done,
-            seed=seed,
-        )
-    finite = torch.stack([getattr(result, name).values.isfinite() for name in QUANTITIES]).all(0)
-    bad = (~finite).nonzero().flatten().tolist()
-    if bad:
-        raise NumericalError(
-            f"invalid: log p(x) or an ELBO is not a finite number for {len(bad)} of {len(x)} rows, the first being "
-            f"{', '.join(map(str, bad[:5]))}: some weights are zero, NaN or infinite under this model"
-        )
-    values = report(result, rows, split, seed, place.type) | {"notices": run.notices}
-    run.keep("gaps.json", values)
-    return values
-
-
-def report(result: "Gaps", rows: "Rows", split: str, seed: int, device: str) -> Report:
-    """Everything that is said of the gaps, as plain values. Nats per datum."""
-    from pyrovae import __version__
-    from pyrovae.inference.diagnostics import KL_SHARE
-    from pyrovae.inference.suboptimality import QUANTITIES
-    from pyrovae.inference.verdicts import verdict
-
-    p, units, information = result.log_marginal, result.units, result.information
-    judgement = verdict(p)
-    estimates = {name: getattr(result, name) for name in QUANTITIES} | {
-        name: getattr(information, name) for name in ("kl", "mutual_information", "aggregate_kl")
-    }
-    means = {
-        name: {"mean": e.mean, "error_over_rows": e.error_over_rows, "monte_carlo_error": e.monte_carlo_error}
-        for name, e in {"log_marginal": p, **estimates}.items()
-    }
-    return {
-        "unit": "nats per datum",
-        "measure": rows.measure.description,
-        "binarize": rows.binarize,
-        "split": split,
-        "rows": len(p.estimate),
-        "rows_in_split": len(getattr(rows, split)),
-        "K": result.num_particles,
-        "family": result.family,
-        "estimator": p.estimator,
-        "draws": p.num_particles,
-        "verdict": judgement.kind,
-        "reason": judgement.reason,
-        **means,
-        "mutual_information_limit": information.limit,
-        "mutual_information_at_limit": information.at_limit,
-        "active_units": {
-            "variance": units.active_by_variance,
-            "kl": units.active_by_kl,
-            "of": len(units.names),
-        },
-        "kl_dimensions": {"share": KL_SHARE, "count": units.carrying},
-        "dimensions": [
-            {"name": name, "kl": kl, "kl_error": error, "variance": variance}
-            for name, kl, error, variance in zip(
-                units.names, units.kl.tolist(), units.kl_error.tolist(), units.variance.tolist(), strict=True
-            )
-        ],
-        "seed": seed,
-        "device": device,
-        "data_hash": rows.hash,
-        "version": __version__,
-        "per_row": {"log_marginal": p.estimate.tolist(), **{name: e.values.tolist() for name, e in estimates.items()}},
-    }
-
-
-def describe(name: str, values: Report) -> str:
-    """The report as a table to read."""
-    family = values["family"]
-    rows, measure = heading(name, values)
-    lines = [
-        rows,
-        f"{measure}, K = {values['K']}",
-        "",
-        f"  {'':<34}{'mean ± error over rows':>24}{'Monte Carlo error':>20}",
-    ]
-
-    def line(label: str, key: str, note: str = "") -> None:
-        value = values[key]
-        text = number(value["mean"], value["error_over_rows"])
-        lines.append(f"  {label:<34}{text:>24}{value['monte_carlo_error']:>20.2g}   {note}".rstrip())
-
-    def remark(text: str) -> None:
-        lines.extend(textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="    "))
-
-    line("log p(x)", "log_marginal")
-    if family != "full":
-        line("ELBO, best full Gaussian", "full_elbo", "fitted to each datum")
-    line(f"ELBO, best {family} Gaussian", "best_elbo", "fitted to each datum")
-    line("ELBO, guide", "elbo")
-    lines.append("")
-    line("gap, log p(x) - ELBO", "gap")
-    line("  approximation", "approximation", f"log p(x) - ELBO of the best {family} Gaussian")
-    if family != "full":
-        line("    correlations", "full_gain", "what full covariances would win of it")
-        line("    beyond a Gaussian", "full_approximation", "what they would leave")
-    line("  amortisation", "amortisation", "ELBO of the best Gaussian - ELBO of the guide")
-    lines.append("")
-    line("KL(q(z|x) || p(z))", "kl", "the sum of the next two")
-    line("  I(x; z)", "mutual_information", f"at most log N = {values['mutual_information_limit']:.2f}")
-    line("  KL(q(z) || p(z))", "aggregate_kl", "aggregate posterior of these rows to prior")
-    active, carrying = values["active_units"], values["kl_dimensions"]
-    for label, count, note in (
-        ("active units", active["variance"], "with a variance of E[z|x] over 0.01"),
-        ("", active["kl"], "with a mean KL over 0.01 nat"),
-        (f"{100 * carrying['share']:g} % of the KL in", carrying["count"], "dimensions, those with the largest"),
-    ):
-        shown = f"{'-' if count is None else count} of {active['of']}"
-        lines.append(f"  {label:<34}{shown:>24}{'':>23}{note}")
-    lines.append("")
-    remark(f"log p(x): {values['verdict']}, {values['reason']}. {values['draws']} draws, by {values['estimator']}.")
-    if values["mutual_information_at_limit"]:
-        remark(
-            f"I(x; z) is at its limit, the log of the number of rows: all that it says is that z tells these "
-            f"{values['rows']} rows apart. More --rows raise it and lower KL(q(z) || p(z)) by as much."
-        )
-    return "\n".join(lines)
 
 
 def command(words: Sequence[str]) -> int:
@@ -192,6 +29,13 @@ def command(words: Sequence[str]) -> int:
     add_option(p, "--device", "auto, cpu, cuda or cuda:N (default auto)", "NAME")
     add_option(p, "--threads", SETTINGS["threads"].help, "INT|auto")
     options = given(p.parse_args(words))
+
+    from pyrovae.processors import threads
+    from pyrovae.runs.directory import open_run
+    from pyrovae.runs.figures import save_gaps
+    from pyrovae.runs.scoring import SPLITS
+    from pyrovae.runs.suboptimality import analyse, describe
+
     k, limit = whole_option(options, "K", 2000), whole_option(options, "rows", 200)
     seed, chunk_size = whole_option(options, "seed", 0), whole_option(options, "chunk_size", None)
     if k < 2:
@@ -204,38 +48,12 @@ def command(words: Sequence[str]) -> int:
     run = open_run(options["run"])
     if run.config["model"]["name"] == "mixture":
         raise UsageError(f"{run.directory}: holds a mixture, whose log p(x) is exact: there is no gap to split")
-    from pyrovae.processors import threads
-
-    with threads(thread_count("threads", options.get("threads", "auto")), lambda text: print(f"note: {text}")):
-        values = analyse(run, k, limit, split, seed, chunk_size, str(options.get("device", "auto")), family)
-    print(describe(run.name, values))
+    with threads(thread_count("threads", options.get("threads", "auto")), lambda text: say(f"note: {text}")):
+        values = analyse(run, k, limit, split, seed, chunk_size, str(options.get("device", "auto")), family, say)
+    say(describe(run.name, values))
     if run.writable:
         save_gaps(run, values)
     return 0
-
-
-def save_gaps(run: Run, values: Report) -> Path:
-    """Draw the gaps into the run's plots."""
-    from pandas import DataFrame
-
-    from pyrovae import plots
-    from pyrovae.fit import save_figure
-
-    family = values["family"]
-    parts: list[tuple[str, dict[str, Any]]] = [("amortisation:\nthe guide's network", values["amortisation"])]
-    if family == "full":
-        parts.append(("approximation:\nbeyond a Gaussian", values["approximation"]))
-    else:
-        parts.append(("approximation:\ncorrelations", values["full_gain"]))
-        parts.append(("approximation:\nbeyond a Gaussian", values["full_approximation"]))
-    table = DataFrame([{"name": n, "gap": v["mean"], "error": v["error_over_rows"]} for n, v in parts])
-    figure = plots.gaps(
-        table,
-        elbo=values["elbo"]["mean"],
-        dimensions=DataFrame(values["dimensions"]),
-        title=f"{run.name}, {values['rows']} {values['split']} rows",
-    )
-    return save_figure(figure, inside(run.directory, "plots"), "gaps")
 
 
 if __name__ == "__main__":

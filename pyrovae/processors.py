@@ -1,4 +1,4 @@
-"""How many processor threads to compute with, where other programs run beside.
+"""Where to compute: the device, and how many processor threads where other programs run beside.
 
 The threads of an operation wait for the slowest. Where one of them has to share its core with another program, all wait
 for it, at every operation: on two busy cores two threads are several times slower than one.
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from pyrovae.checks import check_count
+from pyrovae.errors import UsageError
 
 LOOK = 0.1  # seconds for which the machine is looked at
 BUSY = 0.5  # of a core, from which on it counts
@@ -56,3 +57,19 @@ def look() -> tuple[int, float]:
     if hasattr(os, "sched_getaffinity"):
         shares = [share for core, share in enumerate(shares) if core in os.sched_getaffinity(0)]
     return len(shares), sum(shares) / 100
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA where there is one.
+
+    Raises:
+        UsageError: there is no such device. Never a silent CPU.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UsageError(f"--device {name}: not available here; use cpu or auto") from None
+    return device

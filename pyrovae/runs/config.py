@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pyrovae.errors import UsageError
-from pyrovae.runs.options import PARTS, SETTINGS, Choice, nearest, option
+from pyrovae.runs.options import DERIVED, PARTS, SETTINGS, Choice, nearest, option
 
 Config = dict[str, Any]
 
@@ -65,6 +65,17 @@ def resolve(given: Config) -> Config:
         config["seed"] = secrets.randbelow(2**31)
     check_optimizer(config["optimizer"])
     return config
+
+
+def overlaid(stored: Config, options: Config) -> Config:
+    """A stored configuration with options over it, as if all of it had been given."""
+    kept = {key: value for key, value in stored.items() if key not in DERIVED}
+    for key, value in options.items():
+        if isinstance(value, dict) and "name" not in value:
+            theirs = kept.get(key) or {}
+            value = {**(theirs if isinstance(theirs, dict) else {"name": theirs}), **value}
+        kept[key] = value
+    return kept
 
 
 def resolve_bound(config: Config, given: Config) -> None:

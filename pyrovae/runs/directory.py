@@ -13,7 +13,7 @@ plots/
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -78,14 +78,12 @@ class Run:
         """Whether results can be kept in it: it may be another user's, or on a disk that is read-only."""
         return is_writable(self.directory)
 
-    def keep(self, name: str, values: dict[str, Any]) -> None:
+    def keep(self, name: str, values: dict[str, Any], say: Callable[[str], object] | None = None) -> None:
         """Write results to a JSON file of that name, or say that they are not kept."""
         if self.writable:
             checkpoints.write_json(self.directory / name, values)
-        else:
-            print(
-                f"note: {self.directory} cannot be written to, so that neither {name} nor scores and figures are kept"
-            )
+        elif say is not None:
+            say(f"note: {self.directory} cannot be written to, so that neither {name} nor scores and figures are kept")
 
     def rows(self) -> "Rows":
         """The rows it was trained on and is scored on, which are here already: nothing is downloaded.

@@ -1,0 +1,139 @@
+"""The figures of a run, in its plots/."""
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyrovae.files import inside
+from pyrovae.runs.config import Config
+from pyrovae.runs.directory import Run
+from pyrovae.runs.report import Report
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from pyrovae.data import Rows
+    from pyrovae.inference.training.trainer import Fit
+    from pyrovae.plots import Style
+    from pyrovae.runs.build import Model
+
+
+def save_figure(figure: "Figure", directory: Path, name: str) -> Path:
+    """Write a figure to directory/name.png.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    from pyrovae.inference.training.checkpoint import write_atomically
+
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    path = directory / f"{name}.png"
+    write_atomically(path, picture.getvalue())
+    return path
+
+
+def style_of(config: Config, rows: "Rows") -> "Style":
+    """How these rows are drawn: handwriting as ink on paper, other images as photographs, tables by their columns."""
+    from pyrovae.data import Standardize, find_source
+    from pyrovae.plots import Style
+
+    source = find_source(config["data"])
+    low, high = rows.test.min().item(), rows.test.max().item()
+    inside = (low >= 0 and high <= 1) or low == high
+    return Style(
+        ink=source is not None and source.handwriting,
+        limits=(0.0, 1.0) if inside else (low, high),
+        columns=rows.columns,
+        unit="standardised" if isinstance(rows.transform, Standardize) else "",
+    )
+
+
+def named_labels(rows: "Rows", count: int) -> Any:
+    """The labels of the first test rows: names where they have some, and few enough to be told apart."""
+    from pyrovae.plots import MAX_CLASSES
+
+    labels = rows.labels["test"]
+    if labels is None or rows.classes is None or len(rows.classes) > MAX_CLASSES:
+        return None if labels is None else labels[:count]
+    return [rows.classes[label] for label in labels[:count].tolist()]
+
+
+def write_plots(
+    config: Config, model: "Model", rows: "Rows", directory: Path, fitted: "Fit", values: dict[str, Any]
+) -> None:
+    """Draw what there is to see of a run into its plots/."""
+    import torch
+
+    from pyrovae import plots
+    from pyrovae.models import HierarchicalVAE
+    from pyrovae.seeding import seeded
+
+    name, folder, style = directory.name, inside(directory, "plots"), style_of(config, rows)
+    save_figure(plots.training_curves(fitted.metrics, title=name), folder, "training_curves")
+    device = next(model.parameters()).device
+    with torch.no_grad(), seeded(config["seed"], "plots", device=device):
+        # Of pictures the means are shown, without the noise of single pixels; points and profiles need their noise.
+        pictures = isinstance(model, HierarchicalVAE) and len(rows.event_shape) > 1
+        drawn = "means of p(x|z), z from the prior" if pictures else "draws from p(x)"
+        points = rows.event_shape == (2,)
+        x = model.sample(1000 if points else 64, mean=pictures)
+        save_figure(plots.samples(x, f"{name}, {drawn}", style), folder, "samples")
+        if not isinstance(model, HierarchicalVAE):
+            return
+        x = rows.test[:1000].to(device)
+        codes = model.encode(x)
+        some = slice(500 if points else 32)
+        figure = plots.reconstructions(x[some], model.decode(codes[some]), name, style)
+        save_figure(figure, folder, "reconstructions")
+        spread = model.posterior(x[:8]).sample((12,)).transpose(0, 1)
+        save_figure(plots.neighbourhood(x[:8], model.decode(spread), name, style), folder, "neighbourhood")
+        save_figure(plots.latent_map(codes, named_labels(rows, len(codes)), name), folder, "latent_map")
+        dims = codes.var(0).argsort(descending=True)[:10].tolist()
+        steps = torch.linspace(-2.5, 2.5, 11, device=device)
+        paths = codes.mean(0).repeat(len(dims), len(steps), 1)
+        for row, dim in enumerate(dims):
+            paths[row, :, dim] += steps * codes[:, dim].std()
+        heading = f"{name}; offsets in standard deviations of the codes"
+        save_figure(plots.traversals(model.decode(paths), steps.tolist(), dims, heading, style), folder, "traversals")
+
+    save_curve(Run(directory, config), values)
+
+
+def save_curve(run: Run, values: Report) -> Path:
+    """Draw the K-curve into the run's plots."""
+    from pyrovae import plots
+
+    points = values["curve"]
+    figure = plots.k_curve(
+        [point["K"] for point in points],
+        [point["log_marginal"] for point in points],
+        [point["error_over_rows"] for point in points],
+        paired_error=[point["to_last_error"] for point in points],
+        elbo=values["elbo"],
+        title=f"{run.name}, {values['rows']} {values['split']} rows; {values['verdict']}",
+    )
+    return save_figure(figure, inside(run.directory, "plots"), "k_curve")
+
+
+def save_gaps(run: Run, values: Report) -> Path:
+    """Draw the gaps into the run's plots."""
+    from pandas import DataFrame
+
+    from pyrovae import plots
+
+    family = values["family"]
+    parts: list[tuple[str, dict[str, Any]]] = [("amortisation:\nthe guide's network", values["amortisation"])]
+    if family == "full":
+        parts.append(("approximation:\nbeyond a Gaussian", values["approximation"]))
+    else:
+        parts.append(("approximation:\ncorrelations", values["full_gain"]))
+        parts.append(("approximation:\nbeyond a Gaussian", values["full_approximation"]))
+    table = DataFrame([{"name": n, "gap": v["mean"], "error": v["error_over_rows"]} for n, v in parts])
+    figure = plots.gaps(
+        table,
+        elbo=values["elbo"]["mean"],
+        dimensions=DataFrame(values["dimensions"]),
+        title=f"{run.name}, {values['rows']} {values['split']} rows",
+    )
+    return save_figure(figure, inside(run.directory, "plots"), "gaps")

@@ -1,0 +1,208 @@
+"""Everything that is said of a model on some rows, as plain values: what evaluation.json holds."""
+
+import hashlib
+import platform
+from typing import TYPE_CHECKING, Any
+
+from pyrovae.errors import NumericalError
+from pyrovae.runs.progress import Say
+from pyrovae.runs.scoring import check_of, hash_of, repaired, score
+
+if TYPE_CHECKING:
+    from pyro.infer import ELBO as PyroELBO
+    from torch import Tensor
+
+    from pyrovae.data import Rows
+    from pyrovae.inference.proposals import Proposal
+    from pyrovae.runs.build import Model
+    from pyrovae.runs.scores import Scores
+
+Report = dict[str, Any]
+
+
+def report(
+    model: "Model",
+    x: "Tensor",
+    rows: "Rows",
+    *,
+    num_particles: int,
+    objective: "PyroELBO",
+    split: str = "test",
+    seed: int = 0,
+    chunk_size: int | None = None,
+    say: Say | None = None,
+    proposal: "Proposal | None" = None,
+    store: "Scores | None" = None,
+    particle_chunk: int | None = None,
+    repair: bool = False,
+) -> Report:
+    """Everything that is said of a model on some rows, as plain values. Nats per datum unless the name says bits."""
+    import pyro
+    import torch
+
+    from pyrovae import __version__
+    from pyrovae.inference.annealed import Sandwich
+    from pyrovae.inference.batch import Batch
+    from pyrovae.inference.bootstrap import interval
+    from pyrovae.inference.diagnostics import KL_SHARE, kl_dimensions, measure
+    from pyrovae.inference.marginal import FROM_GUIDE, standard_error
+    from pyrovae.inference.modules import evaluating
+    from pyrovae.inference.objectives import kl_terms
+    from pyrovae.inference.pair import Pair
+    from pyrovae.inference.simulation import Simulated
+    from pyrovae.inference.tracing.draws import Compiled
+    from pyrovae.inference.verdicts import verdict, worst_rows
+    from pyrovae.inference.weights import draw
+    from pyrovae.seeding import seeded
+
+    result = score(model, x, num_particles, seed, chunk_size, say, proposal, store)
+    exact = result.num_particles == 0
+    if repair:
+        result = repaired(model, x, result, say)
+    better = None if result.origin is None else result.origin.repair
+    check = check_of(model, x, num_particles, seed, proposal, store, chunk_size, better, say)
+    judgement = verdict(result, check)
+    with seeded(seed, "terms", device=x.device), evaluating(model.model, model.guide):
+        terms = measure(model.model, model.guide, x.split(200), objective, particle_chunk)
+        forms = {} if exact else kl_terms(draw(Pair(model.model, model.guide), Batch(x[:1])))[1]
+    values: Report = {
+        "verdict": judgement.kind,
+        "reason": judgement.reason,
+        "estimator": result.estimator,
+        "K": None if exact else result.num_particles,
+        "unit": "nats per datum",
+        "measure": rows.measure.description,
+        "binarize": rows.binarize,
+        "split": split,
+        "rows": len(x),
+        "rows_in_split": len(getattr(rows, split)),
+        "log_marginal": result.mean,
+        "error_over_rows": result.error_over_rows,
+        "bootstrap_interval": interval(result.estimate, seed=seed),
+        "monte_carlo_error": result.monte_carlo_error,
+        "bits_per_dimension": rows.measure.bits_per_dimension(result.mean),
+        "test_bound" if split == "test" else f"{split}_bound": terms["bound"],
+    }
+    if not exact:
+        k_hat = result.pareto_k
+        known = k_hat[~k_hat.isnan()]
+        # The mean log-weight is the guide's ELBO only where the draws are.
+        of_guide = result.elbo if result.estimator.startswith(FROM_GUIDE.name) else None
+        compiled = isinstance(proposal, Compiled) and any(proposal.programs.values())
+        bias = proposal.bias if isinstance(proposal, Compiled) and proposal.precision == "bf16" else None
+        each = {name.removeprefix("kl_"): value for name, value in terms.items() if name.startswith("kl_")}
+        elbo = terms["elbo"] if of_guide is None else of_guide.mean().item()
+        values |= {
+            "jackknife": result.jackknife.mean().item(),
+            "excess": {"nats": result.excess(), "probability": 1e-6},
+            "elbo": elbo,
+            "elbo_error_over_rows": None if of_guide is None else standard_error(of_guide),
+            "gap": result.mean - elbo,
+            "gap_error_over_rows": None if of_guide is None else standard_error(result.estimate - of_guide),
+            "reconstruction": terms["reconstruction"],
+            "kl": terms["kl"],
+            "kl_forms": forms,
+            "active_units": int(terms["active_units"]),
+            "latent_dimensions": int(terms["latent_dimensions"]),
+            # Of all dimensions or of none: their shares are of the whole.
+            "kl_dimensions": {
+                "share": KL_SHARE,
+                "count": kl_dimensions(list(each.values())) if len(each) == terms["latent_dimensions"] else None,
+            },
+            "kl_per_dimension": each,
+            "ess": summary(result.ess),
+            "pareto_k": {
+                **summary(known),
+                "threshold": result.k_threshold,
+                "share_over_threshold": result.over_threshold.double().mean().item() if len(known) else None,
+                "rows_without_tail_diagnostic": len(k_hat) - len(known),
+            },
+            "rows_without_finite_estimate": len(result.invalid),
+            "zero_weights": int(result.zero_weights.sum()),
+            "rows_with_zero_weights": int((result.zero_weights > 0).sum()),
+            "stated_bias": judgement.bias,
+            # Of chains there are too few for an effective sample size or a k-hat to tell.
+            "unreliable_rows": [] if isinstance(check, Sandwich) else result.unreliable.nonzero().flatten().tolist(),
+            "repaired_rows": None if result.repaired is None else list(result.repaired),
+            "simulated": None
+            if not isinstance(check, Simulated)
+            else {
+                "lower": check.weighted(check.lower).mean().item(),
+                "upper": check.weighted(check.upper).mean().item(),
+                "width": check.width,
+                "width_error": check.error,
+                "validated": check.validated,
+                "rows": len(check.lower),
+            },
+            "sandwich": None
+            if not isinstance(check, Sandwich)
+            else {
+                "forward": check.forward.mean().item(),
+                "reverse": check.reverse.mean().item(),
+                "width": check.width,
+                "width_error": check.error,
+                "validated": check.validated,
+                "simulated_data": len(check.forward),
+                "acceptance": check.acceptance.mean().item(),
+            },
+            "compiled": compiled,
+            "precision": proposal.precision if isinstance(proposal, Compiled) else "fp32",
+            "precision_bias": None if bias is None else {"nats": bias[0], "error": bias[1]},
+            "worst_rows": [
+                {
+                    "row": row,
+                    "log_marginal": result.estimate[row].item(),
+                    "standard_error": result.standard_error[row].item(),
+                    "ess": result.ess[row].item(),
+                    "pareto_k": result.pareto_k[row].item(),
+                }
+                for row in worst_rows(result)
+            ],
+            "curve": [
+                {
+                    "K": k,
+                    "log_marginal": v.mean().item(),
+                    "error_over_rows": standard_error(v),
+                    # On the same rows: other rows would move all of the curve together.
+                    "to_last": (v - result.estimate).mean().item(),
+                    "to_last_error": standard_error(v - result.estimate),
+                }
+                for k, v in result.curve.items()
+            ],
+        }
+    values |= {
+        "seed": seed,
+        "dtype": str(x.dtype).removeprefix("torch."),
+        "device": x.device.type,
+        "data_hash": rows.hash,
+        "rows_hash": hashlib.sha256(x.cpu().contiguous().numpy().tobytes()).hexdigest(),
+        "model_hash": hash_of(model),
+        "versions": {
+            "pyrovae": __version__,
+            "torch": torch.__version__,
+            "pyro": pyro.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    return values
+
+
+def refuse_invalid(values: Report) -> None:
+    """End a command whose report is not of numbers.
+
+    Raises:
+        NumericalError: the verdict is "invalid"; the rows are named, and nothing is averaged without them.
+    """
+    if values["verdict"] == "invalid":
+        raise NumericalError(f"invalid: {values['reason']}")
+
+
+def summary(values: "Tensor") -> dict[str, float | None]:
+    """Least, quartiles and largest of some numbers."""
+    import torch
+
+    names = ("min", "q25", "median", "q75", "max")
+    if not len(values):
+        return dict.fromkeys(names)
+    quantiles = torch.quantile(values, torch.tensor([0, 0.25, 0.5, 0.75, 1], dtype=values.dtype))
+    return dict(zip(names, quantiles.tolist(), strict=True))

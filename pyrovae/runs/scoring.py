@@ -1,0 +1,232 @@
+"""log p(x) of a trained pair on rows: the estimate, its check on simulated data, and where both are kept."""
+
+import copy
+import hashlib
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pyrovae.errors import UsageError
+from pyrovae.runs.directory import Run
+from pyrovae.runs.progress import Say, rows_done
+from pyrovae.runs.scores import Scores
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pyrovae.data import Rows
+    from pyrovae.inference.annealed import Sandwich
+    from pyrovae.inference.marginal import LogMarginal
+    from pyrovae.inference.proposals import Proposal
+    from pyrovae.inference.simulation import Simulated
+    from pyrovae.runs.build import Model
+
+# Data simulated to check a setting of annealed importance sampling.
+CHECKED_ROWS = 50
+SPLITS = ("test", "validation", "train")
+
+
+def rows_of(rows: "Rows", split: str, limit: int | None = None) -> "Tensor":
+    """The first rows of a split as x; training rows are transformed with fixed noise."""
+    from torch import Tensor
+
+    from pyrovae.seeding import seeded
+
+    if split != "train":
+        return getattr(rows, split)[:limit]
+    if limit is None and not isinstance(rows.train, Tensor):
+        raise UsageError("--rows: say how many of the training rows, which are streamed from a file; all may not fit")
+    with seeded("training rows for evaluation"):
+        return rows.transform(rows.train[:limit])
+
+
+def score(
+    model: "Model",
+    x: "Tensor",
+    num_particles: int,
+    seed: int = 0,
+    chunk_size: int | None = None,
+    say: Say | None = None,
+    proposal: "Proposal | None" = None,
+    store: "Scores | None" = None,
+) -> "LogMarginal":
+    """log p(x) of rows under a model: exact for a mixture, else importance-sampled, by default from its guide.
+
+    Rows without a finite estimate stay in it: see `LogMarginal.invalid`.
+    """
+    import torch
+
+    from pyrovae.inference.marginal import FROM_GUIDE, exact, log_marginal
+    from pyrovae.inference.tracing.draws import CompileWarning
+    from pyrovae.models.mixture import Mixture
+
+    if isinstance(model, Mixture):
+        # In double precision, which costs little here: rows far from every component lose digits in single.
+        model = copy.deepcopy(model).double()
+        values: list[Tensor] = []
+        with torch.no_grad(), rows_done(len(x), "log p(x) in closed form", say) as done:
+            for block in x.split(1000):
+                values.append(model.log_prob(block))
+                done(min(1000 * len(values), len(x)))
+        return exact(torch.cat(values))
+    proposal = proposal or FROM_GUIDE
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        rows_done(len(x), f"log p(x) by {proposal.name}, K = {num_particles}", say) as done,
+    ):
+        warnings.simplefilter("always", CompileWarning)
+        result = log_marginal(
+            model.model,
+            model.guide,
+            x,
+            num_particles,
+            chunk_size,
+            progress=done,
+            proposal=proposal,
+            seed=seed,
+            store=store,
+        )
+    if store is not None:
+        store.tidy(len(x))
+    for warning in caught:
+        if say is not None and issubclass(warning.category, CompileWarning):
+            say(f"note: {warning.message}")
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return result
+
+
+def repaired(model: "Model", x: "Tensor", result: "LogMarginal", say: Say | None = None) -> "LogMarginal":
+    """The estimate with its unreliable rows scored again from a better proposal."""
+    from pyrovae.inference.repairs import repair
+
+    bad = int(result.unreliable.sum())
+    with rows_done(bad, "unreliable rows again", say if bad else None) as done:
+        return repair(model.model, model.guide, x, result, progress=done)
+
+
+def check_of(
+    model: "Model",
+    x: "Tensor",
+    num_particles: int,
+    seed: int,
+    proposal: "Proposal | None",
+    store: "Scores | None" = None,
+    chunk_size: int | None = None,
+    repair: "Proposal | None" = None,
+    say: Say | None = None,
+) -> "Sandwich | Simulated | None":
+    """The check of an estimate on simulated data, kept beside the scores; None where log p(x) is exact."""
+    import torch
+
+    from pyrovae.inference.annealed import Annealed, Sandwich, sandwich
+    from pyrovae.inference.marginal import FROM_GUIDE
+    from pyrovae.inference.simulation import SIMULATED_ROWS, Simulated, like, simulated
+    from pyrovae.models.mixture import Mixture
+
+    if isinstance(model, Mixture):
+        return None
+    pair = (model.model, model.guide)
+    if isinstance(proposal, Annealed):
+        count, names = CHECKED_ROWS, ("forward", "reverse", "acceptance")
+        make: Callable[[], Any] = partial(sandwich, *pair, like(x, count), num_particles, proposal, seed)
+        build: Callable[..., Any] = partial(Sandwich, x=torch.empty(0), num_particles=num_particles, annealed=proposal)
+    else:
+        # The weights of rows are not kept: of the models that runs hold, all latents are continuous.
+        count, names = SIMULATED_ROWS, ("lower", "upper", "jackknife")
+        drawn_from = proposal or FROM_GUIDE
+        make = partial(simulated, *pair, like(x, count), num_particles, drawn_from, seed, chunk_size, repair)
+        build = partial(Simulated, num_particles=num_particles, estimator=drawn_from.name)
+
+    def checked() -> Any:
+        if say is not None:
+            say(f"checking on {count} simulated rows")
+        return make()
+
+    return checked() if store is None else store.check(names, checked, build, repaired=repair is not None)
+
+
+def compile_draws(
+    model: "Model", x: "Tensor", num_particles: int, proposal: "Proposal | None", mode: str, precision: str
+) -> "Proposal | None":
+    """The proposal with its draws compiled, where that is asked for, or pays.
+
+    Raises:
+        UsageError: it cannot be compiled, and --compile on or --precision bf16 asks for it.
+    """
+    from pyrovae.inference.marginal import FROM_GUIDE
+    from pyrovae.inference.tracing.draws import Compiled, worth_compiling
+    from pyrovae.models.mixture import Mixture
+
+    if mode == "off" and precision == "bf16":
+        raise UsageError("--precision bf16: is for compiled draws; leave --compile off away")
+    if isinstance(model, Mixture) or mode == "off":
+        return proposal
+    try:
+        compiled = Compiled(proposal or FROM_GUIDE, precision)
+    except UsageError as error:
+        if mode == "on" or precision == "bf16":
+            asked = "--precision bf16" if precision == "bf16" else "--compile on"
+            raise UsageError(f"{asked}: {error}") from None
+        return proposal
+    forced = mode == "on" or precision == "bf16"
+    return compiled if forced or worth_compiling(model.model, model.guide, x, num_particles) else proposal
+
+
+def open_scores(
+    run: Run,
+    model: "Model",
+    rows: "Rows",
+    x: "Tensor",
+    num_particles: int,
+    seed: int = 0,
+    chunk_size: int | None = None,
+    proposal: "Proposal | None" = None,
+    split: str = "test",
+) -> "Scores | None":
+    """Where the scores of these rows are kept as they are made, and found again.
+
+    None for a mixture, which is quick, and where nothing can be kept.
+    """
+    import pyro
+    import torch
+
+    from pyrovae import __version__
+    from pyrovae.inference.marginal import FROM_GUIDE
+    from pyrovae.models.mixture import Mixture
+
+    if isinstance(model, Mixture) or not run.writable:
+        return None
+    proposal = proposal or FROM_GUIDE
+    settings = {
+        "estimator": proposal.name,
+        "proposal": repr(proposal),
+        "K": num_particles,
+        "seed": seed,
+        "chunk_size": chunk_size,
+        "split": split,
+        "device": x.device.type,
+        "data": rows.hash,
+        "model": hash_of(model),
+        "versions": [__version__, torch.__version__, pyro.__version__],
+    }
+    return Scores(run.directory, settings)
+
+
+def hash_of(model: "Model") -> str:
+    """SHA-256 of a pair's parameters and buffers."""
+    from pyrovae.inference.pair import Pair
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(Pair(model.model, model.guide).tensors().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def default_draws(proposal: "Proposal | None", otherwise: int) -> int:
+    """K when it is not given: few chains, since each takes thousands of gradients."""
+    from pyrovae.inference.annealed import Annealed
+
+    return 32 if isinstance(proposal, Annealed) else otherwise

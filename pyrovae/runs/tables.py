@@ -1,0 +1,199 @@
+"""Reports and configurations in words, as tables to read."""
+
+import math
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+from pyrovae.runs.config import Config
+from pyrovae.runs.report import Report
+
+if TYPE_CHECKING:
+    from pyrovae.inference.training.trainer import Fit
+
+INDENT: dict[str, Any] = {"initial_indent": "  ", "subsequent_indent": "    "}
+
+
+def number(value: float | None, error: float | None = None) -> str:
+    """A value with its error, to the digits the error allows."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    if error is None or not math.isfinite(error):
+        return f"{value:.2f}"
+    digits = 2 if error <= 0 else max(0, min(4, 1 - math.floor(math.log10(error))))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def short(value: float) -> str:
+    """Two digits of an error, or a dash where there is none."""
+    return f"{value:.2g}" if math.isfinite(value) else "-"
+
+
+def in_words(forms: dict[str, str]) -> str:
+    """How the KL of each site was taken: "analytic", "sampled", or site by site."""
+    kinds = set(forms.values())
+    return kinds.pop() if len(kinds) == 1 else ", ".join(f"{site} {form}" for site, form in forms.items())
+
+
+def units_in_words(values: Report) -> list[tuple[str, str, str]]:
+    """How many latent dimensions are used at all, and how few carry the KL: label, number and note of each line."""
+    from pyrovae.inference.diagnostics import ACTIVE_VARIANCE
+
+    total, carrying = values["latent_dimensions"], values["kl_dimensions"]
+    lines = [("active units", f"{values['active_units']} of {total}", f"variance of E[z|x] over {ACTIVE_VARIANCE}")]
+    if carrying["count"] is not None:
+        share = f"{100 * carrying['share']:g} % of the KL"
+        lines.append((f"{share} in", f"{carrying['count']} of {total}", "latent dimensions, those with the largest"))
+    return lines
+
+
+def heading(name: str, values: Report) -> list[str]:
+    """What a report is about, in two lines: the rows, and what log p(x) is of them."""
+    split = values["split"]
+    which = f"{'all' if values['rows'] == values['rows_in_split'] else 'the first'} {values['rows']} {split} rows"
+    return [
+        f"{name}: {which}{' (the rows it was trained on)' if split == 'train' else ''}",
+        f"{values['measure']}{', binarisation ' + values['binarize'] if values['binarize'] else ''}; nats per datum",
+    ]
+
+
+def describe(name: str, values: Report) -> str:
+    """The report as a table to read."""
+    lines = [*heading(name, values), ""]
+
+    def line(label: str, value: str, note: str = "") -> None:
+        lines.append(f"  {label:<26}{value:>18}{'   ' + note if note else ''}".rstrip())
+
+    how = "exact" if values["K"] is None else f"K = {values['K']}"
+    line("log p(x)", number(values["log_marginal"], values["error_over_rows"]), f"{how}; ± error over rows")
+    line("  95 % interval", between(values["bootstrap_interval"]), "bootstrap over rows")
+    if values["bits_per_dimension"] is not None:
+        line("  in bits per dimension", f"{values['bits_per_dimension']:.4f}")
+    if values["K"] is not None:
+        line("  Monte Carlo error", short(values["monte_carlo_error"]), "of the mean, for these rows")
+        excess = values["excess"]
+        line("  too high by at most", f"{excess['nats']:.2g}", f"except with probability {excess['probability']:.0e}")
+        if (bias := values["precision_bias"]) is not None:
+            line("  bias of bfloat16", number(bias["nats"], bias["error"]), "measured on the same noise, and left in")
+        line("  jackknife", number(values["jackknife"]), "without the bias of order 1/K; no bound")
+    lines += ["", *textwrap.wrap(f"verdict: {values['verdict']}, {values['reason']}", 100, **INDENT), ""]
+    if values["K"] is not None:
+        lines += [*textwrap.wrap(values["estimator"], 100, **INDENT)]
+        error = values["elbo_error_over_rows"]
+        line("ELBO", number(values["elbo"], error), "of the guide" + (", same draws" if error is not None else ""))
+        line("gap, log p(x) - ELBO", number(values["gap"], values["gap_error_over_rows"]))
+        line("reconstruction", number(values["reconstruction"]), "E log p(x|z)")
+        line("KL(q(z|x) || p(z))", number(values["kl"]), in_words(values["kl_forms"]))
+        for label, count, note in units_in_words(values):
+            line(label, count, note)
+        ess, k_hat = values["ess"], values["pareto_k"]
+        line("effective sample size", f"{ess['median']:.1f}", f"median; least {ess['min']:.1f}, of K = {values['K']}")
+        if k_hat["median"] is not None and values["sandwich"] is None:
+            share = f"{100 * k_hat['share_over_threshold']:.1f} % of rows over {k_hat['threshold']:.2f}"
+            line("Pareto k-hat", f"{k_hat['median']:.2f}", f"median; largest {k_hat['max']:.2f}; {share}")
+        if (check := values["simulated"]) is not None:
+            note = f"log p(x) from both sides on {check['rows']} simulated rows; " + (
+                "narrow enough" if check["validated"] else "too wide"
+            )
+            line("sandwich's width", number(check["width"], check["width_error"]), note)
+        if (check := values["sandwich"]) is not None:
+            simulated = f"on {check['simulated_data']} simulated data; acceptance {check['acceptance']:.2f}"
+            line("sandwich, below", number(check["forward"]), simulated)
+            line("sandwich, above", number(check["reverse"]))
+            line("  its width", number(check["width"], check["width_error"]), "validated" if check["validated"] else "")
+        if values["repaired_rows"]:
+            line("repaired rows", str(len(values["repaired_rows"])), listed(values["repaired_rows"]))
+        if values["unreliable_rows"]:
+            bad = values["unreliable_rows"]
+            again = "" if values["repaired_rows"] is not None else "; --repair scores them again"
+            line("unreliable rows", str(len(bad)), listed(bad) + again)
+        if values["zero_weights"]:
+            line("weights of zero", f"{values['zero_weights']}", f"in {values['rows_with_zero_weights']} rows")
+        lines += ["", f"  {'K-curve, from the same draws':<44}   less the last, on the same rows"]
+        for point in values["curve"]:
+            last = point["K"] == values["K"]
+            paired = "" if last else number(point["to_last"], point["to_last_error"])
+            line(f"  L_{point['K']}", number(point["log_marginal"], point["error_over_rows"]), paired)
+        lines += ["", "  worst rows      log p(x)   Monte Carlo error      ess    k-hat"]
+        for row in values["worst_rows"]:
+            k_hat = "-" if math.isnan(row["pareto_k"]) else f"{row['pareto_k']:.2f}"
+            error, ess = short(row["standard_error"]), f"{row['ess']:.1f}"
+            lines.append(f"  {row['row']:>10}{row['log_marginal']:>14.2f}{error:>20}{ess:>9}{k_hat:>9}")
+    return "\n".join(lines)
+
+
+def listed(rows: list[int], most: int = 10) -> str:
+    """Row numbers, the first ones of many."""
+    return ", ".join(map(str, rows[:most])) + (", ..." if len(rows) > most else "")
+
+
+def between(interval: list[float]) -> str:
+    """An interval, to the digits its width allows."""
+    low, high = interval
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "-"
+    digits = max(0, min(6, 2 - math.floor(math.log10(high - low)))) if high > low else 2
+    return f"{low:.{digits}f} to {high:.{digits}f}"
+
+
+def describe_model(config: Config) -> str:
+    """The parts in words."""
+    if config["model"]["name"] == "mixture":
+        settings = {k: v for k, v in config["model"].items() if k != "name"}
+        return f"mixture with {', '.join(f'{k} {v}' for k, v in settings.items())}"
+    latent = ", ".join(map(str, config["latent_dim"]))
+    parts = [config[part]["name"] for part in ("prior", "guide", "likelihood", "network")]
+    return f"{config['model']['name']} with {', '.join(parts)}, latent dimensions {latent}"
+
+
+def describe_bound(config: Config) -> str:
+    """The objective in words."""
+    if config["model"]["name"] == "mixture":
+        return "exact log p(x), assignments summed out"
+    words = {"elbo": "ELBO", "iwae": "IWAE", "renyi": "Renyi"}[config["elbo"]] + f", K = {config['K']}"
+    if config["M"] != 1:
+        words += f", M = {config['M']}"
+    if config["elbo"] == "renyi":
+        words += f", alpha = {config['alpha']:g}"
+    if config["elbo"] == "elbo" and config["beta"] != 1:
+        words += f", beta = {config['beta']}"
+    return words
+
+
+def short_table(config: Config, values: dict[str, Any], fitted: "Fit", seconds: dict[str, float]) -> str:
+    """What a run ends with; `seconds` are those of each stage."""
+    exact = values["K"] is None
+    rate = fitted.metrics["rows_per_second"].median()
+    which = "all" if values["rows"] == values["rows_in_split"] else "the first"
+    lines = [
+        (f"test rows: {which} {values['rows']} of {config['data']}, {values['measure']}", "", ""),
+        (
+            "log p(x)",
+            number(values["log_marginal"], values["error_over_rows"]),
+            "nats per datum, exact; ± error over rows",
+        )
+        if exact
+        else (
+            f"log p(x), K = {values['K']}",
+            number(values["log_marginal"], values["error_over_rows"]),
+            f"nats per datum, ± error over rows; Monte Carlo error {short(values['monte_carlo_error'])}",
+        ),
+    ]
+    if not exact:
+        reason, *more = textwrap.wrap(values["reason"], 80) if values["verdict"] != "ok" else [""]
+        lines += [("verdict", values["verdict"], reason), *(("", "", part) for part in more)]
+        bound = describe_bound(config).split(", beta")[0]
+        lines.insert(1, (f"bound, {bound}", number(values["test_bound"]), "nats per datum"))
+        lines.append(("KL(q(z|x) || p(z))", number(values["kl"]), f"nats per datum, {in_words(values['kl_forms'])}"))
+        lines += units_in_words(values)
+    if values["bits_per_dimension"] is not None:
+        lines.append(("bits per dimension", f"{values['bits_per_dimension']:.4f}", ""))
+    epochs = f"the best {fitted.best_epoch}; {rate:,.0f} rows/s"
+    if fitted.compile_seconds:
+        epochs += f"; {fitted.compile_seconds:.1f} s of the training went into compiling"
+    early = "; stopped early" if fitted.stopped == "early" else ""
+    lines.append(("epochs", f"{len(fitted.history)}", epochs + early))
+    stages = {name: round(value, 1) for name, value in seconds.items()}  # rounded first, so that the line adds up
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in stages.items())
+    lines.append(("time", f"{sum(stages.values()):.1f} s", parts))
+    head, *rest = lines
+    return "\n".join([head[0], *(f"  {label:<26}{value:>18}   {note}".rstrip() for label, value, note in rest)])

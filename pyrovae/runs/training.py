@@ -1,0 +1,324 @@
+"""From a configuration to a run: a trained and scored directory."""
+
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pyrovae.errors import CheckpointError, DataError, Interrupted, UsageError
+from pyrovae.inference.diagnostics import remarks
+from pyrovae.inference.training.checkpoint import load_latest, lock, steps, write_json
+from pyrovae.inference.training.steps import check_precision
+from pyrovae.inference.training.trainer import Fit, fit
+from pyrovae.models import Gaussian, HierarchicalVAE
+from pyrovae.processes import leading
+from pyrovae.processors import pick_device, threads
+from pyrovae.runs.build import build_model, build_objective, build_optimizer, build_rows, build_schedule
+from pyrovae.runs.config import Config, overlaid, resolve, title, warnings
+from pyrovae.runs.directory import Run, claim, clear, fresh_directory, open_run, position, write_config
+from pyrovae.runs.figures import write_plots
+from pyrovae.runs.options import RESUMABLE, option
+from pyrovae.runs.progress import Say, silent
+from pyrovae.runs.report import Report, refuse_invalid, report
+from pyrovae.runs.tables import describe_bound, describe_model, short_table
+from pyrovae.seeding import seeded
+
+if TYPE_CHECKING:
+    import torch
+
+    from pyrovae.data import Rows
+    from pyrovae.runs.build import Model
+
+# Rows that a model is initialised at: means and k-means need no more.
+INITIAL_ROWS = 20_000
+# Lines said of the epochs of a run whose output is no terminal.
+EPOCH_LINES = 20
+
+# What is entered while steps are taken, and asked after each whether to stop.
+Stopping = AbstractContextManager[Callable[[], bool]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run needs before its first step; nothing has been written for it yet."""
+
+    run: Run
+    rows: "Rows"
+    model: "Model"
+    device: "torch.device"
+    resume: bool
+
+
+def train(
+    config: Config,
+    directory: str | Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    plots: bool = True,
+    say: Say | None = None,
+    stopping: Stopping | None = None,
+) -> Run:
+    """Train a model, score its test rows, and keep all of it in a run directory.
+
+    Args:
+        config: What to train, on what, how.
+        directory: Where; None: a new one, runs/NAME.
+        resume: Continue the run of that directory.
+        overwrite: Replace the run of that directory.
+        plots: Draw its figures.
+        say: Called with each line that a user should read; a progress bar goes with it. None: quietly.
+        stopping: Entered while steps are taken; what it yields is asked after each whether to stop.
+
+    Returns:
+        The run, with its evaluation and history.
+
+    Raises:
+        UsageError: the directory holds something else, or the configuration makes no sense for these rows.
+        DataError: the data is missing, damaged, unfit for the likelihood, or has changed since a run was started.
+        CheckpointError: there is no run to resume.
+        NumericalError: a loss, a gradient or the estimate of a row is not a number.
+        OutputError: the directory cannot be written.
+        Interrupted: stopped, with everything saved.
+    """
+    started = time.perf_counter()
+    progress = say if leading() else None
+    tell = progress or silent
+    prepared = prepare(config, directory, resume, tell)
+    run = prepared.run
+    if leading() and not resume:
+        claim(run.directory, run.config, overwrite)
+    with lock(run.directory) if leading() else nullcontext() as notice:
+        if notice:
+            tell(f"note: {notice}")
+        begin = begin_run(run, resume)
+        if not (run.directory / "config.yaml").exists():
+            begin()  # so that a run that is killed while it compiles can be resumed
+        announce(prepared, tell)
+        ready = time.perf_counter()
+        fitted = take_steps(prepared, begin, progress, stopping or nullcontext(lambda: False))
+        if fitted.stopped == "interrupted":
+            where = f"epoch {len(fitted.history) + 1}, step {fitted.step}"
+            raise Interrupted(f"stopped at {where}; the state is saved", run.directory, trained=False)
+        seconds = {"start": ready - started, "training": time.perf_counter() - ready}
+        if leading():
+            try:
+                with threads(run.config.get("threads", "auto")):
+                    conclude(prepared, fitted, seconds, plots, progress)
+            except KeyboardInterrupt:
+                message = "stopped while evaluating; the training is saved"
+                raise Interrupted(message, run.directory, trained=True) from None
+    return run
+
+
+def prepare(config: Config, directory: str | Path | None, resume: bool, say: Say) -> Prepared:
+    """Load the rows and make the model; everything that can be refused before anything is written is."""
+    for note in warnings(config):
+        say(f"note: {note}")
+    device = pick_device(config["device"])
+    check_precision(config["precision"] or "fp32", device)
+    expected = config.get("data_hash")
+    rows = build_rows(config)
+    for note in rows.notices:
+        say(f"note: {note}")
+    if expected is not None and rows.hash != expected:
+        raise DataError(
+            f"{directory}: the data has changed since the run started: hash {rows.hash[:12]} now, {expected[:12]} then"
+        )
+    config["event_shape"] = list(rows.event_shape)
+    model = initialised_model(config, rows)
+    check_optimizer(config, model)
+    run = Run(fresh_directory(title(config)) if directory is None else Path(directory), config)
+    return Prepared(run, rows, model, device, resume)
+
+
+def begin_run(run: Run, resume: bool) -> Callable[[], None]:
+    """What makes a directory that of a run, by the process that writes."""
+
+    def begin() -> None:
+        if leading():
+            if not resume:
+                clear(run.directory)
+            write_config(run.directory, run.config)
+
+    return begin
+
+
+def initialised_model(config: Config, rows: "Rows") -> "Model":
+    """The pair with its parameters drawn and started at the training rows."""
+    with seeded(config["seed"], "model"):
+        model = build_model(config, rows.event_shape)
+        spread = max(1, len(rows.train) // INITIAL_ROWS)
+        model.initialise(rows.transform(rows.train[::spread]))
+    return model
+
+
+def check_optimizer(config: Config, model: "Model") -> None:
+    """Refuse an optimiser that cannot be made for these parameters, before anything is written."""
+    try:
+        build_optimizer(config)(list(model.parameters()))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--optimizer {config['optimizer']}: {error}; choose another") from error
+
+
+def announce(prepared: Prepared, say: Say) -> None:
+    """Say what is about to be trained."""
+    from torch import Tensor
+
+    config, rows = prepared.run.config, prepared.rows
+    parameters = sum(p.numel() for p in prepared.model.parameters())
+    how = f", binarisation {rows.binarize}" if rows.binarize else ""
+    counts = ", ".join(f"{len(getattr(rows, split))} {split}" for split in ("train", "validation", "test"))
+    streamed = "" if isinstance(rows.train, Tensor) else ", training rows read from the file at every step"
+    say(f"data   {config['data']}: {counts} rows{streamed}")
+    say(f"       {rows.measure.description}{how}")
+    say(f"model  {describe_model(config)}; {parameters:,} parameters")
+    precision = "" if config["precision"] in (None, "fp32") else f", {config['precision']}"
+    say(f"bound  {describe_bound(config)}; seed {config['seed']}, on {prepared.device.type}{precision}")
+    say(f"run    {prepared.run.directory}")
+
+
+def take_steps(prepared: Prepared, begin: Callable[[], None], say: Say | None, stopping: Stopping) -> Fit:
+    """Run the training loop."""
+    config, rows, model = prepared.run.config, prepared.rows, prepared.model
+    tell = say or silent
+    resume = prepared.resume and has_checkpoints(prepared.run.directory)
+    if prepared.resume and not resume:
+        tell("note: the run was stopped before its first checkpoint, so it starts from the beginning")
+    every = max(1, config["epochs"] // EPOCH_LINES)
+    shown = sys.stderr is not None and sys.stderr.isatty()  # by a bar
+
+    def on_epoch(metrics: dict[str, float]) -> None:
+        epoch = int(metrics["epoch"])
+        if not shown and (epoch % every == 0 or epoch in (1, config["epochs"])):
+            active = f", {int(metrics['active_units'])} active units" if "active_units" in metrics else ""
+            tell(
+                f"epoch {epoch:>4}  train {metrics['train_bound']:.2f}, "
+                f"validation {metrics['validation_bound']:.2f} nats{active}, {metrics['rows_per_second']:,.0f} rows/s"
+            )
+
+    def note(text: str) -> None:
+        tell(f"note: {text}")
+
+    with stopping as should_stop:
+        return fit(
+            model.model,
+            model.guide,
+            rows.train,
+            build_objective(config, -(-len(rows.train) // config["batch_size"])),
+            epochs=config["epochs"],
+            batch_size=config["batch_size"],
+            optimizer=build_optimizer(config),
+            schedule=build_schedule(config),
+            validation=rows.validation,
+            transform=rows.transform,
+            patience=config["patience"],
+            seed=config["seed"],
+            device=prepared.device,
+            compile=config["compile"],
+            precision=config["precision"] or "fp32",
+            particle_chunk=config["particle_chunk"],
+            threads=config.get("threads", "auto"),  # which older runs do not have
+            directory=prepared.run.directory,
+            resume=resume,
+            progress=say is not None,
+            on_start=begin,
+            on_epoch=on_epoch,
+            on_notice=note,
+            should_stop=should_stop,
+        )
+
+
+def conclude(prepared: Prepared, fitted: Fit, seconds: dict[str, float], plots: bool, say: Say | None) -> None:
+    """Evaluate, say the short table, and plot; `seconds` are those of the stages before."""
+    started = time.perf_counter()
+    run, rows, model, tell = prepared.run, prepared.rows, prepared.model, say or silent
+    device = next(model.parameters()).device
+    model.eval()
+    values = report(
+        model,
+        rows.test[: run.config["eval_rows"]].to(device),
+        rows,
+        num_particles=run.config["eval_K"],
+        objective=build_objective(run.config),
+        seed=0,
+        say=say,
+        particle_chunk=run.config["particle_chunk"],
+    )
+    write_json(run.directory / "evaluation.json", values | {"notices": []})
+    refuse_invalid(values)
+    for note in observations(model, fitted, rows, device):
+        tell(f"note: {note}")
+    tell("")
+    tell(short_table(run.config, values, fitted, {**seconds, "evaluation": time.perf_counter() - started}))
+    if plots:
+        write_plots(run.config, model, rows, run.directory, fitted, values)
+        tell(f"\nplots in {run.directory / 'plots'}{next_command(run, values)}")
+
+
+def next_command(run: Run, values: Report) -> str:
+    """What may be done next, after a semicolon."""
+    if values["verdict"] == "exact":  # there is nothing that more draws would raise
+        return ""
+    what = " --repair scores those rows again" if values["unreliable_rows"] else " for a larger K"
+    return f"; python -m pyrovae.evaluate {run.directory}{what}"
+
+
+def observations(model: "Model", fitted: Fit, rows: "Rows", device: "torch.device") -> list[str]:
+    """Posterior collapse and a scale at its floor, in words."""
+    notes = remarks(fitted.history[fitted.best_epoch - 1])
+    if isinstance(model, HierarchicalVAE) and isinstance(model.likelihood, Gaussian):
+        share = model.likelihood.scale_at_floor(model.encode(rows.validation[:500].to(device)))
+        if share > 0:
+            notes.append(
+                f"the likelihood's scale is at its floor, {model.likelihood.floor:g} standard deviations of the data, "
+                f"for {100 * share:.2g} % of the elements: the density there is set by the floor (--likelihood.floor), "
+                "not by the data"
+            )
+    return notes
+
+
+def has_checkpoints(directory: Path) -> bool:
+    """Whether a run has come as far as a checkpoint, whole or not."""
+    return bool(steps(directory))
+
+
+def continued(directory: str | Path, options: Config) -> Config:
+    """The configuration of the run to continue, with options that may differ from its own.
+
+    Raises:
+        CheckpointError: there is none, or the options given are not its own.
+    """
+    run = open_run(str(directory))
+    stored = run.config
+    if has_checkpoints(run.directory):
+        run.pair_with(load_latest(run.directory))  # sizes that its weights do not have are refused here
+    changes = resolve(overlaid(stored, options))
+    asked = [key for key in options if changes[key] != stored.get(key)]
+    forbidden = [f"{option(key)}: {stored.get(key)} then, {changes[key]} now" for key in asked if key not in RESUMABLE]
+    if forbidden:
+        raise CheckpointError(
+            f"{directory}: cannot resume with another configuration ({'; '.join(forbidden)}); only "
+            f"{', '.join('--' + option(key) for key in RESUMABLE)} may differ. Start a new run with another --out"
+        )
+    if "epochs" in options:
+        check_epochs(run.directory, stored, changes["epochs"])
+    return stored | {key: changes[key] for key in asked}
+
+
+def check_epochs(directory: Path, stored: Config, epochs: int) -> None:
+    """Refuse a number of epochs that a run cannot be continued to."""
+    if not has_checkpoints(directory):
+        return
+    done, _, _ = position(load_latest(directory), directory)
+    if epochs < done:
+        raise UsageError(
+            f"--epochs {epochs}: {directory} has been trained for {done} already; give more, or leave it out"
+        )
+    if stored["schedule"] == "cosine" and epochs != stored["epochs"]:
+        raise UsageError(
+            f"--epochs {epochs}: the cosine schedule of {directory} ends at epoch {stored['epochs']}; start a new run"
+        )
