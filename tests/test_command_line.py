@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from pyrovae import compare, evaluate, fit, gaps
-from pyrovae.command import stoppable
+from pyrovae.command import Stop
 from pyrovae.errors import CheckpointError, UsageError
 from pyrovae.fit import read_config, read_options
 from pyrovae.inference.training.checkpoint import load_latest
@@ -134,10 +134,11 @@ def test_an_empty_word_is_refused() -> None:
 def test_a_signal_within_a_print_is_noted(capfd: pytest.CaptureFixture[str]) -> None:
     """The handler prints nothing through Python, which refuses a print within a print."""
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with stoppable() as stopped_by:
-        assert stopped_by() == 0
+    with Stop() as stop:
+        assert not stop()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stopped_by() == signal.SIGTERM
+        assert stop()
+        assert stop.signal == signal.SIGTERM
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     out, err = capfd.readouterr()
     assert out == ""

@@ -29,7 +29,9 @@ from pyrovae.inference.training import checkpoint
 from pyrovae.inference.training.checkpoint import load, load_latest, steps
 from pyrovae.models import BernoulliMixture, MeanFieldNormal
 from pyrovae.plots import Style
+from pyrovae.runs import evaluation, figures, training
 from pyrovae.runs.directory import open_run
+from pyrovae.runs.progress import rows_done
 
 SMALL = (
     "--data three-gaussians --latent-dim 2 --network.hidden 8 --batch-size 1000 --epochs 2 --eval-K 50 --seed 3 "
@@ -125,43 +127,43 @@ def test_the_evaluation_says_what_its_numbers_are(trained):
 def test_rows_are_drawn_as_what_they_are(tmp_path):
     """Handwriting as ink, all else as photographs, other units between their ends, tables by their columns."""
     rows = pyrovae.load_data("digits").rows("mass")
-    assert fit.style_of({"data": "Digits"}, rows) == fit.style_of({"data": "mnist"}, rows) == Style(ink=True)
-    assert fit.style_of({"data": "photographs.npz"}, rows) == Style()
-    assert fit.style_of({"data": "fashion_mnist"}, rows) == Style()
-    assert fit.named_labels(rows, 3) is not None
+    assert figures.style_of({"data": "Digits"}, rows) == figures.style_of({"data": "mnist"}, rows) == Style(ink=True)
+    assert figures.style_of({"data": "photographs.npz"}, rows) == Style()
+    assert figures.style_of({"data": "fashion_mnist"}, rows) == Style()
+    assert figures.named_labels(rows, 3) is not None
     own = {"data": "own.npz"}
     images = np.linspace(-3, 5, 40 * 12, dtype=np.float32).reshape(40, 1, 4, 3)
     np.savez(tmp_path / "wide.npz", x=images, y=np.array(["cat", "dog"] * 20))
     wide = pyrovae.load_data(tmp_path / "wide.npz").rows("density")
-    assert fit.style_of(own, wide).limits == (wide.test.min().item(), wide.test.max().item())
-    assert fit.named_labels(wide, 3) == [["cat", "dog"][label] for label in wide.labels["test"][:3].tolist()]
+    assert figures.style_of(own, wide).limits == (wide.test.min().item(), wide.test.max().item())
+    assert figures.named_labels(wide, 3) == [["cat", "dog"][label] for label in wide.labels["test"][:3].tolist()]
     (tmp_path / "table.csv").write_text("height,weight\n" + "".join(f"{i},{i * i}\n" for i in range(30)))
     table = pyrovae.load_data(tmp_path / "table.csv")
-    assert fit.style_of(own, table.rows("density", standardize=True)).unit == "standardised"
-    assert fit.style_of(own, table.rows("density")).columns == ("height", "weight")
-    assert fit.style_of(own, table.rows("density")).unit == ""
-    assert fit.named_labels(table.rows("density"), 3) is None
+    assert figures.style_of(own, table.rows("density", standardize=True)).unit == "standardised"
+    assert figures.style_of(own, table.rows("density")).columns == ("height", "weight")
+    assert figures.style_of(own, table.rows("density")).unit == ""
+    assert figures.named_labels(table.rows("density"), 3) is None
 
 
 def test_an_evaluation_says_how_far_it_is_in_a_few_plain_lines(capsys):
-    with evaluate.rows_done(10_000, "log p(x) by drawing") as done:
+    with rows_done(10_000, "log p(x) by drawing", print) as done:
         for block in range(100):
             done(100 * (block + 1))
     first, *lines = capsys.readouterr().out.splitlines()
     assert first == "log p(x) by drawing: 10000 rows"
     assert [line.split(" in ")[0] for line in lines] == [f"  {n}000 of 10000 rows" for n in range(1, 10)]
-    with evaluate.rows_done(250, "log p(x)") as done:
+    with rows_done(250, "log p(x)", print) as done:
         for count in (100, 200, 250):
             done(count)
     assert len(capsys.readouterr().out.splitlines()) == 3
-    with evaluate.rows_done(250, "log p(x)", progress=False) as done:
+    with rows_done(250, "log p(x)", None) as done:
         done(100)
     assert capsys.readouterr() == ("", "")
 
 
 def test_an_evaluation_shows_a_bar_on_a_terminal_and_no_lines(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with evaluate.rows_done(300, "log p(x)") as done:
+    with rows_done(300, "log p(x)", print) as done:
         for count in (100, 200, 300):
             done(count)
     out, err = capsys.readouterr()
@@ -171,8 +173,8 @@ def test_an_evaluation_shows_a_bar_on_a_terminal_and_no_lines(capsys, monkeypatc
 
 def test_time_is_told_stage_by_stage_and_adds_up(trained, capsys, monkeypatch):
     """Training and evaluation apart, each rounded before they are summed; `evaluate` tells its own."""
-    report = evaluate.report
-    monkeypatch.setattr(evaluate, "report", lambda *args, **options: time.sleep(0.4) or report(*args, **options))
+    report = training.report
+    monkeypatch.setattr(training, "report", lambda *args, **options: time.sleep(0.4) or report(*args, **options))
     train()
     out = capsys.readouterr().out
     assert "log p(x) by importance sampling from the guide, K = 50: 500 rows" in out
@@ -795,14 +797,14 @@ def test_an_evaluation_that_was_killed_goes_on(trained):
 
 def test_a_row_without_a_number_is_named_and_nothing_is_averaged(capsys, monkeypatch):
     run = train()
-    rows_of = evaluate.rows_of
+    rows_of = evaluation.rows_of
 
     def far(*arguments):
         x = rows_of(*arguments).clone()
         x[7] = 1e30
         return x
 
-    monkeypatch.setattr(evaluate, "rows_of", far)
+    monkeypatch.setattr(evaluation, "rows_of", far)
     code, message = fails(capsys, "run --K 40 --rows 20", evaluate.command, "evaluate")
     assert code == 4
     assert "invalid: log p(x) is not a finite number for 1 of 20 rows, the first being 7 (-inf)" in message

@@ -15,27 +15,18 @@ import torch
 
 from pyrovae import compare, fit, load_data
 from pyrovae.command import main
-from pyrovae.compare import (
-    COLUMNS,
-    Scored,
-    aligned,
-    common_name,
-    fit_baseline,
-    interval,
-    latex,
-    legend,
-    name_pools,
-    pools,
-    readable,
-    table,
-    unique_names,
-)
 from pyrovae.errors import UsageError
-from pyrovae.evaluate import number, score
 from pyrovae.inference.marginal import LogMarginal, exact, summarise
 from pyrovae.inference.simulation import Simulated
 from pyrovae.models import BernoulliMixture, GaussianMixture
+from pyrovae.runs import comparison
+from pyrovae.runs.baseline import fit_baseline
+from pyrovae.runs.comparison import COLUMNS, Scored, table
+from pyrovae.runs.comparison_tables import aligned, interval, latex, legend, readable
 from pyrovae.runs.directory import open_run
+from pyrovae.runs.grouping import check_same_rows, common_name, name_pools, pools, unique_names
+from pyrovae.runs.scoring import score
+from pyrovae.runs.tables import number
 
 TINY = "--epochs 1 --eval-K 5 --eval-rows 10 --no-plots --seed 0 --device cpu"
 
@@ -529,14 +520,12 @@ def test_pools_have_names_of_their_own(runs):
 
 
 def test_an_invalid_model_is_shown_and_the_command_says_so(runs, capsys, monkeypatch):
-    from pyrovae import evaluate
-
     def broken(model, x, *_, **__):
         values = torch.zeros(len(x))
         values[4] = math.nan
         return exact(values)
 
-    monkeypatch.setattr(evaluate, "score", broken)
+    monkeypatch.setattr(comparison, "score", broken)
     code, message = fails(capsys, f"{runs}/a --K 5 --rows 9 --no-baseline")
     assert code == 4
     assert "invalid: a: log p(x) is not a finite number for 1 of 9 rows, the first being 4" in message
@@ -548,7 +537,7 @@ def test_changed_data_is_refused(runs, capsys, tmp_path):
     first, second = (open_run(runs / name) for name in ("a", "a-2"))
     second.config["data_hash"] = "f" * 64
     with pytest.raises(UsageError, match=f"three-gaussians, hash {first.config['data_hash'][:12]}.*hash ffffffffffff"):
-        compare.check_same_rows([first, second])
+        check_same_rows([first, second])
 
 
 def test_different_rows_are_refused(runs, capsys):

@@ -27,6 +27,7 @@ from pyrovae.errors import CheckpointError, PairError, UsageError
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.training.checkpoint import FILES, Checkpoint, fingerprint, name_of, save, steps
 from pyrovae.runs.directory import PLOTS, Run, claim, clear, open_run
+from pyrovae.runs.training import check_epochs
 
 OPTIONS = shlex.split(
     "--data three-gaussians --latent-dim 2 --network.hidden 4 --batch-size 1000 --epochs 1 --eval-K 5 --eval-rows 20 "
@@ -425,7 +426,7 @@ def use(run: Path) -> None:
     """Load a run and look where it stands: it works, or is refused as damaged."""
     with suppress(CheckpointError, UsageError):
         open_run(run).model()
-        fit.check_epochs(run, {"schedule": "constant", "epochs": 1}, 5)
+        check_epochs(run, {"schedule": "constant", "epochs": 1}, 5)
 
 
 @pytest.mark.parametrize("name", ["training.json", "manifest.json", "config.yaml"])
@@ -504,7 +505,7 @@ def test_a_run_that_may_only_be_read_is_scored(another_user: Path, capsys) -> No
 
 
 def test_a_run_that_may_only_be_read_is_compared(another_user: Path, capsys, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("pyrovae.compare.present", lambda *_: None)  # tables: not in this folder
+    monkeypatch.setattr("pyrovae.runs.comparison_tables.present", lambda *_: None)  # tables: not in this folder
     assert COMMANDS["compare"](f"{another_user} --K 40 --rows 20 --no-baseline --out tables".split()) == 0
     assert "cannot be written to, so that its scores are not kept" in capsys.readouterr().out
 
