@@ -6,6 +6,7 @@ import io
 import math
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -21,7 +22,23 @@ import pytest
 import torch
 from PIL import Image
 
-from pyrovae.data import NAMES, SPLITS, Data, MappedRows, Measure, default_measure, found, load_data, transforms
+from pyrovae import data as data_package
+from pyrovae.command import explain
+from pyrovae.data import (
+    NAMES,
+    SPLITS,
+    Binary,
+    Data,
+    MappedRows,
+    Measure,
+    Reading,
+    Space,
+    default_measure,
+    found,
+    load_data,
+    transforms,
+)
+from pyrovae.data.transforms import AsFloat
 from pyrovae.errors import DataError, UsageError
 
 GREY = np.random.default_rng(0).integers(0, 256, (60, 5, 4), dtype=np.uint8)
@@ -238,7 +255,7 @@ def test_floats_in_the_unit_interval_are_probabilities_on_demand(tmp_path):
     x = np.tile(np.array([0.0, 0.25, 1.0], np.float32), (20_000, 1))
     data = load_data(saved(tmp_path / "x.npy", x=x))
     assert default_measure(data) == "density"
-    with raises(DataError, "[0, 1]", "--binarize", "--likelihood gaussian"):
+    with raises(DataError, "[0, 1]", "choose a binarisation", "a Gaussian likelihood"):
         data.rows("mass")
     rows = data.rows("mass", "dynamic")
     drawn = rows.transform(rows.train)
@@ -250,7 +267,7 @@ def test_floats_in_the_unit_interval_are_probabilities_on_demand(tmp_path):
 def test_floats_outside_the_unit_interval_have_no_mass(tmp_path):
     data = load_data(saved(tmp_path / "x.npz", x_train=GREY / np.float32(255), x_test=GREY.astype(np.float32)))
     for binarize in (None, "dynamic", "threshold"):
-        with raises(DataError, "values in [0, 255]", "--binarize", "--likelihood gaussian"):
+        with raises(DataError, "values in [0, 255]", "choose a binarisation", "a Gaussian likelihood"):
             data.rows("mass", binarize)
 
 
@@ -265,7 +282,7 @@ def test_binary_data_are_used_as_they_are(tmp_path, dtype):
     assert torch.equal(rows.transform(rows.train), data.train.float())
     with raises(UsageError, "nothing to binarise"):
         data.rows("mass", "dynamic")
-    with raises(DataError, "density of binary data is meaningless", "--likelihood bernoulli"):
+    with raises(DataError, "density of binary data is meaningless", "a Bernoulli likelihood"):
         data.rows("density")
 
 
@@ -415,6 +432,95 @@ def test_transforms_travel_between_processes():
 def test_choices_that_make_no_sense(source, arguments, words):
     with raises(UsageError, *words):
         load_data(source).rows(**arguments)
+
+
+def test_messages_speak_of_settings_and_commands_of_options(tmp_path):
+    """A user of the library has typed no option, and one of a command no argument."""
+    data = load_data(saved(tmp_path / "x.npy", x=np.abs(FLOATS) / 10))
+    with pytest.raises(DataError) as caught:
+        data.rows("mass")
+    assert "--" not in str(caught.value)
+    code, line = explain(pickle.loads(pickle.dumps(caught.value)))  # as it comes from another process
+    assert (code, line) == (3, f"{caught.value} (--binarize, --likelihood gaussian)")
+    written = "".join(path.read_text() for path in Path(data_package.__file__).parent.glob("*.py"))
+    assert re.findall(r"(?<!gunzip )--[a-z][\w-]*", written.replace("`--help`", "")) == []
+
+
+@dataclasses.dataclass(frozen=True)
+class Levels(Space):
+    """A space of one's own: grey levels as they are, for a likelihood on {0, ..., L - 1}^D."""
+
+    name = "levels"
+    words = "a mass on grey levels"
+
+    def read(self, data: Data) -> Reading:
+        dimensions = math.prod(data.event_shape)
+        return Reading(
+            Measure("mass", f"mass on {data.levels} levels, {dimensions} pixels", None, dimensions), AsFloat()
+        )
+
+
+def test_a_likelihood_on_another_space_costs_one_class():
+    data = load_data("digits")
+    rows = data.rows(Levels())
+    assert torch.equal(rows.test, data.test.float())
+    assert torch.equal(rows.transform(rows.train[:9]), data.train[:9].float())
+    uniform = -64 * math.log(17)  # the same number of bits as a uniform density of dequantised levels
+    assert rows.measure.bits_per_dimension(uniform) == pytest.approx(math.log2(17), rel=1e-12)
+    assert rows.measure.bits_per_dimension(uniform) == pytest.approx(
+        data.rows("density").measure.bits_per_dimension(0.0), rel=1e-12
+    )
+    assert rows.hash not in (data.rows("mass").hash, data.rows("density").hash)
+    assert data.rows(Binary("fixed")).hash == data.rows("mass", "fixed").hash
+
+
+# ---------------------------------------------------------------------------------------- what rows are conditioned on
+
+
+def test_labels_are_given_as_one_hot_rows(tmp_path):
+    """Column c is 1 where the label is the c-th of the training labels, whatever numbers or names they are."""
+    x = np.arange(200, dtype=np.float32).reshape(100, 2)
+    data = load_data(saved(tmp_path / "x.npz", x=x, y=np.arange(100) % 3 * 7 - 7))
+    rows, plain = data.rows("density", condition="label"), data.rows("density")
+    assert (rows.given.name, rows.given.columns) == ("label", ("-7", "0", "7"))
+    for split in SPLITS:
+        (y,) = rows.given[split]
+        raw = getattr(data, split)
+        assert (y.dtype, y.shape) == (torch.float32, (len(raw), 3))
+        assert torch.equal(y.sum(1), torch.ones(len(raw)))
+        assert torch.equal(y.argmax(1), (raw[:, 0] // 2 % 3).long())  # each label beside its own row
+        assert plain.given[split] == ()
+    assert torch.equal(rows.test, plain.test)
+    assert rows.hash != plain.hash
+    names = load_data(saved(tmp_path / "x.npz", x=x, y=np.array(["cat", "dog"] * 50)))
+    assert names.rows("density", condition="label").given.columns == ("cat", "dog")
+
+
+def test_the_hash_of_rows_covers_what_they_are_given(tmp_path):
+    x, y = FLOATS, np.arange(60) % 2
+    data = [load_data(saved(tmp_path / "x.npz", x=x, y=labels)) for labels in (y, 1 - y)]
+    one, other = (d.rows("density", condition="label").hash for d in data)
+    assert one != other
+    assert data[0].rows("density").hash == data[1].rows("density").hash
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"x": FLOATS}, ["no labels for the rows of train, validation, test", "label"]),
+        (
+            {"x_train": FLOATS[:50], "x_test": FLOATS[50:], "y_train": np.arange(50) % 2, "y_test": np.full(10, 4)},
+            ["10 rows of test have labels that no training row has, such as 4"],
+        ),
+        ({"x_train": FLOATS[:50], "x_test": FLOATS[50:], "y_train": np.arange(50)}, ["no labels for the rows of test"]),
+    ],
+)
+def test_labels_that_cannot_be_conditioned_on(tmp_path, arrays, words):
+    data = load_data(saved(tmp_path / "x.npz", **arrays))
+    with raises(DataError, *words):
+        data.rows("density", condition="label")
+    with raises(UsageError, "condition", "label"):
+        data.rows("density", condition="labels")
 
 
 def test_data_are_frozen():
@@ -713,7 +819,7 @@ def test_a_file_larger_than_memory_is_read_where_it_is(tmp_path, monkeypatch):
     assert isinstance(mapped.train, MappedRows)
     assert mapped.hash == memory.hash
     assert torch.equal(mapped.train[:], memory.train)
-    with raises(DataError, "--binarize fixed", "choose dynamic or threshold"):
+    with raises(DataError, "binarize='fixed'", "choose dynamic or threshold"):
         mapped.rows("mass", "fixed")
     leave_memory(monkeypatch, 10_000)
     with raises(DataError, "GiB of memory"):  # not even for the places of the rows
@@ -1352,9 +1458,9 @@ def said(path: str, measure: str, binarize: str | None = None) -> str:
 @pytest.mark.parametrize(
     ("binarize", "words"),
     [
-        (None, "1 with probability level / 255, drawn anew whenever it is used (--binarize dynamic)"),
-        ("fixed", "1 with probability level / 255, drawn once (--binarize fixed)"),
-        ("threshold", "1 where its level is over 127 (--binarize threshold)"),
+        (None, "1 with probability level / 255, drawn anew whenever it is used (binarize: dynamic)"),
+        ("fixed", "1 with probability level / 255, drawn once (binarize: fixed)"),
+        ("threshold", "1 where its level is over 127 (binarize: threshold)"),
     ],
 )
 def test_how_uint8_is_read_is_said(tmp_path, binarize, words):

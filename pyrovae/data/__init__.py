@@ -21,7 +21,8 @@ depends on whether they do: splits are a function of the number of rows, and wha
 they are finite, or binary; their hash, moments and overlap) is computed block by block, in the order of the source.
 
 From the file to the model: `sources` and `files` (with `arrays`, for NumPy's) give what was `found`; `loading` checks
-and splits it, after a `summary` of all rows; `rows` brings it to a `measure` by `transforms`.
+and splits it, after a `summary` of all rows; `rows` brings it into the space of a likelihood (`spaces`, by
+`transforms`), where log p(x) has a `measure`, beside what is `given`.
 
 The public names below are imported when they are first used: the commands list the sources in their `--help`.
 """
@@ -34,13 +35,16 @@ if TYPE_CHECKING:
     from pyrovae.data.loading import STREAM as STREAM
     from pyrovae.data.loading import load_data as load_data
     from pyrovae.data.measure import Measure as Measure
-    from pyrovae.data.rows import BINARIZE as BINARIZE
     from pyrovae.data.rows import Data as Data
     from pyrovae.data.rows import Rows as Rows
     from pyrovae.data.rows import default_measure as default_measure
     from pyrovae.data.sources import NAMES as NAMES
     from pyrovae.data.sources import SOURCES as SOURCES
     from pyrovae.data.sources import find_source as find_source
+    from pyrovae.data.spaces import Binary as Binary
+    from pyrovae.data.spaces import Continuous as Continuous
+    from pyrovae.data.spaces import Reading as Reading
+    from pyrovae.data.spaces import Space as Space
     from pyrovae.data.streaming import MappedRows as MappedRows
     from pyrovae.data.transforms import Standardize as Standardize
 
@@ -48,9 +52,10 @@ if TYPE_CHECKING:
 _HOME = {
     **dict.fromkeys(("STREAM", "load_data"), "loading"),
     "Measure": "measure",
-    **dict.fromkeys(("BINARIZE", "Data", "Rows", "default_measure"), "rows"),
+    **dict.fromkeys(("Data", "Rows", "default_measure"), "rows"),
     **dict.fromkeys(("NAMES", "SOURCES", "find_source"), "sources"),
     "SPLITS": "found",
+    **dict.fromkeys(("Binary", "Continuous", "Reading", "Space"), "spaces"),
     "MappedRows": "streaming",
     "Standardize": "transforms",
 }

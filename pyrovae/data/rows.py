@@ -1,28 +1,21 @@
 """Rows in three splits: `Data`, as the source has them, and `Rows`, as a model is trained and scored on them."""
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pyrovae.checks import check_choice
-from pyrovae.data.found import counted, require_memory
+from pyrovae.data.given import CONDITIONS, Given, labels_as_given
 from pyrovae.data.measure import Measure
+from pyrovae.data.spaces import SPACES, Space
 from pyrovae.data.streaming import MappedRows
 from pyrovae.data.summary import Moments
-from pyrovae.data.transforms import AsFloat, Dequantize, DrawnPixels, Standardize, Threshold, Transform, draw_once
-from pyrovae.errors import DataError, UsageError
-
-BINARIZE = ("dynamic", "fixed", "threshold")
-_DARK = 128  # where the greatest value of uint8 is below this, it is more likely a count or a category than a pixel
-COUNTS = (
-    "counts want a Poisson or negative binomial likelihood and categories a categorical one, as a Pyro model of your "
-    "own; yes and no are saved as 0 and 1"
-)
+from pyrovae.data.transforms import AsFloat, draw_once
+from pyrovae.errors import UsageError
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,12 +31,13 @@ class Rows:
         test: Fixed float32 rows.
         labels: int64 labels of each split, or None.
         measure: What log p(x) of these rows is.
-        hash: Hex digest of the data, the measure, the binarisation and the bytes of validation and test: equal
-            hashes mean identical scored rows.
+        hash: Hex digest of the data, the measure, the binarisation and the bytes of validation and test, with what they
+            are conditioned on: equal hashes mean identical scored rows.
         binarize: The binarisation that was used; None for a density and for data binary already.
         notices: Sentences for the user: those of the data, then those of the measure.
         columns: Names of the columns of a table, for figures and messages; None where there are none.
         classes: Names of the labels 0, 1, ...; None where labels are numbers.
+        given: What the model is conditioned on, by split: `given["train"]`; nothing, unless `Data.rows` was asked.
     """
 
     train: Tensor | MappedRows = field(repr=False)
@@ -57,6 +51,7 @@ class Rows:
     notices: tuple[str, ...]
     columns: tuple[str, ...] | None = None
     classes: tuple[str, ...] | None = None
+    given: Given = field(default_factory=Given)
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -107,142 +102,65 @@ class Data:
         """Whether all values are 0 or 1."""
         return self.levels is None and self.train.dtype == torch.uint8
 
-    def rows(self, measure: Literal["mass", "density"], binarize: str | None = None, standardize: bool = False) -> Rows:
+    def rows(
+        self,
+        measure: Literal["mass", "density"] | Space,
+        binarize: str | None = None,
+        standardize: bool = False,
+        condition: str | None = None,
+    ) -> Rows:
         """Make the rows that a model of `measure` trains on and is scored on.
 
         Args:
-            measure: "mass", for a likelihood on {0,1}, or "density".
-            binarize: How grey pixels become binary under "mass". "dynamic", the default for grey levels: training
-                rows drawn anew whenever they are used; "fixed": drawn once; "threshold": pixel > 0.5. Validation
-                and test rows are always fixed: thresholded, or one draw that is the same in every run. Floats in
-                [0,1] are binarised only on demand.
-            standardize: Under "density" of continuous data, (x - mean) / sd of the training rows; a constant
-                column has its sd replaced by 1.
+            measure: "mass", for a likelihood on {0,1}, or "density"; or a `Space` with its settings.
+            binarize: How grey pixels become binary under "mass": dynamic, fixed or threshold; see `Binary`.
+            standardize: Under "density" of continuous data, (x - mean) / sd of the training rows; see `Continuous`.
+            condition: What the model is given beside x: "label", for one-hot labels; None, for nothing.
         Raises:
-            UsageError: an unknown measure or binarisation, or one that the data or the measure has no use for.
-            DataError: data with no mass on {0,1}, or binary data, which have no density.
+            UsageError: an unknown measure, binarisation or condition, or one that the data or the measure has no use
+                for.
+            DataError: data with no mass on {0,1}, or binary data, which have no density; or without labels to
+                condition on.
         """
-        check_choice("measure", measure, ("mass", "density"))
-        if binarize is not None:
-            check_choice("binarize", binarize, BINARIZE)
-        if measure == "mass":
-            if standardize:
-                raise UsageError(f"{self.name}: standardize is not used by a mass on {{0,1}}; leave it out")
-            return self._mass(binarize)
-        if binarize is not None:
-            raise UsageError(f"{self.name}: binarize={binarize!r} is not used by a density; leave it out")
-        return self._density(standardize)
+        space = self._space(measure, binarize, standardize) if isinstance(measure, str) else measure
+        reading = space.read(self)
+        given = Given()
+        if condition is not None:
+            check_choice("condition", condition, CONDITIONS)
+            given = labels_as_given(self.labels, self.classes, self.name)
+        train, transform = self.train, reading.transform
+        if reading.once:
+            train, transform = draw_once(train, transform, "train", torch.uint8), AsFloat()
+        validation = draw_once(self.validation, reading.transform, "validation")
+        test = draw_once(self.test, reading.transform, "test")
+        words = f"{self.hash} {reading.measure} {reading.binarize}"
+        if given.name is not None:
+            words += f" given {given.name} {' '.join(given.columns)}"
+        return Rows(
+            train=train,
+            transform=transform,
+            validation=validation,
+            test=test,
+            labels=self.labels,
+            measure=reading.measure,
+            hash=sha256([validation, test, *given["validation"], *given["test"]], words),
+            binarize=reading.binarize,
+            notices=self.notices + reading.notices,
+            columns=self.columns,
+            classes=self.classes,
+            given=given,
+        )
 
-    def _mass(self, binarize: str | None) -> Rows:
-        transform: Transform = AsFloat()
-        notices: tuple[str, ...] = ()
-        if self.binary and binarize is not None:
-            raise UsageError(f"{self.name}: binary data has nothing to binarise; leave out --binarize {binarize}")
-        if not self.binary:
-            if self.moments is not None:
-                self._require_probabilities(self.moments, binarize)
-            binarize = binarize or "dynamic"
-            transform = Threshold(self.levels) if binarize == "threshold" else DrawnPixels(self.levels)
-            how = {
-                "dynamic": "a pixel is 1 with probability level / 255, drawn anew whenever it is used",
-                "fixed": "a pixel is 1 with probability level / 255, drawn once",
-                "threshold": "a pixel is 1 where its level is over 127",
-            }
-            notices = self._grey(f"for a Bernoulli likelihood {how[binarize]} (--binarize {binarize})")
-        dimensions = math.prod(self.event_shape)
-        measure = Measure("mass", f"mass on {{0,1}}^{dimensions}", None, dimensions)
-        if binarize == "fixed":
-            if isinstance(self.train, MappedRows):
-                remedy = "draws the training rows once and keeps them: choose dynamic or threshold"
-                require_memory(math.prod(self.train.shape), f"{self.name}, --binarize fixed", remedy)
-            train = draw_once(self.train, transform, "train", torch.uint8)
-            return self._rows(train, AsFloat(), transform, measure, binarize, notices)
-        return self._rows(self.train, transform, transform, measure, binarize, notices)
-
-    def _grey(self, how: str) -> tuple[str, ...]:
-        """How a file of uint8 is read: it may hold counts or categories, whose numbers would mean something else."""
-        if self.highest is None:
-            return ()
-        text = f"{self.name}: uint8 up to {self.highest} is read as 256 grey levels: {how}"
-        if self.highest < _DARK:
-            text += f". If these are no grey levels: {COUNTS}"
-        return (text,)
-
-    def _require_probabilities(self, moments: Moments, binarize: str | None) -> None:
-        found = f"{self.name}: values in [{moments.low:.6g}, {moments.high:.6g}]"
-        if moments.whole.all():
-            raise DataError(
-                f"{found}, all whole numbers, have no mass on {{0,1}}: save grey levels (0 to 255) as uint8; {COUNTS}"
-            )
-        if moments.low < 0 or moments.high > 1:
-            raise DataError(
-                f"{found} have no mass on {{0,1}}: save grey levels as uint8, or scale to [0,1] and choose --binarize, "
-                "or choose --likelihood gaussian"
-            )
-        if binarize is None:
-            raise DataError(
-                f"{found}, not only 0 and 1, have no mass on {{0,1}}: choose --binarize, which reads them as "
-                "pixel probabilities, or --likelihood gaussian"
-            )
-
-    def _density(self, standardize: bool) -> Rows:
-        dimensions = math.prod(self.event_shape)
-        if self.binary:
-            raise DataError(
-                f"{self.name}: values are only 0 and 1, and a density of binary data is meaningless (it has no bound): "
-                "choose --likelihood bernoulli"
-            )
-        if self.levels is not None:
-            if standardize:
-                raise UsageError(
-                    f"{self.name}: standardize is for continuous data; {self.levels} grey levels are dequantised "
-                    "to [0,1]; leave it out"
-                )
-            words = f"density of data dequantised from {self.levels} levels to [0,1]^{dimensions}"
-            dequantize = Dequantize(self.levels)
-            measure = Measure("density", words, self.levels, dimensions)
-            notices = self._grey("for a density they are dequantised to [0,1], x = (level + u) / 256")
-            return self._rows(self.train, dequantize, dequantize, measure, None, notices)
-
-        assert self.moments is not None
-        transform: Transform = AsFloat()
-        words = f"density of the data in its own units, {counted(dimensions, 'dimension')}"
-        if standardize:
-            transform = Standardize(self.moments.mean, self.moments.sd)
-            words = f"density of standardised data, {counted(dimensions, 'dimension')}"
-        constant = self.moments.constant
-        whole = self.moments.whole & ~constant
-        notices = ()
-        if whole.any():
-            which = "all values are" if whole.all() else f"{int(whole.sum())} of {counted(dimensions, 'column')} are"
-            notices += (
-                f"{self.name}: {which} whole numbers, and are read as continuous values: their density has no upper "
-                "bound (a scale that narrows at each of them raises it without end), so log p(x) says little; save "
-                f"grey levels (0 to 255) as uint8; {COUNTS}",
-            )
-        if constant.any():
-            notices += (
-                f"{self.name}: {counted(int(constant.sum()), 'column')} of {dimensions} constant in the training rows: "
-                "under a free scale or a mixture the density there grows without bound and log p(x) says nothing; "
-                "drop them or fix the scale",
-            )
-        return self._rows(self.train, transform, transform, Measure("density", words, None, dimensions), None, notices)
-
-    def _rows(
-        self,
-        train: Tensor | MappedRows,
-        transform: Transform,
-        fixed: Transform,
-        measure: Measure,
-        binarize: str | None,
-        notices: tuple[str, ...] = (),
-    ) -> Rows:
-        validation = draw_once(self.validation, fixed, "validation")
-        test = draw_once(self.test, fixed, "test")
-        words = f"{self.hash} {measure} {binarize}"
-        digest = sha256([validation, test], words)
-        said, names = self.notices + notices, (self.columns, self.classes)
-        return Rows(train, transform, validation, test, self.labels, measure, digest, binarize, said, *names)
+    def _space(self, measure: str, binarize: str | None, standardize: bool) -> Space:
+        """The space of that name, with the settings that were chosen for it."""
+        check_choice("measure", measure, [space.name for space in SPACES])
+        space = next(space for space in SPACES if space.name == measure)
+        chosen: dict[str, Any] = {"binarize": binarize, "standardize": standardize or None}
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        for name in chosen:
+            if name not in {setting.name for setting in fields(space)}:
+                raise UsageError(f"{self.name}: {name} is not used by {space.words}; leave it out")
+        return space(**chosen)
 
 
 def default_measure(data: Data) -> Literal["mass", "density"]:
