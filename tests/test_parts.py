@@ -1,6 +1,5 @@
 """One contract for every prior, likelihood and guide, and for the networks under them."""
 
-import ast
 import copy
 import itertools
 import math
@@ -676,29 +675,6 @@ def test_arguments_that_make_no_sense_are_refused(case: str) -> None:
 
 
 PACKAGE = Path(pyrovae.__file__).parent
-
-
-def imports_of(path: Path) -> set[str]:
-    """Every module a source file imports, at any depth."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            package = ".".join(path.relative_to(PACKAGE.parent).parts[: -node.level]) + "." if node.level else ""
-            found |= {f"{package}{node.module or ''}.{alias.name}" for alias in node.names}
-    return found
-
-
-@pytest.mark.parametrize(("here", "never"), [("models", "inference"), ("inference", "models")])
-def test_import_direction(here: str, never: str) -> None:
-    """Models never import inference, nor inference models; neither imports the commands."""
-    files = sorted((PACKAGE / here).glob("**/*.py"))
-    assert len(files) >= 5
-    for path in files:
-        for name in imports_of(path):
-            for forbidden in (never, "fit", "evaluate", "compare"):
-                assert f"{name}.".find(f"pyrovae.{forbidden}.") != 0, f"{path.name} imports {name}"
 
 
 def in_a_fresh_process(code: str) -> str:

@@ -306,7 +306,7 @@ def fresh_directory(name: str, parent: Path = Path("runs")) -> Path:
 
 def write_config(directory: Path, config: "Config") -> None:
     """Write config.yaml."""
-    from pyrovae import __version__
+    from pyrovae.version import __version__
 
     text = yaml.safe_dump({"version": __version__, **config}, sort_keys=False, allow_unicode=True)
     checkpoints.write_atomically(directory / "config.yaml", text)

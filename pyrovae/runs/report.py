@@ -40,7 +40,6 @@ def report(
     import pyro
     import torch
 
-    from pyrovae import __version__
     from pyrovae.inference.annealed import Sandwich
     from pyrovae.inference.batch import Batch
     from pyrovae.inference.bootstrap import interval
@@ -54,6 +53,7 @@ def report(
     from pyrovae.inference.verdicts import verdict, worst_rows
     from pyrovae.inference.weights import draw
     from pyrovae.seeding import seeded
+    from pyrovae.version import __version__
 
     result = score(model, x, num_particles, seed, chunk_size, say, proposal, store)
     exact = result.num_particles == 0

@@ -192,9 +192,9 @@ def open_scores(
     import pyro
     import torch
 
-    from pyrovae import __version__
     from pyrovae.inference.marginal import FROM_GUIDE
     from pyrovae.models.mixture import Mixture
+    from pyrovae.version import __version__
 
     if isinstance(model, Mixture) or not run.writable:
         return None

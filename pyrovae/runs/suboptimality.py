@@ -67,10 +67,10 @@ def analyse(
 
 def report(result: "Gaps", rows: "Rows", split: str, seed: int, device: str) -> Report:
     """Everything that is said of the gaps, as plain values. Nats per datum."""
-    from pyrovae import __version__
     from pyrovae.inference.diagnostics import KL_SHARE
     from pyrovae.inference.suboptimality import QUANTITIES
     from pyrovae.inference.verdicts import verdict
+    from pyrovae.version import __version__
 
     p, units, information = result.log_marginal, result.units, result.information
     judgement = verdict(p)
