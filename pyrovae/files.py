@@ -1,4 +1,4 @@
-"""Files that somebody else may have made: read within bounds, and never written through.
+"""Files that somebody else may have made: read within bounds, and never written through; ours are replaced as a whole.
 
 A run directory may come from a stranger. What is read of it is an ordinary file of bounded size, so that nothing waits
 (a FIFO), ends never (a device) or unfolds in memory (YAML's aliases); it holds no links, so that what is written into
@@ -8,16 +8,17 @@ user's own.
 
 import errno
 import json
+import math
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import yaml
 
-from pyrovae.errors import CheckpointError
+from pyrovae.errors import CheckpointError, OutputError
 
 LARGEST = 2**28  # bytes of a record; ten thousand epochs write a hundredth of that
 LARGEST_YAML = 100_000  # bytes of a configuration, which has one or two thousand
@@ -188,6 +189,52 @@ def open_own(path: Path, flags: int) -> int:
         what = "has another name elsewhere (a hard link)" if stat.S_ISREG(status.st_mode) else "is no ordinary file"
         raise CheckpointError(f"{path}: {what}, so nothing is written to it; replace it by a copy")
     return descriptor
+
+
+def flush(path: Path) -> None:
+    """Have the operating system put a file or folder on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file as a whole.
+
+    Raises:
+        OutputError: the disk refused; the earlier file is intact.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # of a process of this number that was killed while writing
+        with temporary.open("x" if isinstance(content, str) else "xb") as file:  # never through a link
+            file.write(content)
+        flush(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise OutputError(f"{path}: could not be written ({error.strerror or error})") from error
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Replace a JSON file as a whole; numbers that are not finite, which JSON does not have, become null.
+
+    Raises:
+        OutputError: the disk refused; the earlier file is intact.
+    """
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [clean(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    write_atomically(path, json.dumps(clean(values), indent=1, allow_nan=False) + "\n")
 
 
 def is_writable(directory: Path) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pyrovae.errors import CheckpointError, OutputError, UsageError
+from pyrovae.files import write_atomically
 from pyrovae.inference.training import checkpoint as checkpoints
 from pyrovae.inference.training.checkpoint import (
     FILES,
@@ -33,7 +34,6 @@ from pyrovae.inference.training.checkpoint import (
     save,
     started,
     steps,
-    write_atomically,
 )
 
 MANIFEST, WEIGHTS, TENSORS, TRAINING = "manifest.json", "weights.safetensors", "training.safetensors", "training.json"

@@ -24,8 +24,8 @@ import pyrovae
 from pyrovae import evaluate, fit
 from pyrovae.command import explain, main
 from pyrovae.errors import CheckpointError, DataError, NumericalError, OutputError, UsageError
+from pyrovae.files import write_json
 from pyrovae.inference.marginal import log_marginal
-from pyrovae.inference.training import checkpoint
 from pyrovae.inference.training.checkpoint import load, load_latest, steps
 from pyrovae.models import BernoulliMixture, MeanFieldNormal
 from pyrovae.plots import Style
@@ -466,7 +466,7 @@ def test_options_without_a_use_are_refused(capsys, words, message):
 
 
 def test_numbers_that_json_does_not_have_become_null(tmp_path):
-    checkpoint.write_json(tmp_path / "a.json", {"a": float("nan"), "b": [1.5, -math.inf], "c": {"d": None}})
+    write_json(tmp_path / "a.json", {"a": float("nan"), "b": [1.5, -math.inf], "c": {"d": None}})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": None, "b": [1.5, None], "c": {"d": None}}
 
 

@@ -31,7 +31,7 @@ def present(
     import pandas as pd
 
     from pyrovae import plots
-    from pyrovae.inference.training.checkpoint import write_atomically
+    from pyrovae.files import write_atomically
 
     how = f", binarisation {rows.binarize}" if rows.binarize else ""
     which = "all" if count == len(rows.test) else "the first"

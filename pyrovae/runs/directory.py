@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pyrovae.errors import CheckpointError, DataError, OutputError, UsageError, one_line
-from pyrovae.files import inside, is_writable, read_yaml, refuse_links
+from pyrovae.files import inside, is_writable, read_yaml, refuse_links, write_atomically, write_json
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.training import checkpoint as checkpoints
 from pyrovae.runs import build
@@ -81,7 +81,7 @@ class Run:
     def keep(self, name: str, values: dict[str, Any], say: Callable[[str], object] | None = None) -> None:
         """Write results to a JSON file of that name, or say that they are not kept."""
         if self.writable:
-            checkpoints.write_json(self.directory / name, values)
+            write_json(self.directory / name, values)
         elif say is not None:
             say(f"note: {self.directory} cannot be written to, so that neither {name} nor scores and figures are kept")
 
@@ -309,4 +309,4 @@ def write_config(directory: Path, config: "Config") -> None:
     from pyrovae.version import __version__
 
     text = yaml.safe_dump({"version": __version__, **config}, sort_keys=False, allow_unicode=True)
-    checkpoints.write_atomically(directory / "config.yaml", text)
+    write_atomically(directory / "config.yaml", text)

@@ -24,7 +24,7 @@ def save_figure(figure: "Figure", directory: Path, name: str) -> Path:
     Raises:
         OutputError: it cannot be written.
     """
-    from pyrovae.inference.training.checkpoint import write_atomically
+    from pyrovae.files import write_atomically
 
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)

@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyrovae.errors import OutputError
-from pyrovae.files import inside, open_own, opened, read_bytes, read_json, user_cache
-from pyrovae.inference.training.checkpoint import write_atomically
+from pyrovae.files import inside, open_own, opened, read_bytes, read_json, user_cache, write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

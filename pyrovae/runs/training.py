@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyrovae.errors import CheckpointError, DataError, Interrupted, UsageError
+from pyrovae.files import write_json
 from pyrovae.inference.diagnostics import remarks
-from pyrovae.inference.training.checkpoint import load_latest, lock, steps, write_json
+from pyrovae.inference.training.checkpoint import load_latest, lock, steps
 from pyrovae.inference.training.steps import check_precision
 from pyrovae.inference.training.trainer import Fit, fit
 from pyrovae.models import Gaussian, HierarchicalVAE

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pyrovae.files import write_atomically
+
 RECORD = "whole.json"
 # What torch's compiler and Triton take for their folders.
 VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
@@ -36,7 +38,7 @@ def verified() -> Iterator[None]:
                 (folder / name).unlink()
         with used(folder):
             yield
-        write_record(folder)
+        write_atomically(folder / RECORD, json.dumps(files(folder)))
 
 
 @contextmanager
@@ -99,10 +101,3 @@ def read_record(folder: Path) -> Files:
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
-
-
-def write_record(folder: Path) -> None:
-    """Say that all files are whole."""
-    temporary = folder.with_name(f"{RECORD}.{os.getpid()}")
-    temporary.write_text(json.dumps(files(folder)))
-    os.replace(temporary, folder / RECORD)

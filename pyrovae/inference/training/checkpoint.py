@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.errors import CheckpointError, OutputError, UsageError
-from pyrovae.files import inside, open_own, read_json
+from pyrovae.files import flush, inside, open_own, read_json
 
 with suppress(ImportError):  # Windows has none
     import fcntl
@@ -284,52 +284,6 @@ def fingerprint(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def flush(path: Path) -> None:
-    """Have the operating system put a file or folder on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file as a whole.
-
-    Raises:
-        OutputError: the disk refused; the earlier file is intact.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)  # of a process of this number that was killed while writing
-        with temporary.open("x" if isinstance(content, str) else "xb") as file:  # never through a link
-            file.write(content)
-        flush(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise OutputError(f"{path}: could not be written ({error.strerror or error})") from error
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Replace a JSON file as a whole; numbers that are not finite, which JSON does not have, become null.
-
-    Raises:
-        OutputError: the disk refused; the earlier file is intact.
-    """
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: clean(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [clean(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    write_atomically(path, json.dumps(clean(values), indent=1, allow_nan=False) + "\n")
 
 
 @contextmanager

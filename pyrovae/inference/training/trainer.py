@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pyrovae.checks import check_count, check_programs, check_rows
 from pyrovae.errors import CheckpointError, DataError, NumericalError, OutputError, PairError, PyrovaeError, UsageError
-from pyrovae.files import inside
+from pyrovae.files import inside, write_atomically
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.diagnostics import measure
 from pyrovae.inference.modules import Program, evaluating
@@ -954,7 +954,7 @@ class Record:
             return
         import pandas as pd
 
-        checkpoints.write_atomically(self.directory / "metrics.csv", pd.DataFrame(history).to_csv(index=False))
+        write_atomically(self.directory / "metrics.csv", pd.DataFrame(history).to_csv(index=False))
         for name, value in history[-1].items():
             if name not in ("epoch", "step"):
                 self.writer.add_scalar(name.replace("[", "/").rstrip("]"), value, int(history[-1]["epoch"]))
