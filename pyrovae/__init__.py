@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pyrovae.models import VAE as VAE
     from pyrovae.models import Bernoulli as Bernoulli
     from pyrovae.models import BernoulliMixture as BernoulliMixture
+    from pyrovae.models import ConditionalVAE as ConditionalVAE
     from pyrovae.models import ConvDecoder as ConvDecoder
     from pyrovae.models import ConvEncoder as ConvEncoder
     from pyrovae.models import FullCovarianceNormal as FullCovarianceNormal
@@ -45,6 +46,7 @@ _HOME = {
             "VAE",
             "Bernoulli",
             "BernoulliMixture",
+            "ConditionalVAE",
             "ConvDecoder",
             "ConvEncoder",
             "FullCovarianceNormal",

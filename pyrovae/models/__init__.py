@@ -1,5 +1,9 @@
 """What is declared: priors, likelihoods, guides, and the pairs they make. Never imports `pyrovae.inference`."""
 
+from pyrovae.models.conditional import AmortisedPrior as AmortisedPrior
+from pyrovae.models.conditional import ConditionalPrior as ConditionalPrior
+from pyrovae.models.conditional import ConditionalVAE as ConditionalVAE
+from pyrovae.models.conditional import UnconditionalPrior as UnconditionalPrior
 from pyrovae.models.guides import FullCovarianceNormal as FullCovarianceNormal
 from pyrovae.models.guides import Guide as Guide
 from pyrovae.models.guides import LowRankNormal as LowRankNormal

@@ -1,0 +1,234 @@
+r"""A conditional variational autoencoder: everything is given y, such as a label.
+
+    p(x, z | y) = p(z|y) p(x|z, y)        q(z|x, y)
+
+`model(x, y)` and `guide(x, y)` are Pyro programs like those of a VAE, and inference takes y as `given=(y,)`: every
+bound and every estimate is then one of log p(x|y). The parts are those of a VAE, over more inputs: the decoder maps
+(z, y), a vector of Z + C elements, and the encoder (x, y), see `join`.
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from pyrovae.errors import UsageError
+from pyrovae.models.guides import Guide
+from pyrovae.models.likelihoods import Likelihood
+from pyrovae.models.networks import check_samples
+from pyrovae.models.priors import Prior
+
+
+class ConditionalPrior(nn.Module, ABC):
+    """p(z|y), a distribution over vectors of `latent_dim` elements."""
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim
+
+    @abstractmethod
+    def forward(self, y: Tensor) -> dist.Distribution:
+        """The distribution for y of shape (N, C): batch shape (N,) or (), event shape (latent_dim,)."""
+
+    @abstractmethod
+    def initialise(self, xy: Tensor) -> None:
+        """Start whatever depends on the data at training data (x, y) as the encoder takes them."""
+
+
+class UnconditionalPrior(ConditionalPrior):
+    """p(z|y) = p(z), the same for all y: what y says of x, the likelihood says alone.
+
+    Args:
+        prior: p(z).
+    """
+
+    def __init__(self, prior: Prior) -> None:
+        super().__init__(prior.latent_dim)
+        self.prior = prior
+
+    def forward(self, y: Tensor) -> dist.Distribution:
+        return self.prior()
+
+    def initialise(self, xy: Tensor) -> None:
+        """Start p(z)."""
+        self.prior.initialise(xy)
+
+
+class AmortisedPrior(ConditionalPrior):
+    """p(z|y) by a network of y.
+
+    Args:
+        conditional: Any guide class over a network from C, as `MeanFieldNormal(MLP(C), Z)`.
+    """
+
+    def __init__(self, conditional: Guide) -> None:
+        super().__init__(conditional.latent_dim)
+        self.conditional = conditional
+
+    def forward(self, y: Tensor) -> dist.Distribution:
+        return self.conditional(y)
+
+    def initialise(self, xy: Tensor) -> None:
+        """Nothing depends on the data."""
+
+
+class ConditionalVAE(nn.Module):
+    """A VAE given y, with one latent site "z".
+
+    Args:
+        prior: p(z|y).
+        likelihood: p(x|z, y), its decoder over vectors (z, y) of Z + C elements.
+        guide: q(z|x, y), its encoder over (x, y): a vector of D + C elements, or an image of C more channels.
+
+    Raises:
+        UsageError: neighbouring parts disagree on the number of dimensions; both sides are named.
+
+    References:
+        Sohn, Lee and Yan 2015, Learning Structured Output Representation using Deep Conditional Generative Models,
+        https://papers.nips.cc/paper/2015/hash/8d55a249e6baa5c06772297520da2051-Abstract.html
+    """
+
+    latent_sites = ("z",)
+    unit: Tensor
+
+    def __init__(self, prior: ConditionalPrior, likelihood: Likelihood, guide: Guide) -> None:
+        super().__init__()
+        self.prior, self.likelihood, self.encoder = prior, likelihood, guide
+        # The encoder sees (x, unit * y): as large as x varies, so that one scale suits both. 1 until `initialise`.
+        self.register_buffer("unit", torch.ones(()))
+        if guide.latent_dim != prior.latent_dim:
+            raise UsageError(
+                f"z: the guide's latent_dim is {guide.latent_dim}, the prior's is {prior.latent_dim}; make them equal"
+            )
+        (inputs,) = likelihood.latent_shape
+        if inputs <= prior.latent_dim:
+            raise UsageError(
+                f"z: the decoder's input has {inputs} elements, too few for (z, y) with z of {prior.latent_dim}; build "
+                f"it over {prior.latent_dim} + C"
+            )
+        first, *rest = self.event_shape
+        possible = {
+            (math.prod(self.event_shape) + self.condition_dim,),
+            (first + self.condition_dim, *rest),
+        }
+        if guide.event_shape not in possible:
+            raise UsageError(
+                f"(x, y): the guide's input is {guide.event_shape}, expected {' or '.join(map(str, sorted(possible)))} "
+                f"for x of shape {self.event_shape} and y of {self.condition_dim} elements; build its encoder so"
+            )
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Event shape of x."""
+        return self.likelihood.event_shape
+
+    @property
+    def condition_dim(self) -> int:
+        """C, the number of elements of y."""
+        return self.likelihood.latent_shape[0] - self.prior.latent_dim
+
+    def model(self, x: Tensor, y: Tensor) -> Tensor:
+        """p(x, z | y) as a Pyro model, for x of shape (N, *event) and y of shape (N, C).
+
+        Raises:
+            DataError: x has values outside the support of the likelihood.
+            UsageError: y has another number of elements.
+        """
+        self.check_condition(y)
+        if not isinstance(x, FakeTensor):  # as in a trace, where x has no values
+            self.likelihood.check_support(x)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self.prior(y))
+            return pyro.sample("x", self.likelihood(join(z, y)), obs=x)
+
+    def guide(self, x: Tensor, y: Tensor) -> Tensor:
+        """q(z|x, y) as a Pyro guide, for x of shape (N, *event) and y of shape (N, C)."""
+        with pyro.plate("data", len(x)):
+            return pyro.sample("z", self.posterior(x, y))
+
+    def check_condition(self, y: Tensor) -> None:
+        """Refuse a y that has not C elements in its last dimension."""
+        if y.shape[-1:] != (self.condition_dim,):
+            raise UsageError(f"y: expected shape (N, {self.condition_dim}), got {tuple(y.shape)}; give one-hot labels")
+
+    def beside(self, x: Tensor, y: Tensor) -> Tensor:
+        """(x, y) as the encoder takes them, for x of shape (*batch, *event) and y of shape (N, C)."""
+        if len(self.encoder.event_shape) == 1:
+            x = x.flatten(x.ndim - len(self.event_shape))
+        return join(x, self.unit * y, len(self.encoder.event_shape))
+
+    def initialise(self, x: Tensor, y: Tensor) -> None:
+        """Start the parts at training data x (N, *event) and y (N, C): output bias, input centring, pseudo-inputs."""
+        self.check_condition(y)
+        spread = (x - x.mean(0)).double().square().mean().sqrt()
+        self.unit.copy_(spread if spread > 0 else torch.ones(()))
+        xy = self.beside(x, y)
+        self.encoder.initialise(xy)
+        self.likelihood.initialise(x)
+        self.prior.initialise(xy)
+
+    def posterior(self, x: Tensor, y: Tensor) -> dist.Distribution:
+        """q(z|x, y) for x of shape (N, *event) and y of shape (N, C): batch shape (N,), event shape (Z,)."""
+        self.check_condition(y)
+        return self.encoder(self.beside(x, y))
+
+    @torch.no_grad()
+    def sample(self, num_samples: int, y: Tensor, mean: bool = False) -> Tensor:
+        """Draws of x given y: z from p(z|y), then x from p(x|z, y), with torch's random state.
+
+        Args:
+            num_samples: How many, at least 1.
+            y: What they are given, shape (C,) for all of them or (num_samples, C).
+            mean: The mean of p(x|z, y) at each z in place of a draw: without the noise of x, as pictures are shown.
+
+        Returns:
+            Shape (num_samples, *event).
+
+        Raises:
+            UsageError: num_samples is no whole number of at least 1, or y has another shape.
+        """
+        check_samples(num_samples)
+        self.check_condition(y)
+        if y.ndim > 1 and y.shape != (num_samples, self.condition_dim):
+            raise UsageError(
+                f"y: expected shape ({self.condition_dim},) or ({num_samples}, {self.condition_dim}), "
+                f"got {tuple(y.shape)}; give one row for each sample"
+            )
+        y = y.expand(num_samples, -1)
+        with pyro.poutine.block(), pyro.plate("samples", num_samples):
+            likelihood = self.likelihood(join(pyro.sample("z", self.prior(y)), y))
+            return likelihood.mean if mean else likelihood.sample()
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, y: Tensor) -> Tensor:
+        """Mean of q(z|x, y), shape (N, Z)."""
+        return self.posterior(x, y).mean
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, y: Tensor) -> Tensor:
+        """Mean of p(x|z, y) for z of shape (*batch, Z) and y of shape (N, C) or (C,), shape (*batch, *event)."""
+        self.check_condition(y)
+        return self.likelihood(join(z, y)).mean
+
+    def reconstruct(self, x: Tensor, y: Tensor) -> Tensor:
+        """Mean of p(x|z, y) at the mean of q(z|x, y), shape (N, *event)."""
+        return self.decode(self.encode(x, y), y)
+
+
+def join(x: Tensor, y: Tensor, dims: int = 1) -> Tensor:
+    """(x, y) as one event: y becomes more elements of a vector, or more channels, each constant over the image.
+
+    Args:
+        x: Events of so many `dims`, shape (*batch, E, *rest).
+        y: Shape (N, C), where N is the last of `batch`, or (C,).
+
+    Returns:
+        Shape (*batch, E + C, *rest).
+    """
+    batch, rest = x.shape[: x.ndim - dims], x.shape[x.ndim - dims + 1 :]
+    planes = y.reshape(*y.shape, *(1 for _ in rest)).expand(*batch, y.shape[-1], *rest)
+    return torch.cat([x, planes], -dims)

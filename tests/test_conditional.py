@@ -1,0 +1,225 @@
+r"""A conditional pair p(x|z, y) where everything is known.
+
+z|y ~ N(Ay, S) with diagonal S, x|z, y ~ N(Wz + By + b, s2 I):
+
+    log p(x|y) = log N(x; W A y + B y + b, C),  C = W S W' + s2 I
+    p(z|x, y)  = N(A y + G (x - W A y - B y - b), S - G W S),  G = S W' C^-1
+"""
+
+import math
+
+import pytest
+import torch
+from conftest import EXACT, assert_mean
+from torch import Tensor
+from torch.distributions import MultivariateNormal
+from torch.nn.functional import one_hot
+from torch.testing import assert_close
+
+from pyrovae.errors import DataError, UsageError
+from pyrovae.inference import log_weights
+from pyrovae.models import (
+    MLP,
+    AmortisedPrior,
+    Bernoulli,
+    ConditionalVAE,
+    ConvDecoder,
+    ConvEncoder,
+    FullCovarianceNormal,
+    Gaussian,
+    MeanFieldNormal,
+    StandardNormal,
+    UnconditionalPrior,
+    VampPrior,
+)
+from pyrovae.models.conditional import join
+from pyrovae.models.guides import SCALE_FLOOR
+
+D, Z, C = 5, 2, 3
+SCALE = 0.6
+
+
+def linear_pair() -> ConditionalVAE:
+    """The pair, by networks without hidden layers, in double precision."""
+    prior = AmortisedPrior(MeanFieldNormal(MLP(C, hidden=()), Z))
+    likelihood = Gaussian(MLP(Z + C, D, hidden=()), scale=SCALE)
+    pair = ConditionalVAE(prior, likelihood, FullCovarianceNormal(MLP(D + C, hidden=()), Z)).double()
+    with torch.no_grad():
+        for parameter in pair.parameters():
+            parameter.normal_()
+        prior.conditional.head.weight[Z:] = 0  # one scale for all y
+    return pair
+
+
+class Closed:
+    """What is known of `linear_pair`."""
+
+    def __init__(self, pair: ConditionalVAE) -> None:
+        head, output = pair.prior.conditional.head, pair.likelihood.decoder.body[1]
+        self.A, self.a = head.weight[:Z].detach(), head.bias[:Z].detach()
+        self.S = torch.diag((torch.nn.functional.softplus(head.bias[Z:].detach()) + SCALE_FLOOR).square())
+        self.W, self.B = output.weight.detach().split([Z, C], 1)
+        self.b = output.bias.detach()
+        self.covariance = self.W @ self.S @ self.W.T + SCALE**2 * torch.eye(D, dtype=torch.float64)
+        self.gain = self.S @ self.W.T @ torch.linalg.inv(self.covariance)
+
+    def mean(self, y: Tensor) -> Tensor:
+        return (y @ self.A.T + self.a) @ self.W.T + y @ self.B.T + self.b
+
+    def log_marginal(self, x: Tensor, y: Tensor) -> Tensor:
+        """log p(x|y), shape (N,)."""
+        return MultivariateNormal(self.mean(y), self.covariance).log_prob(x)
+
+    def make_exact(self, pair: ConditionalVAE) -> None:
+        """Make q(z|x, y) the posterior, which is linear in (x, y) with one covariance."""
+        head = pair.encoder.head
+        tril = torch.linalg.cholesky(self.S - self.gain @ self.W @ self.S)
+        by_y = self.A - self.gain @ (self.W @ self.A + self.B)
+        with torch.no_grad():
+            head.weight.zero_()
+            head.weight[:Z] = torch.cat([self.gain, by_y], 1)
+            diagonal = tril.diagonal() - SCALE_FLOOR
+            raw = diagonal + torch.log(-torch.expm1(-diagonal))
+            head.bias.copy_(
+                torch.cat(
+                    [
+                        self.a - self.gain @ (self.W @ self.a + self.b),
+                        raw,
+                        tril[pair.encoder.rows, pair.encoder.columns],
+                    ]
+                )
+            )
+
+
+@pytest.fixture
+def rows() -> tuple[Tensor, Tensor]:
+    """x and one-hot y of 12 rows; each label occurs."""
+    return torch.randn(12, D, dtype=torch.float64), one_hot(torch.arange(12) % C, C).double()
+
+
+def test_with_the_exact_posterior_each_log_weight_is_log_p_of_x_given_y(rows):
+    pair = linear_pair()
+    closed = Closed(pair)
+    closed.make_exact(pair)
+    x, y = rows
+    log_w = log_weights(pair.model, pair.guide, x, 4, given=(y,))
+    assert_close(log_w, closed.log_marginal(x, y).expand(4, -1), rtol=0.0, atol=1e-8)
+
+
+def test_the_average_weight_is_p_of_x_given_y_and_one_draw_is_a_bound_below(rows):
+    pair = linear_pair()
+    closed = Closed(pair)
+    closed.make_exact(pair)
+    with torch.no_grad():  # near the posterior, and not it
+        pair.encoder.head.weight.add_(0.05 * torch.randn_like(pair.encoder.head.weight))
+        pair.encoder.head.bias[Z : 2 * Z] += 0.7
+    x, y = rows
+    truth = closed.log_marginal(x, y)
+    log_w = log_weights(pair.model, pair.guide, x, 20_000, given=(y,)).detach()
+    assert_mean((log_w - truth).exp(), 1.0, least=0.1)
+    assert (truth - log_w.mean(0) > 5 * log_w.std(0) / math.sqrt(len(log_w))).all()
+
+
+def test_other_labels_change_log_p_as_the_closed_form_says(rows):
+    """The guide is exact for any y: what is left is p(x|y') against p(x|y)."""
+    pair = linear_pair()
+    closed = Closed(pair)
+    closed.make_exact(pair)
+    x, y = rows
+    swapped = y.roll(1, 0)
+    difference = closed.log_marginal(x, swapped) - closed.log_marginal(x, y)
+    assert difference.abs().min() > 0.01
+    of_pair = [log_weights(pair.model, pair.guide, x, given=(labels,))[0] for labels in (swapped, y)]
+    assert_close(of_pair[0] - of_pair[1], difference, rtol=0.0, atol=1e-8)
+
+
+def test_samples_are_draws_of_x_given_y():
+    pair = linear_pair()
+    closed = Closed(pair)
+    for label in range(C):
+        y = one_hot(torch.tensor(label), C).double()
+        x = pair.sample(20_000, y)
+        assert_mean(x, closed.mean(y), least=0.2)
+        centred = x - closed.mean(y)
+        assert_mean(centred[:, :, None] * centred[:, None, :], closed.covariance)
+    y = one_hot(torch.arange(20_000) % C, C).double()  # one label for each
+    assert_mean(pair.sample(20_000, y) - closed.mean(y), 0.0, least=0.2)
+    means = pair.sample(20_000, y, mean=True) - closed.mean(y)
+    assert_mean(means[:, :, None] * means[:, None, :], closed.covariance - SCALE**2 * torch.eye(D).double())
+
+
+def test_a_prior_that_is_the_same_for_all_y(rows):
+    """Then log p(x|y) = log N(x; By + b, WW' + s2 I)."""
+    pair = linear_pair()
+    pair.prior = UnconditionalPrior(StandardNormal(Z)).double()
+    closed = Closed(linear_pair())
+    output = pair.likelihood.decoder.body[1]
+    closed.W, closed.B = output.weight.detach().split([Z, C], 1)
+    closed.A, closed.a, closed.b, closed.S = (
+        torch.zeros(Z, C).double(),
+        torch.zeros(Z).double(),
+        output.bias.detach(),
+        torch.eye(Z).double(),
+    )
+    closed.covariance = closed.W @ closed.W.T + SCALE**2 * torch.eye(D, dtype=torch.float64)
+    closed.gain = closed.W.T @ torch.linalg.inv(closed.covariance)
+    closed.make_exact(pair)
+    x, y = rows
+    assert_close(log_weights(pair.model, pair.guide, x, given=(y,))[0], closed.log_marginal(x, y), rtol=0.0, atol=1e-8)
+
+
+def test_join_puts_y_beside_each_datum():
+    y = one_hot(torch.tensor([2, 0]), C).double()
+    z = torch.randn(7, 2, Z, dtype=torch.float64)  # K particles of N = 2
+    assert_close(join(z, y), torch.cat([z, y.expand(7, 2, C)], -1), **EXACT)
+    image = torch.randn(2, 1, 4, 5)
+    joined = join(image, y, 3)
+    assert joined.shape == (2, 1 + C, 4, 5)
+    assert torch.equal(joined[:, :1], image.double())
+    assert torch.equal(joined[:, 1:], y[:, :, None, None].expand(2, C, 4, 5))
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_images_with_labels_as_channels_or_in_one_vector(dense):
+    shape = (1, 8, 8)
+    x = (torch.rand(20, *shape) < 0.3).float()
+    y = one_hot(torch.arange(20) % C, C).float()
+    encoder = MLP(64 + C, hidden=(7,)) if dense else ConvEncoder((1 + C, 8, 8), channels=(4, 6))
+    decoder = MLP(Z + C, shape, hidden=(7,)) if dense else ConvDecoder(Z + C, shape, channels=(4, 6))
+    guide = MeanFieldNormal(encoder, Z)
+    pair = ConditionalVAE(UnconditionalPrior(VampPrior(guide, guide.event_shape, 5)), Bernoulli(decoder), guide)
+    pair.initialise(x, y)
+    assert log_weights(pair.model, pair.guide, x, 3, given=(y,)).shape == (3, 20)
+    assert pair.sample(4, y[0]).shape == pair.sample(4, y[:4]).shape == (4, *shape)
+    assert pair.reconstruct(x, y).shape == (20, *shape)
+    assert not torch.equal(pair.encode(x, y), pair.encode(x, y.roll(1, 0)))
+    with pytest.raises(DataError, match="support"):
+        pair.model(x + 0.5, y)
+
+
+def test_the_encoder_sees_labels_as_large_as_the_data():
+    """Of data with a standard deviation of 1000, labels of 0 and 1 would else be rounding."""
+    x = 1000 * torch.randn(200, D)
+    y = one_hot(torch.arange(200) % C, C).float()
+    guide = MeanFieldNormal(MLP(D + C, hidden=(7,)), Z)
+    pair = ConditionalVAE(UnconditionalPrior(StandardNormal(Z)), Gaussian(MLP(Z + C, D)), guide)
+    pair.initialise(x, y)
+    seen = (pair.beside(x, y) - guide.shift) * guide.rescale
+    assert 0.3 < seen[:, :D].std() < 2
+    assert 0.3 < seen[:, D:].std() < 2
+
+
+def test_parts_that_do_not_fit_are_named():
+    prior, guide = UnconditionalPrior(StandardNormal(Z)), MeanFieldNormal(MLP(D + C), Z)
+    likelihood = Gaussian(MLP(Z + C, D))
+    with pytest.raises(UsageError, match="the guide's latent_dim is 2, the prior's is 3"):
+        ConditionalVAE(UnconditionalPrior(StandardNormal(3)), likelihood, guide)
+    with pytest.raises(UsageError, match="too few for"):
+        ConditionalVAE(prior, Gaussian(MLP(Z, D)), guide)
+    with pytest.raises(UsageError, match=r"the guide's input is \(5,\), expected \(8,\)"):
+        ConditionalVAE(prior, likelihood, MeanFieldNormal(MLP(D), Z))
+    pair = ConditionalVAE(prior, likelihood, guide)
+    with pytest.raises(UsageError, match=r"y: expected shape \(N, 3\), got \(4, 2\)"):
+        pair.encode(torch.zeros(4, D), torch.zeros(4, 2))
+    with pytest.raises(UsageError, match=r"expected shape \(3,\) or \(5, 3\), got \(4, 3\)"):
+        pair.sample(5, torch.zeros(4, 3))
