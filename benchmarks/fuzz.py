@@ -368,9 +368,9 @@ def read_resumed(path: Path) -> object:
 def read_config(path: Path) -> object:
     """As a run's, and as --config takes it."""
     from pyrovae.fit import read_options
-    from pyrovae.runs.config import resolve
     from pyrovae.runs.directory import open_run
     from pyrovae.runs.options import DERIVED
+    from pyrovae.runs.recipe import resolve
 
     try:
         open_run(path)

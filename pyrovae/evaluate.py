@@ -10,8 +10,8 @@ from pathlib import Path
 from pyrovae.command import add_choices, add_option, given, main, parser, say, whole_option
 from pyrovae.errors import UsageError
 from pyrovae.runs.build import build_proposal
-from pyrovae.runs.config import refuse
 from pyrovae.runs.options import PROPOSALS, SETTINGS, one_of, thread_count, when
+from pyrovae.runs.recipe import refuse
 
 
 def command(words: Sequence[str]) -> int:

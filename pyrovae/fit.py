@@ -10,8 +10,8 @@ from pyrovae.command import Stop, add_choices, add_option, given, main, parser, 
 from pyrovae.data import SOURCES
 from pyrovae.errors import Interrupted, UsageError
 from pyrovae.processes import check_processes, several
-from pyrovae.runs.config import Config, overlaid, resolve
 from pyrovae.runs.options import DERIVED, OPTIONS, PARTS, option, text
+from pyrovae.runs.recipe import Config, overlaid, resolve
 
 
 def options_parser() -> Any:

@@ -17,8 +17,8 @@ from pyrovae.command import Stop
 from pyrovae.errors import CheckpointError, UsageError
 from pyrovae.fit import read_config, read_options
 from pyrovae.inference.training.checkpoint import load_latest
-from pyrovae.runs.config import resolve
 from pyrovae.runs.directory import write_config
+from pyrovae.runs.recipe import resolve
 
 # What YAML makes numbers, times, dates, truths, nothing, lists and dictionaries of.
 WORDS = (

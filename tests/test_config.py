@@ -19,8 +19,8 @@ from pyrovae.runs.build import (
     build_rows,
     build_schedule,
 )
-from pyrovae.runs.config import resolve, title, warnings
 from pyrovae.runs.options import OPTIONS, PARTS, RESUMABLE
+from pyrovae.runs.recipe import resolve, title, warnings
 
 IMAGE, VECTOR = (1, 8, 8), (5,)
 

@@ -5,8 +5,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from pyrovae.errors import UsageError
-from pyrovae.runs.config import Config, choose, choose_likelihood, choose_measure
 from pyrovae.runs.options import PROPOSALS
+from pyrovae.runs.recipe import Config, choose, choose_likelihood, choose_measure
 
 if TYPE_CHECKING:
     import torch

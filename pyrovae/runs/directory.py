@@ -27,8 +27,8 @@ from pyrovae.files import inside, is_writable, read_yaml, refuse_links, write_at
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.training import checkpoint as checkpoints
 from pyrovae.runs import build
-from pyrovae.runs.config import resolve
 from pyrovae.runs.options import DERIVED, option
+from pyrovae.runs.recipe import resolve
 from pyrovae.seeding import seeded
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pyrovae.data import Rows
     from pyrovae.inference.training.checkpoint import Checkpoint
     from pyrovae.runs.build import Model
-    from pyrovae.runs.config import Config
+    from pyrovae.runs.recipe import Config
 
 PLOTS = (
     "training_curves", "samples", "reconstructions", "neighbourhood", "latent_map", "traversals", "k_curve", "gaps",

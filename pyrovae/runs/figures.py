@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyrovae.files import inside
-from pyrovae.runs.config import Config
 from pyrovae.runs.directory import Run
+from pyrovae.runs.recipe import Config
 from pyrovae.runs.report import Report
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ import math
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from pyrovae.runs.config import Config
+from pyrovae.runs.recipe import Config
 from pyrovae.runs.report import Report
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ from pyrovae.models import Gaussian, HierarchicalVAE
 from pyrovae.processes import leading
 from pyrovae.processors import pick_device, threads
 from pyrovae.runs.build import build_model, build_objective, build_optimizer, build_rows, build_schedule
-from pyrovae.runs.config import Config, overlaid, resolve, title, warnings
 from pyrovae.runs.directory import Run, claim, clear, fresh_directory, open_run, position, write_config
 from pyrovae.runs.figures import write_plots
 from pyrovae.runs.options import RESUMABLE, option
 from pyrovae.runs.progress import Say, silent
+from pyrovae.runs.recipe import Config, overlaid, resolve, title, warnings
 from pyrovae.runs.report import Report, refuse_invalid, report
 from pyrovae.runs.tables import describe_bound, describe_model, short_table
 from pyrovae.seeding import seeded
