@@ -370,7 +370,7 @@ def read_config(path: Path) -> object:
     from pyrovae.fit import read_options
     from pyrovae.runs.directory import open_run
     from pyrovae.runs.options import DERIVED
-    from pyrovae.runs.recipe import resolve
+    from pyrovae.runs.recipe import Recipe
 
     try:
         open_run(path)
@@ -379,7 +379,7 @@ def read_config(path: Path) -> object:
     else:
         return "read"
     options = read_options(["--config", str(path / "config.yaml")])
-    return resolve({key: value for key, value in options.items() if key not in DERIVED})
+    return Recipe(**{key: value for key, value in options.items() if key not in DERIVED})
 
 
 def read_scores(path: Path) -> object:

@@ -91,7 +91,7 @@ def command(words: Sequence[str]) -> int:
                 counts = (components,) if components else COMPONENTS
                 name, mixture = fit_baseline(rows, counts, seed, device, say)
                 scored.append(Scored(name, [score(mixture, x, k)]))
-            present(table(scored, seed), rows, kind, len(x), members[0].config["data"], out, say)
+            present(table(scored, seed), rows, kind, len(x), members[0].recipe.data, out, say)
             invalid += [entry for entry in scored if entry.verdict.kind == "invalid"]
     say(f"tables and figures in {out}")
     if invalid:

@@ -59,7 +59,7 @@ def command(words: Sequence[str]) -> int:
     if split not in SPLITS:
         raise UsageError(f"--split: expected one of {', '.join(SPLITS)}, got {split}")
     run = open_run(options["run"])
-    if run.config["model"]["name"] == "mixture":
+    if run.recipe.is_mixture:
         unused = ("K", "chunk_size", "proposal", "repair", "compile", "precision", "netcdf", "anew")
         refuse(options, unused, "the log p(x) of a mixture is exact")
     netcdf = Path(str(options["netcdf"])) if "netcdf" in options else None

@@ -11,7 +11,7 @@ from pyrovae.data import SOURCES
 from pyrovae.errors import Interrupted, UsageError
 from pyrovae.processes import check_processes, several
 from pyrovae.runs.options import DERIVED, OPTIONS, PARTS, option, text
-from pyrovae.runs.recipe import Config, overlaid, resolve
+from pyrovae.runs.recipe import Options, Recipe, overlaid
 
 
 def options_parser() -> Any:
@@ -57,11 +57,11 @@ def command(words: Sequence[str]) -> int:
         from pyrovae.runs.training import continued
 
         directory = resumed_directory(output)
-        config = continued(directory, options)
+        recipe = continued(directory, options)
     else:
         if "seed" not in options and several():
             raise UsageError("--seed: several processes must be given one, so that they agree")
-        config = resolve(options)
+        recipe = Recipe(**options)
         directory = None if output["out"] is None else text("out", output["out"])
 
     from pyrovae.runs.training import train
@@ -69,7 +69,7 @@ def command(words: Sequence[str]) -> int:
     stop = Stop()
     try:
         train(
-            config,
+            recipe,
             directory,
             resume=bool(output["resume"]),
             overwrite=bool(output["overwrite"]),
@@ -97,7 +97,7 @@ def resumed_directory(output: dict[str, Any]) -> str:
     return str(directory)
 
 
-def read_options(words: Sequence[str]) -> Config:
+def read_options(words: Sequence[str]) -> Options:
     """The options of --config and of the command line, which wins.
 
     What a choice on the command line makes meaningless in the file is dropped: the settings of another prior, or the
@@ -111,7 +111,7 @@ def read_options(words: Sequence[str]) -> Config:
     return overlaid(stored, typed)
 
 
-def read_config(file: Path) -> Config:
+def read_config(file: Path) -> Options:
     """The options in a YAML file.
 
     Raises:

@@ -46,7 +46,7 @@ def command(words: Sequence[str]) -> int:
     if family not in (None, "diagonal", "full"):
         raise UsageError(f"--family: expected diagonal or full, got {family}")
     run = open_run(options["run"])
-    if run.config["model"]["name"] == "mixture":
+    if run.recipe.is_mixture:
         raise UsageError(f"{run.directory}: holds a mixture, whose log p(x) is exact: there is no gap to split")
     with threads(thread_count("threads", options.get("threads", "auto")), lambda text: say(f"note: {text}")):
         values = analyse(run, k, limit, split, seed, chunk_size, str(options.get("device", "auto")), family, say)

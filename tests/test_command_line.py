@@ -17,8 +17,8 @@ from pyrovae.command import Stop
 from pyrovae.errors import CheckpointError, UsageError
 from pyrovae.fit import read_config, read_options
 from pyrovae.inference.training.checkpoint import load_latest
-from pyrovae.runs.directory import write_config
-from pyrovae.runs.recipe import resolve
+from pyrovae.runs.directory import write_recipe
+from pyrovae.runs.recipe import Recipe
 
 # What YAML makes numbers, times, dates, truths, nothing, lists and dictionaries of.
 WORDS = (
@@ -49,7 +49,7 @@ def test_words_stay_words(word: str, tmp_path: Path) -> None:
     """Directories, data and names are taken as they were typed, and as they were stored."""
     for option in ("--out", "--data", "--data-root", "--resume", "--optimizer"):
         assert read_options([f"{option}={word}"]) == {option[2:].replace("-", "_"): word}
-    write_config(tmp_path, {**resolve({"data": word, "seed": 0}), "data_hash": "x", "event_shape": [2]})
+    write_recipe(tmp_path, Recipe(data=word, seed=0).settled(data_hash="x", event_shape=(2,)))
     assert read_config(tmp_path / "config.yaml")["data"] == word
 
 
@@ -78,10 +78,10 @@ def test_a_run_is_written_where_it_was_said(tmp_path: Path, monkeypatch: pytest.
 
 def test_numbers_and_lists_keep_their_meaning() -> None:
     words = "--K 5 --elbo iwae --lr 1e-2 --latent-dim [7] --network.hidden 20,30 --seed 007 --patience 1e1"
-    config = resolve(read_options(words.split()))
-    expected = {"K": 5, "lr": 0.01, "latent_dim": [7], "seed": 7, "patience": 10}
-    assert {key: config[key] for key in expected} == expected
-    assert config["network"]["hidden"] == [20, 30]
+    recipe = Recipe(**read_options(words.split()))
+    expected = {"K": 5, "lr": 0.01, "latent_dim": (7,), "seed": 7, "patience": 10}
+    assert {key: getattr(recipe, key) for key in expected} == expected
+    assert recipe.network.settings["hidden"] == [20, 30]
 
 
 @pytest.mark.parametrize("line", ["data: 007", "data: 12:30", "data: yes", "optimizer: 3", "data: [a]"])
@@ -89,7 +89,7 @@ def test_a_number_in_yaml_is_no_word(line: str, tmp_path: Path) -> None:
     """What YAML has turned into something else cannot be told any more, so it is asked for in quotes."""
     (tmp_path / "config.yaml").write_text(line)
     with pytest.raises(UsageError, match=r"--(data|optimizer): expected a word, got .*; put it in quotes in YAML"):
-        resolve(read_config(tmp_path / "config.yaml"))
+        Recipe(**read_config(tmp_path / "config.yaml"))
     key, value = line.split(": ", 1)
     (tmp_path / "config.yaml").write_text(f"{key}: '{value}'")
     assert read_config(tmp_path / "config.yaml") == {key: value}

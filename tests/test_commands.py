@@ -32,6 +32,7 @@ from pyrovae.plots import Style
 from pyrovae.runs import evaluation, figures, training
 from pyrovae.runs.directory import open_run
 from pyrovae.runs.progress import rows_done
+from pyrovae.runs.recipe import Part, Recipe
 
 SMALL = (
     "--data three-gaussians --latent-dim 2 --network.hidden 8 --batch-size 1000 --epochs 2 --eval-K 50 --seed 3 "
@@ -127,11 +128,13 @@ def test_the_evaluation_says_what_its_numbers_are(trained):
 def test_rows_are_drawn_as_what_they_are(tmp_path):
     """Handwriting as ink, all else as photographs, other units between their ends, tables by their columns."""
     rows = pyrovae.load_data("digits").rows("mass")
-    assert figures.style_of({"data": "Digits"}, rows) == figures.style_of({"data": "mnist"}, rows) == Style(ink=True)
-    assert figures.style_of({"data": "photographs.npz"}, rows) == Style()
-    assert figures.style_of({"data": "fashion_mnist"}, rows) == Style()
+    assert (
+        figures.style_of(Recipe(data="Digits"), rows) == figures.style_of(Recipe(data="mnist"), rows) == Style(ink=True)
+    )
+    assert figures.style_of(Recipe(data="photographs.npz"), rows) == Style()
+    assert figures.style_of(Recipe(data="fashion_mnist"), rows) == Style()
     assert figures.named_labels(rows, 3) is not None
-    own = {"data": "own.npz"}
+    own = Recipe(data="own.npz")
     images = np.linspace(-3, 5, 40 * 12, dtype=np.float32).reshape(40, 1, 4, 3)
     np.savez(tmp_path / "wide.npz", x=images, y=np.array(["cat", "dog"] * 20))
     wide = pyrovae.load_data(tmp_path / "wide.npz").rows("density")
@@ -442,9 +445,9 @@ def test_the_command_line_wins_over_the_file():
     assert fit.command([*SMALL.split(), *prior.split(), "--out", "first"]) == 0
     words = "--config first/config.yaml --elbo iwae --K 3 --prior standard --out second"
     assert fit.command(words.split()) == 0
-    config = open_run("second").config
-    assert (config["elbo"], config["K"], config["beta"]) == ("iwae", 3, None)
-    assert config["prior"] == {"name": "StandardNormal"}
+    recipe = open_run("second").recipe
+    assert (recipe.elbo, recipe.K, recipe.beta) == ("iwae", 3, None)
+    assert recipe.prior == Part("StandardNormal")
 
 
 @pytest.mark.parametrize(
@@ -850,7 +853,7 @@ def test_draws_are_saved_for_arviz_on_request(trained):
     shutil.copytree(trained, run)
     scored(run, "--rows 20 --K 200 --proposal individual --netcdf draws.nc")
     posterior = xarray.open_dataset("draws.nc", group="posterior")
-    assert posterior["z"].shape[:3] == (1, evaluate.SAVED_DRAWS, 20)
+    assert posterior["z"].shape[:3] == (1, evaluation.SAVED_DRAWS, 20)
     importance = xarray.open_dataset("draws.nc", group="importance")
     assert importance["log_weight"].shape == (200, 20)
     report = json.loads((run / "evaluation.json").read_text())

@@ -474,7 +474,7 @@ def test_rows_are_loaded_once_for_all_runs_of_the_same_data(runs, monkeypatch):
 
     loaded = []
     build_rows = build.build_rows
-    monkeypatch.setattr(build, "build_rows", lambda c: loaded.append(c["data"]) or build_rows(c))
+    monkeypatch.setattr(build, "build_rows", lambda c: loaded.append(c.data) or build_rows(c))
     run(f"{runs}/a {runs}/other/a {runs}/mixture {runs}/bits --K 2 --rows 9 --no-baseline")
     assert sorted(loaded) == ["digits", "three-gaussians"]
 
@@ -483,16 +483,12 @@ def test_repetitions_of_one_seed_are_not_pooled(runs):
     a, b, c, other = (open_run(runs / name) for name in ("a", "a-2", "a-3", "other/a"))
     assert pools([a, other, b, c]) == [[a, b, c], [other]]
     assert pools([a, b], pool=False) == [[a], [b]]
-    b.config["seed"] = a.config["seed"]
+    b.recipe = b.recipe.settled(seed=a.recipe.seed)
     assert pools([a, b]) == [[a], [b]]
-    b.config |= {
-        "seed": 7,
-        "device": "cuda",
-        "threads": 1,
-        "eval_rows": 3,
-    }  # where it ran, and how often it was measured
+    # Where it ran, and how often it was measured.
+    b.recipe = b.recipe.settled(seed=7, device="cuda", threads=1, eval_rows=3)
     assert pools([a, b]) == [[a, b]]
-    b.config["lr"] = 0.5
+    b.recipe = b.recipe.settled(lr=0.5)
     assert pools([a, b]) == [[a], [b]]
 
 
@@ -535,8 +531,8 @@ def test_an_invalid_model_is_shown_and_the_command_says_so(runs, capsys, monkeyp
 def test_changed_data_is_refused(runs, capsys, tmp_path):
     """The same words for two contents: their hashes are named."""
     first, second = (open_run(runs / name) for name in ("a", "a-2"))
-    second.config["data_hash"] = "f" * 64
-    with pytest.raises(UsageError, match=f"three-gaussians, hash {first.config['data_hash'][:12]}.*hash ffffffffffff"):
+    second.recipe = second.recipe.settled(data_hash="f" * 64)
+    with pytest.raises(UsageError, match=f"three-gaussians, hash {first.recipe.data_hash[:12]}.*hash ffffffffffff"):
         check_same_rows([first, second])
 
 

@@ -1,10 +1,12 @@
 """From options to objects: defaults, short names, and every combination that is refused."""
 
+import dataclasses
 import inspect
 import re
 
 import pytest
 import torch
+import yaml
 from pyro.infer import TraceEnum_ELBO
 
 from pyrovae import inference, models
@@ -18,15 +20,20 @@ from pyrovae.runs.build import (
     build_optimizer,
     build_rows,
     build_schedule,
+    settle,
 )
-from pyrovae.runs.options import OPTIONS, PARTS, RESUMABLE
-from pyrovae.runs.recipe import resolve, title, warnings
+from pyrovae.runs.options import DERIVED, OPTIONS, PARTS, RESUMABLE, SETTINGS
+from pyrovae.runs.recipe import Part, Recipe, title, warnings
 
 IMAGE, VECTOR = (1, 8, 8), (5,)
 
 
-def config(**given):
-    """A resolved configuration that trains fast."""
+def resolve(given) -> Recipe:
+    return Recipe(**given)
+
+
+def config(**given) -> Recipe:
+    """A recipe that trains fast."""
     small = {"seed": 0, "latent_dim": 3}
     if given.get("model", {}) == "hierarchical":
         small["latent_dim"] = [4, 3]
@@ -75,21 +82,21 @@ def test_every_setting_of_a_part_can_be_given():
 
 def test_defaults_of_the_bounds_and_the_optimiser():
     resolved = resolve({})
-    assert (resolved["elbo"], resolved["K"], resolved["M"], resolved["beta"]) == ("elbo", 1, 1, 1.0)
-    assert resolve({"elbo": "iwae"})["K"] == resolve({"elbo": "renyi"})["K"] == 5
-    assert resolve({"elbo": "renyi"})["alpha"] == 0.5
+    assert (resolved.elbo, resolved.K, resolved.M, resolved.beta) == ("elbo", 1, 1, 1.0)
+    assert resolve({"elbo": "iwae"}).K == resolve({"elbo": "renyi"}).K == 5
+    assert resolve({"elbo": "renyi"}).alpha == 0.5
     signature = inspect.signature(inference.fit).parameters
     for key in ("epochs", "batch_size", "patience"):
-        assert resolved[key] == signature[key].default
-    assert resolved["lr"] == inspect.signature(inference.adam).parameters["lr"].default
-    assert (resolved["likelihood"], resolved["binarize"]) == (None, None)  # left to the data
+        assert getattr(resolved, key) == signature[key].default
+    assert resolved.lr == inspect.signature(inference.adam).parameters["lr"].default
+    assert (resolved.likelihood, resolved.binarize) == (Part(), None)  # left to the data
 
 
 def test_a_seed_is_drawn_anew_when_none_is_given():
-    assert resolve({})["seed"] != resolve({})["seed"]
-    assert resolve({"seed": "12"})["seed"] == 12
-    assert resolve({"seed": 0})["seed"] == 0
-    assert resolve({"seed": str(2**63 - 1)})["seed"] == resolve({"seed": 2**63 - 1})["seed"] == 2**63 - 1
+    assert resolve({}).seed != resolve({}).seed
+    assert resolve({"seed": "12"}).seed == 12
+    assert resolve({"seed": 0}).seed == 0
+    assert resolve({"seed": str(2**63 - 1)}).seed == resolve({"seed": 2**63 - 1}).seed == 2**63 - 1
 
 
 def test_resolving_is_idempotent():
@@ -102,7 +109,8 @@ def test_resolving_is_idempotent():
         {"likelihood": {"name": "Gaussian", "scale": "0.5"}, "guide": {"name": "full"}},
     ):
         once = resolve(given)
-        assert resolve(once) == once
+        assert resolve(once.plain()) == once.replace() == once
+        assert yaml.safe_load(yaml.safe_dump(once.plain())) == once.plain()
 
 
 # -------------------------------------------------------------------------------------------------- names and values
@@ -113,7 +121,7 @@ def test_short_names_and_any_case():
         for full, choice in choices.items():
             for word in (full, full.upper(), *choice.short):
                 given = {part: word, "latent_dim": [5, 3]} if word == "hierarchical" else {part: word}
-                assert resolve(given)[part]["name"] == full
+                assert getattr(resolve(given), part).name == full
 
 
 @pytest.mark.parametrize(
@@ -149,7 +157,7 @@ def test_a_misspelt_word_names_the_nearest(given, meant):
 )
 def test_beta_is_a_number_or_a_schedule_in_epochs(text, expected):
     resolved = resolve({"beta": text})
-    assert build_beta(resolved["beta"], 7) == expected
+    assert build_beta(resolved.beta, 7) == expected
     objective = build_objective(resolved, 7)
     assert isinstance(objective, ELBO)
     assert objective.beta.beta(10) == (expected if isinstance(expected, float) else expected.beta(10))
@@ -205,11 +213,11 @@ def test_optimisers_and_schedules():
 
 
 def test_numbers_as_words_or_as_numbers():
-    assert resolve({"latent_dim": "40"})["latent_dim"] == resolve({"latent_dim": 40})["latent_dim"] == [40]
-    assert resolve({"model": "hierarchical", "latent_dim": "8,4,2"})["latent_dim"] == [8, 4, 2]
-    assert resolve({"K": "1e3"})["K"] == resolve({"K": "1000.0"})["K"] == 1000
-    assert resolve({"network": {"hidden": "30"}})["network"]["hidden"] == [30]
-    assert resolve({"likelihood": {"name": "gaussian", "scale": "0.5"}})["likelihood"]["scale"] == 0.5
+    assert resolve({"latent_dim": "40"}).latent_dim == resolve({"latent_dim": 40}).latent_dim == (40,)
+    assert resolve({"model": "hierarchical", "latent_dim": "8,4,2"}).latent_dim == (8, 4, 2)
+    assert resolve({"K": "1e3"}).K == resolve({"K": "1000.0"}).K == 1000
+    assert resolve({"network": {"hidden": "30"}}).network.settings["hidden"] == [30]
+    assert resolve({"likelihood": {"name": "gaussian", "scale": "0.5"}}).likelihood.settings["scale"] == 0.5
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -293,8 +301,8 @@ def test_likelihood_and_binarisation_follow_the_data():
         ({"model": "mixture"}, "Bernoulli", "dynamic"),
     ):
         resolved = resolve(given)
-        build_rows(resolved)
-        assert (resolved["likelihood"]["name"], resolved["binarize"]) == (likelihood, binarize)
+        resolved = settle(resolved, build_rows(resolved))
+        assert (resolved.likelihood.name, resolved.binarize) == (likelihood, binarize)
     with pytest.raises(UsageError, match="binarize='fixed' is not used by a density"):
         build_rows(resolve({"likelihood": "gaussian", "binarize": "fixed"}))
     with pytest.raises(DataError, match="have no mass on"):
@@ -302,11 +310,20 @@ def test_likelihood_and_binarisation_follow_the_data():
 
 
 def test_titles_tell_runs_apart():
-    assert title(resolve({"elbo": "iwae"}) | {"likelihood": {"name": "Bernoulli"}}) == "digits-iwae-K5"
+    assert title(resolve({"elbo": "iwae", "likelihood": "Bernoulli"})) == "digits-iwae-K5"
     assert title(resolve({"model": "mixture"})) == "digits-mixture-C10"
-    assert title(resolve({"data": "a/b.npz", "prior": "vamp"}) | {"likelihood": {"name": "Gaussian"}}) == (
+    assert title(resolve({"data": "a/b.npz", "prior": "vamp", "likelihood": "Gaussian"})) == (
         "b-elbo-K1-VampPrior-Gaussian"
     )
+
+
+def test_a_recipe_is_frozen_and_has_a_field_for_every_option():
+    having = {f.name for f in dataclasses.fields(Recipe)} - {"given"}
+    assert having == {*SETTINGS, *PARTS, *DERIVED} - {"version"}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        resolve({}).epochs = 3
+    with pytest.raises(UsageError, match=r"configuration: 'epoch' is none of .*did you mean epochs"):
+        resolve({}).replace(epoch=3)
 
 
 def test_resumable_options_exist():

@@ -27,6 +27,7 @@ from pyrovae.errors import CheckpointError, PairError, UsageError
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.training.checkpoint import FILES, Checkpoint, fingerprint, name_of, save, steps
 from pyrovae.runs.directory import PLOTS, Run, claim, clear, open_run
+from pyrovae.runs.recipe import Part, Recipe
 from pyrovae.runs.training import check_epochs
 
 OPTIONS = shlex.split(
@@ -369,9 +370,9 @@ def test_sizes_that_the_weights_do_not_have_are_never_allocated(run: Path, capsy
 
 def test_a_pair_that_is_built_without_memory_first_is_the_same(tmp_path: Path, run: Path) -> None:
     """Also what is no parameter: indices that a guide computes, and is not saved."""
-    config = open_run(run).config | {"guide": {"name": "FullCovarianceNormal"}, "prior": {"name": "StandardNormal"}}
-    fresh = Run(tmp_path / "fresh", config)
-    ours = pyrovae.runs.build.build_model(config, (2,))
+    recipe = open_run(run).recipe.settled(guide=Part("FullCovarianceNormal"), prior=Part("StandardNormal"))
+    fresh = Run(tmp_path / "fresh", recipe)
+    ours = pyrovae.runs.build.build_model(recipe, (2,))
     save(fresh.directory, Checkpoint(1, Pair(ours.model, ours.guide).tensors(), {}))
     theirs = fresh.pair_with(pyrovae.inference.training.checkpoint.load(fresh.directory, 1))
     for get in (torch.nn.Module.named_parameters, torch.nn.Module.named_buffers):
@@ -426,7 +427,7 @@ def use(run: Path) -> None:
     """Load a run and look where it stands: it works, or is refused as damaged."""
     with suppress(CheckpointError, UsageError):
         open_run(run).model()
-        check_epochs(run, {"schedule": "constant", "epochs": 1}, 5)
+        check_epochs(run, Recipe(epochs=1), 5)
 
 
 @pytest.mark.parametrize("name", ["training.json", "manifest.json", "config.yaml"])

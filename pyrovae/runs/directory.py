@@ -28,7 +28,7 @@ from pyrovae.inference.pair import Pair
 from pyrovae.inference.training import checkpoint as checkpoints
 from pyrovae.runs import build
 from pyrovae.runs.options import DERIVED, option
-from pyrovae.runs.recipe import resolve
+from pyrovae.runs.recipe import Recipe
 from pyrovae.seeding import seeded
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from pyrovae.data import Rows
     from pyrovae.inference.training.checkpoint import Checkpoint
     from pyrovae.runs.build import Model
-    from pyrovae.runs.recipe import Config
 
 PLOTS = (
     "training_curves", "samples", "reconstructions", "neighbourhood", "latent_map", "traversals", "k_curve", "gaps",
@@ -61,10 +60,10 @@ LEFTOVER = re.compile(r"(^|/)\.([^/]+)\.\d+(?=/|$)")
 
 @dataclass
 class Run:
-    """A trained run: its directory and configuration; the rest is loaded when asked for."""
+    """A trained run: its directory and recipe; the rest is loaded when asked for."""
 
     directory: Path
-    config: "Config"
+    recipe: Recipe
     notices: list[str] = field(default_factory=list)  # what `model` found: damaged checkpoints, an unfinished run
     unfinished: str = ""  # how far its training has come, where `model` found that it has not ended
 
@@ -91,12 +90,11 @@ class Run:
         Raises:
             DataError: they are not those of the training any more.
         """
-        config = dict(self.config)
-        rows = build.build_rows(config)
-        if rows.hash != self.config["data_hash"]:
+        rows = build.build_rows(self.recipe)
+        if rows.hash != self.recipe.data_hash:
             raise DataError(
                 f"{self.directory}: the data has changed since the training: hash {rows.hash[:12]} now, "
-                f"{self.config['data_hash'][:12]} then ({self.config['data']}); restore the data, or train anew"
+                f"{self.recipe.data_hash[:12]} then ({self.recipe.data}); restore the data, or train anew"
             )
         return rows
 
@@ -105,7 +103,7 @@ class Run:
         latest = checkpoints.load_latest(self.directory)
         self.notices = list(latest.notices)
         epoch, best_epoch, best_step = position(latest, self.directory)
-        planned, patience = self.config["epochs"], self.config["patience"]
+        planned, patience = self.recipe.epochs, self.recipe.patience
         if epoch < planned and (patience is None or epoch - best_epoch < patience):
             self.unfinished = f"{self.directory}: trained for {epoch} of {planned} epochs so far"
             self.notices.append(self.unfinished)
@@ -123,7 +121,7 @@ class Run:
         for device in ("meta", "cpu"):  # first without memory
             try:
                 with seeded("build"), torch.device(device):
-                    model = build.build_model(self.config, tuple(self.config["event_shape"]))
+                    model = build.build_model(self.recipe, self.recipe.event_shape)
             except (UsageError, RuntimeError, TypeError, ArithmeticError) as error:
                 raise CheckpointError(f"{self.directory / 'config.yaml'}: declares no model ({error})") from error
             tensors = Pair(model.model, model.guide).tensors()
@@ -159,13 +157,13 @@ def open_run(directory: str | Path) -> Run:
         raise CheckpointError(f"{directory}: no such run directory ({path.absolute()})")
     if not (path / "config.yaml").is_file():
         raise CheckpointError(f"{directory}: not a run directory, it has no config.yaml ({path.absolute()})")
-    run = Run(path, read_config(path))
+    run = Run(path, read_recipe(path))
     refuse_links(path)
     return run
 
 
-def read_config(directory: Path) -> "Config":
-    """The configuration of a run, checked.
+def read_recipe(directory: Path) -> Recipe:
+    """The recipe of a run, checked.
 
     Raises:
         CheckpointError: there is none, or it is not as pyrovae.fit writes it.
@@ -186,10 +184,10 @@ def read_config(directory: Path) -> "Config":
     if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
         raise CheckpointError(f"{file}: data_hash: expected a SHA-256, got {digest!r}")
     try:
-        config = resolve({k: v for k, v in content.items() if k not in DERIVED})
+        recipe = Recipe(**{k: v for k, v in content.items() if k not in DERIVED})
     except (UsageError, ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from error
-    return config | {key: content[key] for key in derived}
+    return recipe.settled(data_hash=digest, event_shape=tuple(shape))
 
 
 def load(directory: str | Path) -> "Model":
@@ -213,7 +211,7 @@ def load(directory: str | Path) -> "Model":
     return model
 
 
-def claim(directory: Path, config: "Config", overwrite: bool) -> None:
+def claim(directory: Path, recipe: Recipe, overwrite: bool) -> None:
     """Make sure that a new run may be written to a directory.
 
     Raises:
@@ -230,14 +228,14 @@ def claim(directory: Path, config: "Config", overwrite: bool) -> None:
             return
         raise UsageError(f"--out {directory}: is not empty and holds no run; choose another")
     try:
-        theirs = read_config(directory)
+        theirs = read_recipe(directory)
         refuse_links(directory)
         list(written(directory))
     except UsageError as error:
         raise UsageError(f"--out {directory}: {error}; choose another --out") from error
     if overwrite:
         return
-    keys = differences(theirs, config)
+    keys = differences(theirs, recipe)
     what = f"a run of another configuration ({'; '.join(keys)})" if keys else "a run of this configuration"
     raise UsageError(
         f"--out {directory}: holds {what}; continue it with --resume {directory}, replace it with --overwrite, or "
@@ -289,12 +287,13 @@ def clear(directory: Path) -> None:
         raise OutputError(f"--overwrite: {error.filename} cannot be removed ({error.strerror})") from error
 
 
-def differences(theirs: "Config", ours: "Config") -> list[str]:
-    """Keys whose values differ, with both."""
+def differences(theirs: Recipe, ours: Recipe) -> list[str]:
+    """Options whose values differ, with both."""
+    there, here = theirs.plain(), ours.plain()
     return [
-        f"{option(key)}: {theirs.get(key)} there, {ours.get(key)} here"
-        for key in dict.fromkeys([*theirs, *ours])
-        if theirs.get(key) != ours.get(key) and key != "version"
+        f"{option(key)}: {there.get(key)} there, {here.get(key)} here"
+        for key in dict.fromkeys([*there, *here])
+        if there.get(key) != here.get(key)
     ]
 
 
@@ -304,9 +303,9 @@ def fresh_directory(name: str, parent: Path = Path("runs")) -> Path:
     return next(path for path in candidates if not path.exists())
 
 
-def write_config(directory: Path, config: "Config") -> None:
+def write_recipe(directory: Path, recipe: Recipe) -> None:
     """Write config.yaml."""
     from pyrovae.version import __version__
 
-    text = yaml.safe_dump({"version": __version__, **config}, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump({"version": __version__, **recipe.plain()}, sort_keys=False, allow_unicode=True)
     write_atomically(directory / "config.yaml", text)

@@ -67,14 +67,14 @@ def evaluate(
         x,
         rows,
         num_particles=num_particles,
-        objective=build_objective(run.config),
+        objective=build_objective(run.recipe),
         split=split,
         seed=seed,
         chunk_size=chunk_size,
         say=say,
         proposal=drawn_from,
         store=scores,
-        particle_chunk=run.config["particle_chunk"],
+        particle_chunk=run.recipe.particle_chunk,
         repair=repair,
     ) | {"notices": run.notices}
     name = "evaluation.json" if split == "test" else f"evaluation-{split}.json"

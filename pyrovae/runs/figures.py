@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyrovae.files import inside
 from pyrovae.runs.directory import Run
-from pyrovae.runs.recipe import Config
+from pyrovae.runs.recipe import Recipe
 from pyrovae.runs.report import Report
 
 if TYPE_CHECKING:
@@ -33,12 +33,12 @@ def save_figure(figure: "Figure", directory: Path, name: str) -> Path:
     return path
 
 
-def style_of(config: Config, rows: "Rows") -> "Style":
+def style_of(recipe: Recipe, rows: "Rows") -> "Style":
     """How these rows are drawn: handwriting as ink on paper, other images as photographs, tables by their columns."""
     from pyrovae.data import Standardize, find_source
     from pyrovae.plots import Style
 
-    source = find_source(config["data"])
+    source = find_source(recipe.data)
     low, high = rows.test.min().item(), rows.test.max().item()
     inside = (low >= 0 and high <= 1) or low == high
     return Style(
@@ -60,7 +60,7 @@ def named_labels(rows: "Rows", count: int) -> Any:
 
 
 def write_plots(
-    config: Config, model: "Model", rows: "Rows", directory: Path, fitted: "Fit", values: dict[str, Any]
+    recipe: Recipe, model: "Model", rows: "Rows", directory: Path, fitted: "Fit", values: dict[str, Any]
 ) -> None:
     """Draw what there is to see of a run into its plots/."""
     import torch
@@ -69,10 +69,10 @@ def write_plots(
     from pyrovae.models import HierarchicalVAE
     from pyrovae.seeding import seeded
 
-    name, folder, style = directory.name, inside(directory, "plots"), style_of(config, rows)
+    name, folder, style = directory.name, inside(directory, "plots"), style_of(recipe, rows)
     save_figure(plots.training_curves(fitted.metrics, title=name), folder, "training_curves")
     device = next(model.parameters()).device
-    with torch.no_grad(), seeded(config["seed"], "plots", device=device):
+    with torch.no_grad(), seeded(recipe.seed, "plots", device=device):
         # Of pictures the means are shown, without the noise of single pixels; points and profiles need their noise.
         pictures = isinstance(model, HierarchicalVAE) and len(rows.event_shape) > 1
         drawn = "means of p(x|z), z from the prior" if pictures else "draws from p(x)"
@@ -97,7 +97,7 @@ def write_plots(
         heading = f"{name}; offsets in standard deviations of the codes"
         save_figure(plots.traversals(model.decode(paths), steps.tolist(), dims, heading, style), folder, "traversals")
 
-    save_curve(Run(directory, config), values)
+    save_curve(Run(directory, recipe), values)
 
 
 def save_curve(run: Run, values: Report) -> Path:

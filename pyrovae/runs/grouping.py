@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 # What two runs of different seeds may differ in and still be the same model: nothing that changes their training.
 NOT_THE_MODEL = ("seed", "device", "compile", "particle_chunk", "threads", "stream", "eval_K", "eval_rows", *DERIVED)
-# What decides which rows a run is scored on.
-DATA_KEYS = ("data", "data_root", "binarize", "standardize")
 
 
 def usable(directories: Sequence[Path], say: Say = silent) -> list[Run]:
@@ -76,16 +74,21 @@ def load_rows(runs: Sequence[Run]) -> "dict[Path, Rows]":
     loaded: dict[tuple, Rows] = {}
     result = {}
     for run in runs:
-        key = (*(run.config[name] for name in DATA_KEYS), measure_of(run))
-        if key not in loaded or loaded[key].hash != run.config["data_hash"]:
+        key = (*data_of(run), measure_of(run))
+        if key not in loaded or loaded[key].hash != run.recipe.data_hash:
             loaded[key] = run.rows()
         result[run.directory] = loaded[key]
     return result
 
 
+def data_of(run: Run) -> tuple[object, ...]:
+    """What decides, with the measure, which rows a run is scored on."""
+    return run.recipe.data, run.recipe.data_root, run.recipe.binarize, run.recipe.standardize
+
+
 def measure_of(run: Run) -> str:
     """Whether a run's log p(x) is of a mass or a density."""
-    return "mass" if run.config["likelihood"]["name"] == "Bernoulli" else "density"
+    return "mass" if run.recipe.likelihood.name == "Bernoulli" else "density"
 
 
 def check_same_rows(runs: Sequence[Run]) -> None:
@@ -96,9 +99,9 @@ def check_same_rows(runs: Sequence[Run]) -> None:
     """
     first, *others = runs
     for run in others:
-        if run.config["data_hash"] == first.config["data_hash"]:
+        if run.recipe.data_hash == first.recipe.data_hash:
             continue
-        same = all(run.config[key] == first.config[key] for key in DATA_KEYS)
+        same = data_of(run) == data_of(first)
         raise UsageError(
             f"cannot compare runs on different rows: {described(first, same)}; {described(run, same)}. Compare runs of "
             "the same data, binarisation and split"
@@ -107,11 +110,11 @@ def check_same_rows(runs: Sequence[Run]) -> None:
 
 def described(run: Run, with_hash: bool) -> str:
     """Which rows a run is of, in words."""
-    config = run.config
-    words = [f"{run.directory}: {config['data']}"]
-    words += [f"binarised {config['binarize']}"] if config["binarize"] else []
-    words += ["standardised"] if config["standardize"] else []
-    words += [f"hash {config['data_hash'][:12]}"] if with_hash else []
+    recipe = run.recipe
+    words = [f"{run.directory}: {recipe.data}"]
+    words += [f"binarised {recipe.binarize}"] if recipe.binarize else []
+    words += ["standardised"] if recipe.standardize else []
+    words += [f"hash {recipe.data_hash[:12]}"] if with_hash else []
     return ", ".join(words)
 
 
@@ -122,11 +125,11 @@ def pools(runs: Sequence[Run], pool: bool = True) -> list[list[Run]]:
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        config = {key: value for key, value in run.config.items() if key not in NOT_THE_MODEL}
-        groups.setdefault(repr(sorted(config.items())) if pool else str(run.directory), []).append(run)
+        model = {key: value for key, value in run.recipe.plain().items() if key not in NOT_THE_MODEL}
+        groups.setdefault(repr(sorted(model.items())) if pool else str(run.directory), []).append(run)
     together = []
     for members in groups.values():
-        distinct = len({run.config["seed"] for run in members}) == len(members)
+        distinct = len({run.recipe.seed for run in members}) == len(members)
         together += [members] if distinct else [[run] for run in members]
     return together
 

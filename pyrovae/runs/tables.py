@@ -4,7 +4,7 @@ import math
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from pyrovae.runs.recipe import Config
+from pyrovae.runs.recipe import Recipe
 from pyrovae.runs.report import Report
 
 if TYPE_CHECKING:
@@ -135,37 +135,36 @@ def between(interval: list[float]) -> str:
     return f"{low:.{digits}f} to {high:.{digits}f}"
 
 
-def describe_model(config: Config) -> str:
+def describe_model(recipe: Recipe) -> str:
     """The parts in words."""
-    if config["model"]["name"] == "mixture":
-        settings = {k: v for k, v in config["model"].items() if k != "name"}
-        return f"mixture with {', '.join(f'{k} {v}' for k, v in settings.items())}"
-    latent = ", ".join(map(str, config["latent_dim"]))
-    parts = [config[part]["name"] for part in ("prior", "guide", "likelihood", "network")]
-    return f"{config['model']['name']} with {', '.join(parts)}, latent dimensions {latent}"
+    if recipe.is_mixture:
+        return f"mixture with {', '.join(f'{k} {v}' for k, v in recipe.model.settings.items())}"
+    latent = ", ".join(map(str, recipe.latent_dim))
+    parts = [part.name for part in (recipe.prior, recipe.guide, recipe.likelihood, recipe.network)]
+    return f"{recipe.model.name} with {', '.join(parts)}, latent dimensions {latent}"
 
 
-def describe_bound(config: Config) -> str:
+def describe_bound(recipe: Recipe) -> str:
     """The objective in words."""
-    if config["model"]["name"] == "mixture":
+    if recipe.is_mixture:
         return "exact log p(x), assignments summed out"
-    words = {"elbo": "ELBO", "iwae": "IWAE", "renyi": "Renyi"}[config["elbo"]] + f", K = {config['K']}"
-    if config["M"] != 1:
-        words += f", M = {config['M']}"
-    if config["elbo"] == "renyi":
-        words += f", alpha = {config['alpha']:g}"
-    if config["elbo"] == "elbo" and config["beta"] != 1:
-        words += f", beta = {config['beta']}"
+    words = {"elbo": "ELBO", "iwae": "IWAE", "renyi": "Renyi"}[recipe.elbo] + f", K = {recipe.K}"
+    if recipe.M != 1:
+        words += f", M = {recipe.M}"
+    if recipe.elbo == "renyi":
+        words += f", alpha = {recipe.alpha:g}"
+    if recipe.elbo == "elbo" and recipe.beta != 1:
+        words += f", beta = {recipe.beta}"
     return words
 
 
-def short_table(config: Config, values: dict[str, Any], fitted: "Fit", seconds: dict[str, float]) -> str:
+def short_table(recipe: Recipe, values: dict[str, Any], fitted: "Fit", seconds: dict[str, float]) -> str:
     """What a run ends with; `seconds` are those of each stage."""
     exact = values["K"] is None
     rate = fitted.metrics["rows_per_second"].median()
     which = "all" if values["rows"] == values["rows_in_split"] else "the first"
     lines = [
-        (f"test rows: {which} {values['rows']} of {config['data']}, {values['measure']}", "", ""),
+        (f"test rows: {which} {values['rows']} of {recipe.data}, {values['measure']}", "", ""),
         (
             "log p(x)",
             number(values["log_marginal"], values["error_over_rows"]),
@@ -181,7 +180,7 @@ def short_table(config: Config, values: dict[str, Any], fitted: "Fit", seconds: 
     if not exact:
         reason, *more = textwrap.wrap(values["reason"], 80) if values["verdict"] != "ok" else [""]
         lines += [("verdict", values["verdict"], reason), *(("", "", part) for part in more)]
-        bound = describe_bound(config).split(", beta")[0]
+        bound = describe_bound(recipe).split(", beta")[0]
         lines.insert(1, (f"bound, {bound}", number(values["test_bound"]), "nats per datum"))
         lines.append(("KL(q(z|x) || p(z))", number(values["kl"]), f"nats per datum, {in_words(values['kl_forms'])}"))
         lines += units_in_words(values)

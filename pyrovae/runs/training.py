@@ -1,4 +1,4 @@
-"""From a configuration to a run: a trained and scored directory."""
+"""From a recipe to a run: a trained and scored directory."""
 
 import sys
 import time
@@ -17,12 +17,12 @@ from pyrovae.inference.training.trainer import Fit, fit
 from pyrovae.models import Gaussian, HierarchicalVAE
 from pyrovae.processes import leading
 from pyrovae.processors import pick_device, threads
-from pyrovae.runs.build import build_model, build_objective, build_optimizer, build_rows, build_schedule
-from pyrovae.runs.directory import Run, claim, clear, fresh_directory, open_run, position, write_config
+from pyrovae.runs.build import build_model, build_objective, build_optimizer, build_rows, build_schedule, settle
+from pyrovae.runs.directory import Run, claim, clear, fresh_directory, open_run, position, write_recipe
 from pyrovae.runs.figures import write_plots
 from pyrovae.runs.options import RESUMABLE, option
 from pyrovae.runs.progress import Say, silent
-from pyrovae.runs.recipe import Config, overlaid, resolve, title, warnings
+from pyrovae.runs.recipe import Options, Recipe, title, warnings
 from pyrovae.runs.report import Report, refuse_invalid, report
 from pyrovae.runs.tables import describe_bound, describe_model, short_table
 from pyrovae.seeding import seeded
@@ -54,7 +54,7 @@ class Prepared:
 
 
 def train(
-    config: Config,
+    recipe: Recipe,
     directory: str | Path | None = None,
     *,
     resume: bool = False,
@@ -66,7 +66,7 @@ def train(
     """Train a model, score its test rows, and keep all of it in a run directory.
 
     Args:
-        config: What to train, on what, how.
+        recipe: What to train, on what, how.
         directory: Where; None: a new one, runs/NAME.
         resume: Continue the run of that directory.
         overwrite: Replace the run of that directory.
@@ -88,10 +88,10 @@ def train(
     started = time.perf_counter()
     progress = say if leading() else None
     tell = progress or silent
-    prepared = prepare(config, directory, resume, tell)
+    prepared = prepare(recipe, directory, resume, tell)
     run = prepared.run
     if leading() and not resume:
-        claim(run.directory, run.config, overwrite)
+        claim(run.directory, run.recipe, overwrite)
     with lock(run.directory) if leading() else nullcontext() as notice:
         if notice:
             tell(f"note: {notice}")
@@ -107,7 +107,7 @@ def train(
         seconds = {"start": ready - started, "training": time.perf_counter() - ready}
         if leading():
             try:
-                with threads(run.config.get("threads", "auto")):
+                with threads(run.recipe.threads):
                     conclude(prepared, fitted, seconds, plots, progress)
             except KeyboardInterrupt:
                 message = "stopped while evaluating; the training is saved"
@@ -115,24 +115,24 @@ def train(
     return run
 
 
-def prepare(config: Config, directory: str | Path | None, resume: bool, say: Say) -> Prepared:
+def prepare(recipe: Recipe, directory: str | Path | None, resume: bool, say: Say) -> Prepared:
     """Load the rows and make the model; everything that can be refused before anything is written is."""
-    for note in warnings(config):
+    for note in warnings(recipe):
         say(f"note: {note}")
-    device = pick_device(config["device"])
-    check_precision(config["precision"] or "fp32", device)
-    expected = config.get("data_hash")
-    rows = build_rows(config)
+    device = pick_device(recipe.device)
+    check_precision(recipe.precision, device)
+    expected = recipe.data_hash
+    rows = build_rows(recipe)
     for note in rows.notices:
         say(f"note: {note}")
-    if expected is not None and rows.hash != expected:
+    if expected and rows.hash != expected:
         raise DataError(
             f"{directory}: the data has changed since the run started: hash {rows.hash[:12]} now, {expected[:12]} then"
         )
-    config["event_shape"] = list(rows.event_shape)
-    model = initialised_model(config, rows)
-    check_optimizer(config, model)
-    run = Run(fresh_directory(title(config)) if directory is None else Path(directory), config)
+    recipe = settle(recipe, rows)
+    model = initialised_model(recipe, rows)
+    check_optimizer(recipe, model)
+    run = Run(fresh_directory(title(recipe)) if directory is None else Path(directory), recipe)
     return Prepared(run, rows, model, device, resume)
 
 
@@ -143,58 +143,58 @@ def begin_run(run: Run, resume: bool) -> Callable[[], None]:
         if leading():
             if not resume:
                 clear(run.directory)
-            write_config(run.directory, run.config)
+            write_recipe(run.directory, run.recipe)
 
     return begin
 
 
-def initialised_model(config: Config, rows: "Rows") -> "Model":
+def initialised_model(recipe: Recipe, rows: "Rows") -> "Model":
     """The pair with its parameters drawn and started at the training rows."""
-    with seeded(config["seed"], "model"):
-        model = build_model(config, rows.event_shape)
+    with seeded(recipe.seed, "model"):
+        model = build_model(recipe, rows.event_shape)
         spread = max(1, len(rows.train) // INITIAL_ROWS)
         model.initialise(rows.transform(rows.train[::spread]))
     return model
 
 
-def check_optimizer(config: Config, model: "Model") -> None:
+def check_optimizer(recipe: Recipe, model: "Model") -> None:
     """Refuse an optimiser that cannot be made for these parameters, before anything is written."""
     try:
-        build_optimizer(config)(list(model.parameters()))
+        build_optimizer(recipe)(list(model.parameters()))
     except (TypeError, ValueError) as error:
-        raise UsageError(f"--optimizer {config['optimizer']}: {error}; choose another") from error
+        raise UsageError(f"--optimizer {recipe.optimizer}: {error}; choose another") from error
 
 
 def announce(prepared: Prepared, say: Say) -> None:
     """Say what is about to be trained."""
     from torch import Tensor
 
-    config, rows = prepared.run.config, prepared.rows
+    recipe, rows = prepared.run.recipe, prepared.rows
     parameters = sum(p.numel() for p in prepared.model.parameters())
     how = f", binarisation {rows.binarize}" if rows.binarize else ""
     counts = ", ".join(f"{len(getattr(rows, split))} {split}" for split in ("train", "validation", "test"))
     streamed = "" if isinstance(rows.train, Tensor) else ", training rows read from the file at every step"
-    say(f"data   {config['data']}: {counts} rows{streamed}")
+    say(f"data   {recipe.data}: {counts} rows{streamed}")
     say(f"       {rows.measure.description}{how}")
-    say(f"model  {describe_model(config)}; {parameters:,} parameters")
-    precision = "" if config["precision"] in (None, "fp32") else f", {config['precision']}"
-    say(f"bound  {describe_bound(config)}; seed {config['seed']}, on {prepared.device.type}{precision}")
+    say(f"model  {describe_model(recipe)}; {parameters:,} parameters")
+    precision = "" if recipe.precision == "fp32" else f", {recipe.precision}"
+    say(f"bound  {describe_bound(recipe)}; seed {recipe.seed}, on {prepared.device.type}{precision}")
     say(f"run    {prepared.run.directory}")
 
 
 def take_steps(prepared: Prepared, begin: Callable[[], None], say: Say | None, stopping: Stopping) -> Fit:
     """Run the training loop."""
-    config, rows, model = prepared.run.config, prepared.rows, prepared.model
+    recipe, rows, model = prepared.run.recipe, prepared.rows, prepared.model
     tell = say or silent
     resume = prepared.resume and has_checkpoints(prepared.run.directory)
     if prepared.resume and not resume:
         tell("note: the run was stopped before its first checkpoint, so it starts from the beginning")
-    every = max(1, config["epochs"] // EPOCH_LINES)
+    every = max(1, recipe.epochs // EPOCH_LINES)
     shown = sys.stderr is not None and sys.stderr.isatty()  # by a bar
 
     def on_epoch(metrics: dict[str, float]) -> None:
         epoch = int(metrics["epoch"])
-        if not shown and (epoch % every == 0 or epoch in (1, config["epochs"])):
+        if not shown and (epoch % every == 0 or epoch in (1, recipe.epochs)):
             active = f", {int(metrics['active_units'])} active units" if "active_units" in metrics else ""
             tell(
                 f"epoch {epoch:>4}  train {metrics['train_bound']:.2f}, "
@@ -209,20 +209,20 @@ def take_steps(prepared: Prepared, begin: Callable[[], None], say: Say | None, s
             model.model,
             model.guide,
             rows.train,
-            build_objective(config, -(-len(rows.train) // config["batch_size"])),
-            epochs=config["epochs"],
-            batch_size=config["batch_size"],
-            optimizer=build_optimizer(config),
-            schedule=build_schedule(config),
+            build_objective(recipe, -(-len(rows.train) // recipe.batch_size)),
+            epochs=recipe.epochs,
+            batch_size=recipe.batch_size,
+            optimizer=build_optimizer(recipe),
+            schedule=build_schedule(recipe),
             validation=rows.validation,
             transform=rows.transform,
-            patience=config["patience"],
-            seed=config["seed"],
+            patience=recipe.patience,
+            seed=recipe.seed,
             device=prepared.device,
-            compile=config["compile"],
-            precision=config["precision"] or "fp32",
-            particle_chunk=config["particle_chunk"],
-            threads=config.get("threads", "auto"),  # which older runs do not have
+            compile=recipe.compile,
+            precision=recipe.precision,
+            particle_chunk=recipe.particle_chunk,
+            threads=recipe.threads,
             directory=prepared.run.directory,
             resume=resume,
             progress=say is not None,
@@ -241,22 +241,22 @@ def conclude(prepared: Prepared, fitted: Fit, seconds: dict[str, float], plots: 
     model.eval()
     values = report(
         model,
-        rows.test[: run.config["eval_rows"]].to(device),
+        rows.test[: run.recipe.eval_rows].to(device),
         rows,
-        num_particles=run.config["eval_K"],
-        objective=build_objective(run.config),
+        num_particles=run.recipe.eval_K,
+        objective=build_objective(run.recipe),
         seed=0,
         say=say,
-        particle_chunk=run.config["particle_chunk"],
+        particle_chunk=run.recipe.particle_chunk,
     )
     write_json(run.directory / "evaluation.json", values | {"notices": []})
     refuse_invalid(values)
     for note in observations(model, fitted, rows, device):
         tell(f"note: {note}")
     tell("")
-    tell(short_table(run.config, values, fitted, {**seconds, "evaluation": time.perf_counter() - started}))
+    tell(short_table(run.recipe, values, fitted, {**seconds, "evaluation": time.perf_counter() - started}))
     if plots:
-        write_plots(run.config, model, rows, run.directory, fitted, values)
+        write_plots(run.recipe, model, rows, run.directory, fitted, values)
         tell(f"\nplots in {run.directory / 'plots'}{next_command(run, values)}")
 
 
@@ -287,30 +287,30 @@ def has_checkpoints(directory: Path) -> bool:
     return bool(steps(directory))
 
 
-def continued(directory: str | Path, options: Config) -> Config:
-    """The configuration of the run to continue, with options that may differ from its own.
+def continued(directory: str | Path, options: Options) -> Recipe:
+    """The recipe of the run to continue, with options that may differ from its own.
 
     Raises:
         CheckpointError: there is none, or the options given are not its own.
     """
     run = open_run(str(directory))
-    stored = run.config
     if has_checkpoints(run.directory):
         run.pair_with(load_latest(run.directory))  # sizes that its weights do not have are refused here
-    changes = resolve(overlaid(stored, options))
-    asked = [key for key in options if changes[key] != stored.get(key)]
-    forbidden = [f"{option(key)}: {stored.get(key)} then, {changes[key]} now" for key in asked if key not in RESUMABLE]
+    stored, changed = run.recipe, run.recipe.replace(**options)
+    asked = [key for key in options if getattr(changed, key) != getattr(stored, key)]
+    before, now = stored.plain(), changed.plain()
+    forbidden = [f"{option(key)}: {before.get(key)} then, {now.get(key)} now" for key in asked if key not in RESUMABLE]
     if forbidden:
         raise CheckpointError(
             f"{directory}: cannot resume with another configuration ({'; '.join(forbidden)}); only "
             f"{', '.join('--' + option(key) for key in RESUMABLE)} may differ. Start a new run with another --out"
         )
     if "epochs" in options:
-        check_epochs(run.directory, stored, changes["epochs"])
-    return stored | {key: changes[key] for key in asked}
+        check_epochs(run.directory, stored, changed.epochs)
+    return stored.settled(**{key: getattr(changed, key) for key in asked})
 
 
-def check_epochs(directory: Path, stored: Config, epochs: int) -> None:
+def check_epochs(directory: Path, stored: Recipe, epochs: int) -> None:
     """Refuse a number of epochs that a run cannot be continued to."""
     if not has_checkpoints(directory):
         return
@@ -319,7 +319,7 @@ def check_epochs(directory: Path, stored: Config, epochs: int) -> None:
         raise UsageError(
             f"--epochs {epochs}: {directory} has been trained for {done} already; give more, or leave it out"
         )
-    if stored["schedule"] == "cosine" and epochs != stored["epochs"]:
+    if stored.schedule == "cosine" and epochs != stored.epochs:
         raise UsageError(
-            f"--epochs {epochs}: the cosine schedule of {directory} ends at epoch {stored['epochs']}; start a new run"
+            f"--epochs {epochs}: the cosine schedule of {directory} ends at epoch {stored.epochs}; start a new run"
         )
