@@ -303,7 +303,7 @@ def test_likelihood_and_binarisation_follow_the_data():
         resolved = resolve(given)
         resolved = settle(resolved, build_rows(resolved))
         assert (resolved.likelihood.name, resolved.binarize) == (likelihood, binarize)
-    with pytest.raises(UsageError, match="binarize='fixed' is not used by a density"):
+    with pytest.raises(UsageError, match="binarize is not used by a density"):
         build_rows(resolve({"likelihood": "gaussian", "binarize": "fixed"}))
     with pytest.raises(DataError, match="have no mass on"):
         build_rows(resolve({"data": "ring", "likelihood": "bernoulli"}))

@@ -110,10 +110,10 @@ class Recipe:
         values: Options = {}
         for key in (f.name for f in fields(self) if f.name != "given"):
             value = getattr(self, key)
+            if not value and key in ("prior", "guide", "network", *DERIVED):
+                continue
             if isinstance(value, Part):
                 value = value.plain()
-                if value is None and key != "likelihood":
-                    continue
             unused = key in NOT_OF_MIXTURES and self.is_mixture
             values[key] = None if unused else list(value) if isinstance(value, tuple) else value
         return values
