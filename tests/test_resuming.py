@@ -68,6 +68,7 @@ FORGERIES: dict[str, tuple[Callable[[dict], Any], str]] = {
     "entry extra": (lambda t: moments(t).update(x=torch.zeros(1)), "has an unknown x"),
     "entry no tensor": (lambda t: moments(t).update(exp_avg="x" * 10**6), "exp_avg is a word, expected a tensor"),
     "parameter missing": (lambda t: t["optimizer"]["state"].pop(3), r"state of \S+ is missing"),
+    "parameter missing from a list": (lambda t: t.pop("untouched"), "list of parameters .* is of another form"),
     "parameter extra": (lambda t: t["optimizer"]["state"].update({99: moments(t)}), "states of 1 unknown"),
     "parameter a list": (lambda t: t["optimizer"]["state"].update({3: [1]}), "is a list, expected a dictionary"),
     "count ahead": (lambda t: moments(t)["step"].fill_(8), "is of step 8, the run of step 7"),
@@ -150,6 +151,28 @@ def test_what_may_differ_does(stopped: Checkpoint, tmp_path: Path) -> None:
     forged(stopped, tmp_path / "forged", harmless)
     resumed = train(again, tmp_path / "forged", resume=True)
     assert any("torch '2.0' then" in notice for notice in resumed.notices)
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def test_a_parameter_that_waits_for_its_first_gradient_goes_on_waiting(tmp_path: Path) -> None:
+    """The probe has one, of the first row, and training had none of it before the stop: there is no state of it."""
+    x = X.clone()
+    x[0] = 9.0
+
+    class Late(Pair):
+        def model(self, x: Tensor) -> None:
+            super().model(x + self.idle.sum() if bool((x == 9.0).any()) else x)
+
+    def train_late(pair: Pair, directory: Path, **options: Any) -> Fit:
+        options |= {"epochs": 2, "seed": 1, "compile": "off", "directory": directory, "on_notice": str}
+        return fit(pair.model, pair.guide, x, ELBO(), batch_size=5, progress=False, **options)
+
+    whole, stopped, again = Late(), Late(), Late()
+    train_late(whole, tmp_path / "whole")
+    train_late(stopped, tmp_path / "run", should_stop=lambda: True)
+    assert load_latest(tmp_path / "run").training["untouched"] == ["late.idle"]
+    train_late(again, tmp_path / "run", resume=True)
+    assert again.idle.abs().min() > 0
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters(), strict=True))
 
 

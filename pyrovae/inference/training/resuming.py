@@ -119,7 +119,7 @@ def optimizer_state(
     named: Mapping[str, Tensor],
     faults: Faults,
     *,
-    idle: Sequence[str],
+    untouched: Any,
     step: int,
     same_torch: bool,
 ) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def optimizer_state(
         saved: What its `state_dict` was.
         named: Its parameters by name.
         faults: Gets what is wrong with it.
-        idle: Names of parameters that no gradient reaches; they may have no state.
+        untouched: Names of parameters that no gradient had reached; they may have no state.
         step: Gradient steps that were taken.
         same_torch: Whether it was saved under this version of torch; another one may know other settings.
     """
@@ -144,6 +144,9 @@ def optimizer_state(
         if not same_torch:
             keep_known(own, theirs)
     found = matched({**fresh, "state": {}}, {**saved, "state": {}}, "the optimiser's", faults)
+    if not isinstance(untouched, list):
+        faults.append("its list of parameters that no gradient had reached is of another form")
+        return fresh
     names = {id(p): name for name, p in named.items()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, p in enumerate(parameters):
@@ -152,7 +155,7 @@ def optimizer_state(
             entry = found["state"][i] = matched(fresh["state"][i], state[i], name, faults)
             if not faults and "step" in entry and not 0 <= float(entry["step"]) <= step:
                 faults.append(f"{name} is of step {float(entry['step']):g}, the run of step {step}")
-        elif i in fresh["state"] and names.get(id(p)) not in idle:
+        elif i in fresh["state"] and names.get(id(p)) not in untouched:
             faults.append(f"{name} is missing")
     if extra := len(state.keys() - fresh["state"].keys()):
         faults.append(f"the optimiser has states of {extra} unknown parameters")

@@ -777,6 +777,7 @@ class Trainer:
         training = {
             "progress": dict(vars(state)),
             "optimizer": self.optimizer.state_dict(),
+            "untouched": [name for name, p in self.pair.trainable().items() if p not in self.optimizer.state],
             "scheduler": self.schedule_state(),
             "run": self.identity(),
             "environment": self.environment(),
@@ -812,7 +813,7 @@ class Trainer:
             training["optimizer"],
             self.pair.trainable(),
             faults,
-            idle=self.idle,
+            untouched=training.get("untouched"),
             step=saved.step,
             same_torch=same_torch,
         )
