@@ -38,6 +38,7 @@ from pyrovae.data import (
     load_data,
     transforms,
 )
+from pyrovae.data.raw import Raw
 from pyrovae.data.transforms import AsFloat
 from pyrovae.errors import DataError, UsageError
 
@@ -453,7 +454,7 @@ class Levels(Space):
     name = "levels"
     words = "a mass on grey levels"
 
-    def read(self, data: Data) -> Reading:
+    def read(self, data: Raw) -> Reading:
         dimensions = math.prod(data.event_shape)
         return Reading(
             Measure("mass", f"mass on {data.levels} levels, {dimensions} pixels", None, dimensions), AsFloat()

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from pyrovae.data.measure import Measure as Measure
     from pyrovae.data.rows import Data as Data
     from pyrovae.data.rows import Rows as Rows
-    from pyrovae.data.rows import default_measure as default_measure
     from pyrovae.data.sources import NAMES as NAMES
     from pyrovae.data.sources import SOURCES as SOURCES
     from pyrovae.data.sources import find_source as find_source
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from pyrovae.data.spaces import Continuous as Continuous
     from pyrovae.data.spaces import Reading as Reading
     from pyrovae.data.spaces import Space as Space
+    from pyrovae.data.spaces import default_measure as default_measure
     from pyrovae.data.streaming import MappedRows as MappedRows
     from pyrovae.data.transforms import Standardize as Standardize
 
@@ -52,10 +52,10 @@ if TYPE_CHECKING:
 _HOME = {
     **dict.fromkeys(("STREAM", "load_data"), "loading"),
     "Measure": "measure",
-    **dict.fromkeys(("Data", "Rows", "default_measure"), "rows"),
+    **dict.fromkeys(("Data", "Rows"), "rows"),
     **dict.fromkeys(("NAMES", "SOURCES", "find_source"), "sources"),
     "SPLITS": "found",
-    **dict.fromkeys(("Binary", "Continuous", "Reading", "Space"), "spaces"),
+    **dict.fromkeys(("Binary", "Continuous", "Reading", "Space", "default_measure"), "spaces"),
     "MappedRows": "streaming",
     "Standardize": "transforms",
 }

@@ -11,9 +11,9 @@ from torch import Tensor
 from pyrovae.checks import check_choice
 from pyrovae.data.given import CONDITIONS, Given, labels_as_given
 from pyrovae.data.measure import Measure
+from pyrovae.data.raw import Raw
 from pyrovae.data.spaces import SPACES, Space
 from pyrovae.data.streaming import MappedRows
-from pyrovae.data.summary import Moments
 from pyrovae.data.transforms import AsFloat, draw_once
 from pyrovae.errors import UsageError
 
@@ -60,47 +60,8 @@ class Rows:
 
 
 @dataclass(frozen=True, eq=False)
-class Data:
-    """Raw rows in three fixed splits.
-
-    Attributes:
-        name: The named source, or the file's name.
-        train: uint8 levels, uint8 zeros and ones, or float32; shape (N, *event), images channels first. `MappedRows`
-            if they stay in their file.
-        validation: Likewise, and always in memory.
-        test: Likewise.
-        labels: int64 labels under "train", "validation" and "test"; None where there are none.
-        levels: Number of grey levels: 256 for uint8, 17 for digits, None for binary and continuous data.
-        highest: The greatest level in a file of the user's, who may have meant something else by uint8; else None.
-        moments: Range, means and deviations of continuous data; None for levels and for binary data.
-        hash: SHA-256, in hex, over the dtype, shape and bytes of what the source holds, in its order.
-        notices: Sentences for the user: rows found in train and test, columns not used, ...
-        columns: Names of the columns of a table; None where there are none.
-        classes: Names of the labels 0, 1, ...; None where labels are numbers.
-    """
-
-    name: str
-    train: Tensor | MappedRows = field(repr=False)
-    validation: Tensor = field(repr=False)
-    test: Tensor = field(repr=False)
-    labels: dict[str, Tensor | None] = field(repr=False)
-    levels: int | None
-    highest: int | None = field(repr=False)
-    moments: Moments | None = field(repr=False)
-    hash: str
-    notices: tuple[str, ...]
-    columns: tuple[str, ...] | None = None
-    classes: tuple[str, ...] | None = None
-
-    @property
-    def event_shape(self) -> tuple[int, ...]:
-        """Shape of one row."""
-        return tuple(self.train.shape[1:])
-
-    @property
-    def binary(self) -> bool:
-        """Whether all values are 0 or 1."""
-        return self.levels is None and self.train.dtype == torch.uint8
+class Data(Raw):
+    """Raw rows in three fixed splits, of which `rows` makes what a model is trained and scored on; see `Raw`."""
 
     def rows(
         self,
@@ -161,16 +122,6 @@ class Data:
             if name not in {setting.name for setting in fields(space)}:
                 raise UsageError(f"{self.name}: {name} is not used by {space.words}; leave it out")
         return space(**chosen)
-
-
-def default_measure(data: Data) -> Literal["mass", "density"]:
-    """The measure that suits the data.
-
-    Mass for binary data and for grey levels in one channel (or in rows without a channel axis); density for colour
-    and for continuous data.
-    """
-    grey = data.levels is not None and (len(data.event_shape) != 3 or data.event_shape[0] == 1)
-    return "mass" if data.binary or grey else "density"
 
 
 def sha256(tensors: Iterable[Tensor], words: str = "") -> str:

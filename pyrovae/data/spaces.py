@@ -7,18 +7,16 @@ new one, subclass `Space`: its fields are the user's settings, and `read` gives 
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, Literal
 
 from pyrovae.checks import check_choice
 from pyrovae.data.found import counted, require_memory
 from pyrovae.data.measure import Measure
+from pyrovae.data.raw import Raw
 from pyrovae.data.streaming import MappedRows
 from pyrovae.data.summary import Moments
 from pyrovae.data.transforms import AsFloat, Dequantize, DrawnPixels, Standardize, Threshold, Transform
 from pyrovae.errors import DataError, UsageError
-
-if TYPE_CHECKING:
-    from pyrovae.data.rows import Data
 
 BINARIZE = ("dynamic", "fixed", "threshold")
 DARK = 128  # where the greatest value of uint8 is below this, it is more likely a count or a category than a pixel
@@ -55,7 +53,7 @@ class Space(ABC):
     words: ClassVar[str]  # for messages
 
     @abstractmethod
-    def read(self, data: "Data") -> Reading:
+    def read(self, data: Raw) -> Reading:
         """How rows of that data become points of this space.
 
         Raises:
@@ -82,7 +80,7 @@ class Binary(Space):
         if self.binarize is not None:
             check_choice("binarize", self.binarize, BINARIZE)
 
-    def read(self, data: "Data") -> Reading:
+    def read(self, data: Raw) -> Reading:
         dimensions = math.prod(data.event_shape)
         measure = Measure("mass", f"mass on {{0,1}}^{dimensions}", None, dimensions)
         if data.binary:
@@ -140,7 +138,7 @@ class Continuous(Space):
     words = "a density"
     standardize: bool = False
 
-    def read(self, data: "Data") -> Reading:
+    def read(self, data: Raw) -> Reading:
         dimensions = math.prod(data.event_shape)
         if data.binary:
             raise DataError(
@@ -170,7 +168,7 @@ class Continuous(Space):
 SPACES: tuple[type[Space], ...] = (Binary, Continuous)
 
 
-def as_grey_levels(data: "Data", how: str) -> tuple[str, ...]:
+def as_grey_levels(data: Raw, how: str) -> tuple[str, ...]:
     """How a file of uint8 is read: it may hold counts or categories, whose numbers would mean something else."""
     if data.highest is None:
         return ()
@@ -199,3 +197,13 @@ def without_bound(name: str, moments: Moments, dimensions: int) -> tuple[str, ..
             "drop them or fix the scale",
         )
     return notices
+
+
+def default_measure(data: Raw) -> Literal["mass", "density"]:
+    """The measure that suits the data.
+
+    Mass for binary data and for grey levels in one channel (or in rows without a channel axis); density for colour
+    and for continuous data.
+    """
+    grey = data.levels is not None and (len(data.event_shape) != 3 or data.event_shape[0] == 1)
+    return "mass" if data.binary or grey else "density"
