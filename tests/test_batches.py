@@ -61,10 +61,12 @@ def test_gathering_is_indexing(tmp_path: Path, kind: str, stream: str) -> None:
     expected = load_data(tmp_path / "x.npy").train
     data = load_data(tmp_path / "x.npy", stream=stream).train
     batches = torch.randperm(len(data)).split(7)
-    gathered = list(gather(data, batches, "cpu"))
+    labels = torch.arange(len(data))
+    gathered = list(gather(data, batches, "cpu", (labels,)))
     assert len(gathered) == len(batches)
     for batch, rows in zip(gathered, batches, strict=True):
-        assert torch.equal(batch, expected[rows])
+        assert torch.equal(batch.x, expected[rows])
+        assert torch.equal(*batch.given, rows)
     assert not threads()
 
 
@@ -72,7 +74,7 @@ def test_gathering_is_indexing(tmp_path: Path, kind: str, stream: str) -> None:
 def test_any_number_of_batches(count: int) -> None:
     batches = [torch.tensor([i, 3 * i]) for i in range(count)]
     gathered = list(gather(Watched(ROWS), batches, "cpu"))
-    assert [batch.tolist() for batch in gathered] == [ROWS[rows].tolist() for rows in batches]
+    assert [batch.x.tolist() for batch in gathered] == [ROWS[rows].tolist() for rows in batches]
 
 
 def test_rows_in_memory_need_no_thread() -> None:
@@ -134,5 +136,5 @@ def test_batches_on_a_gpu(where: str) -> None:
     data = {"memory": rows, "elsewhere": Watched(rows), "cuda": rows.cuda()}[where]
     batches = torch.randperm(5000).split(100)
     for batch, index in zip(gather(data, batches, "cuda"), batches, strict=True):
-        assert batch.device.type == "cuda"
-        assert torch.equal(batch.cpu(), rows[index])
+        assert batch.x.device.type == "cuda"
+        assert torch.equal(batch.x.cpu(), rows[index])

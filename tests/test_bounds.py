@@ -8,6 +8,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pyro
 import pyro.distributions as dist
@@ -28,6 +29,7 @@ from pyrovae.inference import (
     IWAE,
     Capacity,
     Cyclical,
+    ImportanceWeighted,
     LinearWarmup,
     Objective,
     Renyi,
@@ -35,7 +37,7 @@ from pyrovae.inference import (
     log_weights,
 )
 from pyrovae.inference.batch import Batch
-from pyrovae.inference.objectives import kl_terms
+from pyrovae.inference.kl import kl_terms
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.weights import draw, log_mean_exp
 from pyrovae.models import (
@@ -443,12 +445,12 @@ def test_schedules() -> None:
     assert [Cyclical(2.0, period=10, rise=0).beta(s) for s in steps] == [2.0] * 7
     capacity = Capacity(20.0, steps=10, gamma=3.0)
     assert [capacity.capacity(s) for s in steps] == pytest.approx([0, 2, 10, 20, 20, 20, 20])
-    assert capacity.values(5) == {"beta": 3.0, "capacity": 10.0}
-    assert LinearWarmup(2.0, steps=10).values(5) == {"beta": 1.0}
+    assert capacity.settings(5) == {"beta": 3.0, "capacity": 10.0}
+    assert LinearWarmup(2.0, steps=10).settings(5) == {"beta": 1.0}
     kl = torch.tensor([1.0, 4.0, 4.0])  # mean 3
-    assert_close(capacity.penalty(kl, **capacity.values(5)), torch.full((3,), 3.0 * 7.0))
-    assert_close(capacity.penalty(kl, **capacity.values(0)), torch.full((3,), 3.0 * 3.0))
-    assert_close(LinearWarmup(2.0, steps=10).penalty(kl, 1.0), kl)
+    assert_close(capacity.penalty(kl, **capacity.settings(5)), torch.full((3,), 3.0 * 7.0))
+    assert_close(capacity.penalty(kl, **capacity.settings(0)), torch.full((3,), 3.0 * 3.0))
+    assert_close(LinearWarmup(2.0, steps=10).penalty(kl, beta=1.0), kl)
     for bad in (-1.0, math.nan, math.inf):
         with pytest.raises(UsageError, match="beta"):
             ELBO(beta=bad)
@@ -464,12 +466,12 @@ def test_scheduled_loss(schedule) -> None:
         torch.manual_seed(1)
         particles = draw(Pair(vae.model, vae.guide), Batch(x), 2)
         terms = kl_terms(particles)[0]["z"].mean(0)
-        wanted = -(particles.log_likelihood.mean(0) - schedule.penalty(terms, **schedule.values(step))).sum()
+        wanted = -(particles.log_likelihood.mean(0) - schedule.penalty(terms, **schedule.settings(step))).sum()
         assert_close(objective.of(particles), particles.log_likelihood.mean(0) - terms, **EXACT)
-        assert objective.step == step
+        assert objective.taken.steps == step
         torch.manual_seed(1)
         assert objective.loss(vae.model, vae.guide, x) == pytest.approx(wanted.item(), abs=1e-10)
-        assert objective.step == step
+        assert objective.taken.steps == step
         torch.manual_seed(1)
         loss = objective.differentiable_loss(vae.model, vae.guide, x)
         assert_close(loss, wanted, **EXACT)
@@ -483,11 +485,9 @@ def test_analytic_and_sampled_kl_agree(guide_class: type, prior: str) -> None:
     """They have the same expectation; `kl_forms` states which one was taken."""
     p = StandardNormal(3) if prior == "standard" else MixtureOfGaussians(3, components=4)
     vae, x = small_vae(guide_class, p), binary(3)
-    elbo = ELBO()
-    elbo.loss(vae.model, vae.guide, x)
-    assert elbo.kl_forms == {"z": "analytic" if prior == "standard" else "sampled"}
     with torch.no_grad():
         particles = draw(Pair(vae.model, vae.guide), Batch(x), 20_000)
+        assert ELBO().kl_forms(particles) == {"z": "analytic" if prior == "standard" else "sampled"}
         sampled, forms = kl_terms(particles, analytic=False)
         assert forms == {"z": "sampled"}
         auto, _ = kl_terms(particles)
@@ -586,8 +586,8 @@ def test_hierarchy_takes_the_analytic_kl_only_where_it_is_one() -> None:
     with torch.no_grad():
         particles = draw(Pair(vae.model, vae.guide), Batch(x), 1)
         a, s = auto.of(particles), sampled.of(particles)
-        assert auto.kl_forms == {"z1": "sampled", "z2": "analytic"}
-        assert sampled.kl_forms == {"z1": "sampled", "z2": "sampled"}
+        assert auto.kl_forms(particles) == {"z1": "sampled", "z2": "analytic"}
+        assert sampled.kl_forms(particles) == {"z1": "sampled", "z2": "sampled"}
         assert_mean(a - s, 0.0, least=0.1)
         z1 = particles.latents["z1"]
         wrong = torch.distributions.kl_divergence(z1.guide, z1.prior)[0]
@@ -604,11 +604,11 @@ def test_masked_sites_carry_nothing() -> None:
     auto = ELBO(3)
     sampled = seeded(ELBO(3, kl="sampled"), pair, x)
     assert_close(seeded(auto, masked, x), sampled * keep, **EXACT)
-    assert auto.kl_forms == {"z": "sampled"}
+    assert auto.kl_forms(draw(masked, Batch(x))) == {"z": "sampled"}
     assert_close(seeded(IWAE(3), masked, x), seeded(IWAE(3), pair, x) * keep, **EXACT)
     for one_side in (Pair(masked.model, pair.guide), Pair(pair.model, masked.guide)):
         assert_close(seeded(auto, one_side, x), seeded(ELBO(3, kl="sampled"), one_side, x), **EXACT)
-        assert auto.kl_forms == {"z": "sampled"}
+        assert auto.kl_forms(draw(one_side, Batch(x))) == {"z": "sampled"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -784,7 +784,11 @@ def test_numbers_of_particles_that_make_no_sense(bad) -> None:
 def test_user_s_own_objective() -> None:
     """A subclass that defines `reduce` is a complete objective: here the best of K draws."""
 
-    class Best(Objective):
+    @dataclass(frozen=True)
+    class Best(ImportanceWeighted):
+        num_particles: int = 1
+        num_averages: int = 1
+
         def reduce(self, log_weights: Tensor) -> Tensor:
             return log_weights.max(1).values
 

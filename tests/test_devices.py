@@ -25,6 +25,7 @@ from pyrovae.inference import (
     precision,
     sandwich,
 )
+from pyrovae.inference.batch import Batch
 from pyrovae.inference.diagnostics import information, units
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import arithmetic
@@ -71,7 +72,7 @@ def test_a_step_of_a_low_rank_guide_waits_for_nothing() -> None:
     pair = vae(LowRankNormal)
     whole = Pair(pair.model, pair.guide)
     step = Step(ELBO(), whole, adam(list(whole.trainable().values())))
-    assert waits(trace(step.part(Gradient), X, *step.settings(X))) is None
+    assert waits(trace(step.part(Gradient), X, *step.settings(Batch(X), 0))) is None
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_a_graph_that_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(steps, "waits", lambda graph: "aten.x waits for the device")
     step = captured_step(monkeypatch, notices)
     for _ in range(6):
-        step(X)
+        step(Batch(X), 0)
     assert [text for text in notices if "captured" in text] == [
         "not captured as a CUDA graph, so slower: aten.x waits for the device"
     ]
@@ -146,7 +147,7 @@ def test_the_reason_of_a_failed_capture_is_the_first_error(monkeypatch: pytest.M
     monkeypatch.setattr(steps, "Captured", Failing)
     step = captured_step(monkeypatch, notices)
     for _ in range(6):
-        step(X)
+        step(Batch(X), 0)
     assert notices[-1].endswith("slower: operation not permitted when stream is capturing")
 
 

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from pyrovae.errors import UsageError
 from pyrovae.inference import ELBO, IWAE, adam, fit
+from pyrovae.inference.batch import Batch
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.training import steps
 from pyrovae.inference.training.steps import Step
@@ -160,7 +161,7 @@ def test_chunks_and_sums_over_processes_are_laid_out_as_well(
         step = Step(IWAE(5), whole, make(list(whole.trainable().values())), compiled=compiled, **options)
         for number in range(5):
             torch.manual_seed(number)
-            step(X)
+            step(Batch(X), 0)
         assert bool(step.codes) == compiled
         found.append(named(pair))
     assert_same(*found)

@@ -5,6 +5,7 @@
 from pyrovae.inference.annealed import Annealed as Annealed
 from pyrovae.inference.annealed import Sandwich as Sandwich
 from pyrovae.inference.annealed import sandwich as sandwich
+from pyrovae.inference.batch import Batch as Batch
 from pyrovae.inference.diagnostics import measure as measure
 from pyrovae.inference.individual import Individual as Individual
 from pyrovae.inference.inference_data import elpd as elpd
@@ -13,11 +14,11 @@ from pyrovae.inference.marginal import LogMarginal as LogMarginal
 from pyrovae.inference.marginal import log_marginal as log_marginal
 from pyrovae.inference.objectives import ELBO as ELBO
 from pyrovae.inference.objectives import IWAE as IWAE
-from pyrovae.inference.objectives import Capacity as Capacity
-from pyrovae.inference.objectives import Cyclical as Cyclical
-from pyrovae.inference.objectives import LinearWarmup as LinearWarmup
+from pyrovae.inference.objectives import ImportanceWeighted as ImportanceWeighted
 from pyrovae.inference.objectives import Objective as Objective
+from pyrovae.inference.objectives import OfParticles as OfParticles
 from pyrovae.inference.objectives import Renyi as Renyi
+from pyrovae.inference.objectives import StickingTheLanding as StickingTheLanding
 from pyrovae.inference.pair import Pair as Pair
 from pyrovae.inference.proposals import FromGuide as FromGuide
 from pyrovae.inference.proposals import FromPrior as FromPrior
@@ -25,6 +26,10 @@ from pyrovae.inference.proposals import Proposal as Proposal
 from pyrovae.inference.proposals import Sampler as Sampler
 from pyrovae.inference.proposals import Widened as Widened
 from pyrovae.inference.repairs import repair as repair
+from pyrovae.inference.schedules import Capacity as Capacity
+from pyrovae.inference.schedules import Constant as Constant
+from pyrovae.inference.schedules import Cyclical as Cyclical
+from pyrovae.inference.schedules import LinearWarmup as LinearWarmup
 from pyrovae.inference.simulation import Simulated as Simulated
 from pyrovae.inference.simulation import simulated as simulated
 from pyrovae.inference.suboptimality import Gaps as Gaps

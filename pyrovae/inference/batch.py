@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyrovae.checks import check_rows
-from pyrovae.errors import UsageError
+from pyrovae.checks import check_given, check_rows
 
 
 @dataclass(frozen=True)
@@ -30,12 +29,7 @@ class Batch:
             UsageError: x is no tensor with rows, or something in `given` has not as many.
         """
         check_rows(name, x)
-        if isinstance(given, Tensor) or not isinstance(given, Sequence):
-            raise UsageError("given: expected a tuple of tensors, each with a row for each of x; pass given=(y,)")
-        for value in given:
-            check_rows("given", value)
-            if len(value) != len(x):
-                raise UsageError(f"given: {len(value)} rows beside the {len(x)} of {name}; pass one row for each")
+        check_given(given, len(x), name)
         return cls(x, tuple(given))
 
     @property
@@ -53,9 +47,15 @@ class Batch:
         """The same rows, each so many places on."""
         return Batch(self.x.roll(shift, 0), tuple(value.roll(shift, 0) for value in self.given))
 
-    def to(self, device: torch.device | str) -> "Batch":
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same on a device."""
-        return Batch(self.x.to(device), tuple(value.to(device) for value in self.given))
+        x, *given = (tensor.to(device, non_blocking=non_blocking) for tensor in self.tensors)
+        return Batch(x, tuple(given))
+
+    def pinned(self) -> "Batch":
+        """The same in memory that a GPU copies from by itself; what is on one stays there."""
+        x, *given = (t.pin_memory() if t.device.type == "cpu" else t for t in self.tensors)
+        return Batch(x, tuple(given))
 
     def split(self, rows: int) -> Iterator["Batch"]:
         """In parts of so many rows, in order; the last may have fewer."""

@@ -36,8 +36,9 @@ from torch.distributions import Distribution, kl_divergence
 from pyrovae.checks import check_count
 from pyrovae.errors import PairError, UsageError
 from pyrovae.inference.batch import Batch
+from pyrovae.inference.kl import kl_terms
 from pyrovae.inference.modules import evaluating
-from pyrovae.inference.objectives import Objective, kl_terms
+from pyrovae.inference.objectives import OfParticles, as_objective
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.proposals import density
@@ -78,7 +79,7 @@ def measure(
     Raises:
         UsageError: there are no batches.
     """
-    rows = 0
+    pair, objective, rows = Pair(model, guide), as_objective(objective), 0
     totals: dict[str, float] = {}
     moments: dict[str, list[Tensor]] = {}
 
@@ -87,12 +88,12 @@ def measure(
 
     for x in batches:
         rows += len(x)
-        if not isinstance(objective, Objective):
-            totals["bound"] = totals.get("bound", 0.0) - float(objective.loss(model, guide, x))
+        if not isinstance(objective, OfParticles):
+            add("bound", objective.combine(objective.draw(pair, Batch(x), 1)))
             continue
         size, *sizes = objective.chunks(particle_chunk)
-        particles = draw(Pair(model, guide), Batch(x), size)
-        terms = [objective.terms(particles), *(objective.draw(model, guide, x, k) for k in sizes)]
+        particles = draw(pair, Batch(x), size)
+        terms = [objective.terms(particles), *(objective.draw(pair, Batch(x), k) for k in sizes)]
         kl = torch.stack([value.mean(0) for value in kl_terms(particles)[0].values()]).sum(0)
         reconstruction = particles.log_likelihood.mean(0)
         add("bound", objective.combine(torch.cat(terms, 1)))

@@ -8,102 +8,121 @@ With log-weights log w_k = log p(x, z_k) - log q(z_k|x), z_k ~ q(z|x):
     Renyi(alpha)    E 1/(1-alpha) log (1/K) sum_k w_k^(1-alpha)
 
 A KL is never negative: with beta > 1 the beta-ELBO is a lower bound still, looser than the ELBO by (beta - 1) KL; with
-beta < 1 it may exceed log p(x). Renyi(0) is the IWAE bound, alpha -> 1 is the ELBO. Each is a `pyro.infer.ELBO`: it
-plugs into `pyro.infer.SVI`, and `objective(model, guide)` is a torch module whose forward(x) is the loss, -bound summed
-over the batch. The value reported is the bound itself, never a surrogate for its gradient.
+beta < 1 it may exceed log p(x). Renyi(0) is the IWAE bound, alpha -> 1 is the ELBO.
+
+An objective is a value: two that print alike are alike, and what prints is what a resumed run compares. It makes
+`terms` of draws, (T, K, N) numbers of single particles and data, and `combine`s them to the bound; what depends on the
+gradient step (beta) are its `settings`, which are recorded, and are inputs of compiled steps. Each is a
+`pyro.infer.ELBO` besides: it plugs into `pyro.infer.SVI`, and `objective(model, guide)` is a torch module whose
+forward(x) is the loss, -bound summed over the batch. The value reported is the bound itself, never a surrogate for its
+gradient.
+
+Sticking the landing: the gradient of log q(z|x) by the guide's parameters has two parts, through z and directly. The
+direct part has expectation 0, and is left out. Where q is the posterior, log w does not depend on z, and the
+gradient is 0 whatever the draw. For K > 1 the direct part of the IWAE bound's gradient has another expectation, so that
+leaving it out is a bias, which vanishes as q nears the posterior.
 
 References:
     Burda, Grosse and Salakhutdinov 2016, Importance Weighted Autoencoders, https://arxiv.org/abs/1509.00519
     Li and Turner 2016, Renyi Divergence Variational Inference, https://arxiv.org/abs/1602.02311
     Higgins et al. 2017, beta-VAE, https://openreview.net/forum?id=Sy2fzU9gl
-    Burgess et al. 2018, Understanding disentangling in beta-VAE, https://arxiv.org/abs/1804.03599
-    Fu et al. 2019, Cyclical Annealing Schedule, https://arxiv.org/abs/1903.10145
+    Roeder, Wu and Duvenaud 2017, Sticking the Landing, https://arxiv.org/abs/1703.09194
+    Tucker et al. 2019, Doubly Reparameterized Gradient Estimators, https://arxiv.org/abs/1810.04152
 """
 
 import math
-from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, is_dataclass
+from typing import Any, ClassVar, final
 
-import pyro.distributions as dist
 import torch
 from pyro.infer import ELBO as PyroELBO
 from torch import Tensor, nn
-from torch.distributions import kl_divergence
 
 from pyrovae.checks import check_count
 from pyrovae.errors import PairError, UsageError
 from pyrovae.inference.batch import Batch
+from pyrovae.inference.kl import kl_terms
 from pyrovae.inference.pair import Pair
-from pyrovae.inference.weights import Latent, Particles, draw, log_mean_exp
+from pyrovae.inference.schedules import Constant, Schedule
+from pyrovae.inference.weights import Particles, draw, log_mean_exp
 
 # Closer to 1 than this, Renyi's bound differs from the ELBO by less than its rounding error.
 ALPHA_TOLERANCE = 1e-4
 
 
-class Bound(nn.Module):
-    """An objective applied to a pair: `forward(x)` is the loss, and `parameters()` what can be trained."""
+@dataclass
+class Taken:
+    """How many losses were differentiated, for loops that keep no count of steps: SVI's, and one in torch."""
 
-    def __init__(self, objective: PyroELBO, pair: Pair) -> None:
-        super().__init__()
-        self.objective, self.pair = objective, pair
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The loss of x (N, *event): -bound summed over the batch, in nats."""
-        return self.objective.differentiable_loss(self.pair.model, self.pair.guide, x)
+    steps: int = 0
 
 
-class Objective(PyroELBO):
-    """A bound that averages M independent K-sample bounds.
+class Objective(PyroELBO, ABC):
+    """What is maximised, of a pair and a batch.
 
-    To write a new one, subclass and return the (N,) bound of an array of log-weights from `reduce`; if it depends on
-    the gradient step, return the numbers that change from `schedule` and take them from `combine`.
-
-    Args:
-        num_particles: K.
-        num_averages: M; M * K particles are drawn at once.
+    To write a new bound, derive a frozen dataclass from `ImportanceWeighted` or, for what is more than log-weights,
+    from `OfParticles`; fields are its identity.
 
     Attributes:
-        step: Number of gradient steps taken, on which schedules depend. It advances with every loss that is
-            differentiated; a training loop that keeps count of its own sets it.
+        num_particles: K.
+        num_averages: M; M * K particles are drawn at once.
+        of_particles: It is made of terms of single particles, which may be drawn in chunks.
     """
 
-    def __init__(self, num_particles: int = 1, num_averages: int = 1) -> None:
-        for name, value in (("num_particles (K)", num_particles), ("num_averages (M)", num_averages)):
+    num_particles: int
+    num_averages: int
+    of_particles: ClassVar[bool]
+
+    def __init_subclass__(cls) -> None:
+        """Refuse a subclass that writes anew what nothing would ask it for."""
+        super().__init_subclass__()
+        for name in ("bound", "differentiable_loss", "loss", "loss_and_grads", "chunks"):
+            if name in vars(cls):
+                raise UsageError(
+                    f"{cls.__name__}: overrides {name}, which training does not ask for; write what the bound is in "
+                    "`reduce`, or in `terms` and `combine`"
+                )
+
+    def __post_init__(self) -> None:
+        for name, value in (("num_particles (K)", self.num_particles), ("num_averages (M)", self.num_averages)):
             check_count(name, value)
-        super().__init__(num_particles=num_particles, max_plate_nesting=1)
-        self.num_averages = num_averages
-        self.step = 0
 
     @abstractmethod
-    def reduce(self, log_weights: Tensor) -> Tensor:
-        """The bound of K log-weights along dimension 1 of (M, K, N), shape (M, N)."""
+    def draw(self, pair: Pair, batch: Batch, num_particles: int) -> Tensor:
+        """Terms of that many draws, shape (T, num_particles, N)."""
 
-    def schedule(self) -> dict[str, float]:
-        """The numbers that depend on `step`, such as beta: a compiled training step takes them as inputs."""
-        return {}
-
-    def terms(self, particles: Particles) -> Tensor:
-        """What the bound is made of, for each particle by itself: shape (T, M * K, N). Here the log-weights, T = 1."""
-        return particles.log_weights.unsqueeze(0)
-
+    @abstractmethod
     def combine(self, terms: Tensor, **settings: Tensor | float) -> Tensor:
-        """From `terms`, the bound on log p(x), shape (N,); with the settings of `schedule`, what is maximised."""
-        (log_weights,) = terms
-        return self.reduce(log_weights.unflatten(0, (self.num_averages, self.num_particles))).mean(0)
+        """From terms of all draws, the bound on log p(x), shape (N,); with `settings`, what is maximised."""
 
-    def of(self, particles: Particles) -> Tensor:
-        """The bound on log p(x) from M * K particles, shape (N,); no beta in it."""
-        return self.combine(self.terms(particles))
+    @abstractmethod
+    def settings(self, step: int) -> dict[str, float]:
+        """The numbers that depend on the gradient step, such as beta: recorded, and inputs of compiled steps."""
 
-    def bound(self, model: Callable, guide: Callable, x: Tensor) -> Tensor:
+    @property
+    @final
+    def taken(self) -> Taken:
+        """The count of steps of loops that do not count by themselves; no part of the value."""
+        return self.__dict__.setdefault("_taken", Taken())
+
+    @final
+    def chunks(self, most: int | None = None) -> list[int]:
+        """The M * K particles in parts of at most `most`, as even as can be; None: in one."""
+        total = self.num_averages * self.num_particles
+        parts = math.ceil(total / (most or total))
+        return [total // parts + (i < total % parts) for i in range(parts)]
+
+    @final
+    def bound(self, model: Callable, guide: Callable, x: Tensor, given: Sequence[Tensor] = ()) -> Tensor:
         """An estimate of what is maximised, per datum.
 
         Args:
-            model: Pyro model, called as model(x).
-            guide: Pyro guide, called as guide(x).
+            model: Pyro model, called as model(x, *given).
+            guide: Pyro guide, called as guide(x, *given).
             x: Data, shape (N, *event).
+            given: What everything is conditioned on, each of shape (N, ...).
 
         Returns:
             Bound in nats, shape (N,).
@@ -112,51 +131,107 @@ class Objective(PyroELBO):
             PairError: the bound would not be per datum, or a gradient is asked for through a latent site that has no
                 reparameterised sampler.
         """
-        return self.combine(self.draw(model, guide, x, self.num_averages * self.num_particles), **self.schedule())
+        terms = self.draw(Pair(model, guide), Batch.of(x, given), sum(self.chunks()))
+        return self.combine(terms, **self.settings(self.taken.steps))
 
-    def draw(self, model: Callable, guide: Callable, x: Tensor, num_particles: int) -> Tensor:
-        """`terms` of that many draws, shape (T, num_particles, N); arguments and errors as for `bound`."""
-        particles = draw(Pair(model, guide), Batch(x), num_particles)
-        if torch.is_grad_enabled():
-            check_reparameterised(particles)
-        return self.terms(particles)
-
-    def chunks(self, most: int | None = None) -> list[int]:
-        """The M * K particles in parts of at most `most`, as even as can be; None: in one."""
-        total = self.num_averages * self.num_particles
-        parts = math.ceil(total / (most or total))
-        return [total // parts + (i < total % parts) for i in range(parts)]
-
-    def differentiable_loss(self, model: Callable, guide: Callable, *args: Tensor) -> Tensor:
+    @final
+    def differentiable_loss(self, model: Callable, guide: Callable, x: Tensor, *given: Tensor) -> Tensor:
         """-bound summed over the batch, a differentiable scalar in nats."""
-        loss = -self.bound(model, guide, *args).sum()
+        loss = -self.bound(model, guide, x, given).sum()
         if torch.is_grad_enabled():
-            self.step += 1
+            self.taken.steps += 1
         return loss
 
-    def loss(self, model: Callable, guide: Callable, *args: Tensor) -> float:
+    @final
+    def loss(self, model: Callable, guide: Callable, x: Tensor, *given: Tensor) -> float:
         """The loss as a number, without gradients."""
         with torch.no_grad():
-            return self.differentiable_loss(model, guide, *args).item()
+            return self.differentiable_loss(model, guide, x, *given).item()
 
-    def loss_and_grads(self, model: Callable, guide: Callable, *args: Tensor) -> float:
+    @final
+    def loss_and_grads(self, model: Callable, guide: Callable, x: Tensor, *given: Tensor) -> float:
         """The loss as a number; its gradient is added to the parameters. For `pyro.infer.SVI`."""
         Pair(model, guide).announce()
-        loss = self.differentiable_loss(model, guide, *args)
+        loss = self.differentiable_loss(model, guide, x, *given)
         loss.backward()
         return loss.item()
 
-    def __call__(self, model: Callable, guide: Callable) -> Bound:
+    @final
+    def __call__(self, model: Callable, guide: Callable) -> "Loss":
         """This objective of a pair, as a torch module."""
-        return Bound(self, Pair(model, guide))
+        return Loss(self, Pair(model, guide))
 
+    @final
     def _get_trace(self, model: Callable, guide: Callable, args: Any, kwargs: Any) -> Any:
         """Pyro's own entry for traces; everything here goes through `draw`."""
-        particles = draw(Pair(model, guide), Batch(args[0]), self.num_averages * self.num_particles)
+        particles = draw(Pair(model, guide), Batch.of(args[0], args[1:]), sum(self.chunks()))
         return particles.model_trace, particles.guide_trace
 
 
-class Renyi(Objective):
+class Loss(nn.Module):
+    """An objective applied to a pair: `forward(x, *given)` is the loss, and `parameters()` what can be trained."""
+
+    def __init__(self, objective: Objective, pair: Pair) -> None:
+        super().__init__()
+        self.objective, self.pair = objective, pair
+
+    def forward(self, x: Tensor, *given: Tensor) -> Tensor:
+        """The loss of x (N, *event): -bound summed over the batch, in nats."""
+        return self.objective.differentiable_loss(self.pair.model, self.pair.guide, x, *given)
+
+
+class OfParticles(Objective):
+    """A bound that averages M independent K-sample bounds, made of terms of each particle by itself.
+
+    Attributes:
+        held: Whose parameters get no gradient through their log-densities, of "guide" and "model".
+    """
+
+    of_particles = True
+    held: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def terms(self, particles: Particles) -> Tensor:
+        """What the bound is made of, for each of K' particles by itself: shape (T, K', N)."""
+
+    @final
+    def draw(self, pair: Pair, batch: Batch, num_particles: int) -> Tensor:
+        with_gradient = torch.is_grad_enabled()
+        particles = draw(pair, batch, num_particles, held=self.held if with_gradient else ())
+        if with_gradient:
+            check_reparameterised(particles)
+        return self.terms(particles)
+
+    @final
+    def of(self, particles: Particles) -> Tensor:
+        """The bound on log p(x) from M * K particles, shape (N,); no beta in it."""
+        return self.combine(self.terms(particles))
+
+
+class ImportanceWeighted(OfParticles):
+    """A bound that is a function of log-weights alone, the same at every step."""
+
+    @abstractmethod
+    def reduce(self, log_weights: Tensor) -> Tensor:
+        """The bound of K log-weights along dimension 1 of (M, K, N), shape (M, N)."""
+
+    @final
+    def terms(self, particles: Particles) -> Tensor:
+        """The log-weights, shape (1, K', N)."""
+        return particles.log_weights.unsqueeze(0)
+
+    @final
+    def combine(self, terms: Tensor, **settings: Tensor | float) -> Tensor:
+        (log_weights,) = terms
+        return self.reduce(log_weights.unflatten(0, (self.num_averages, self.num_particles))).mean(0)
+
+    @final
+    def settings(self, step: int) -> dict[str, float]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Renyi(ImportanceWeighted):
     """The variational Renyi bound.
 
     Args:
@@ -165,11 +240,14 @@ class Renyi(Objective):
         num_averages: M.
     """
 
-    def __init__(self, alpha: float, num_particles: int = 1, num_averages: int = 1) -> None:
-        super().__init__(num_particles, num_averages)
-        if not math.isfinite(alpha):
-            raise UsageError(f"alpha: expected a finite number, got {alpha!r}")
-        self.alpha = alpha
+    alpha: float
+    num_particles: int = 1
+    num_averages: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not math.isfinite(self.alpha):
+            raise UsageError(f"alpha: expected a finite number, got {self.alpha!r}")
 
     def reduce(self, log_weights: Tensor) -> Tensor:
         power = 1 - self.alpha
@@ -178,7 +256,8 @@ class Renyi(Objective):
         return log_mean_exp(power * log_weights, 1) / power
 
 
-class IWAE(Renyi):
+@dataclass(frozen=True)
+class IWAE(ImportanceWeighted):
     """The importance-weighted bound, Renyi's with alpha = 0.
 
     Args:
@@ -186,84 +265,39 @@ class IWAE(Renyi):
         num_averages: M.
     """
 
-    def __init__(self, num_particles: int = 1, num_averages: int = 1) -> None:
-        super().__init__(0.0, num_particles, num_averages)
+    num_particles: int = 1
+    num_averages: int = 1
+
+    def reduce(self, log_weights: Tensor) -> Tensor:
+        return log_mean_exp(log_weights, 1)
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """The weight beta of the KL as a function of the gradient step; here a constant."""
+class StickingTheLanding(ImportanceWeighted):
+    """The ELBO (K = 1) or the importance-weighted bound (K > 1), by a gradient that is 0 where q is the posterior.
 
-    end: float = 1.0
+    The guide is run a second time, with its parameters held. For K > 1 the gradient is biased, see the module.
 
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not (math.isfinite(value) and value >= 0):
-                raise UsageError(f"beta: {name} must be a number of at least 0, got {value!r}")
+    Args:
+        num_particles: K.
+        num_averages: M.
+    """
 
-    def beta(self, step: int) -> float:
-        """beta after `step` gradient steps."""
-        return self.end
+    num_particles: int = 1
+    num_averages: int = 1
+    held: ClassVar[tuple[str, ...]] = ("guide",)
 
-    def values(self, step: int) -> dict[str, float]:
-        """The numbers that change, after `step` gradient steps: what `penalty` takes, and the record shows."""
-        return {"beta": self.beta(step)}
-
-    def penalty(self, kl: Tensor, beta: Tensor | float) -> Tensor:
-        """What is subtracted from E log p(x|z), given KL of shape (N,) and `values`, as tensor operations."""
-        return beta * kl
+    def reduce(self, log_weights: Tensor) -> Tensor:
+        return log_mean_exp(log_weights, 1)
 
 
 @dataclass(frozen=True)
-class LinearWarmup(Schedule):
-    """From 0 to `end` in `steps` gradient steps, then constant."""
-
-    steps: int = 1000
-
-    def beta(self, step: int) -> float:
-        return self.end * min(1.0, step / max(1, self.steps))
-
-
-@dataclass(frozen=True)
-class Cyclical(Schedule):
-    """Every `period` steps from 0 linearly to `end` in the first `rise` of the period, then constant."""
-
-    period: int = 1000
-    rise: float = 0.5
-
-    def beta(self, step: int) -> float:
-        phase = (step % max(1, self.period)) / max(1, self.period)
-        return self.end * min(1.0, phase / self.rise) if self.rise else self.end
-
-
-@dataclass(frozen=True)
-class Capacity(Schedule):
-    """Penalty gamma |KL - C|, the mean KL of the batch drawn to a capacity C that grows from 0 to `end` in `steps`."""
-
-    end: float = 25.0
-    steps: int = 1000
-    gamma: float = 10.0
-
-    def beta(self, step: int) -> float:
-        return self.gamma
-
-    def capacity(self, step: int) -> float:
-        """C in nats after `step` gradient steps."""
-        return self.end * min(1.0, step / max(1, self.steps))
-
-    def values(self, step: int) -> dict[str, float]:
-        return {"beta": self.gamma, "capacity": self.capacity(step)}
-
-    def penalty(self, kl: Tensor, beta: Tensor | float, capacity: Tensor | float = 0.0) -> Tensor:
-        return (beta * (kl.mean() - capacity).abs()).expand_as(kl)
-
-
-class ELBO(Objective):
+class ELBO(OfParticles):
     """The evidence lower bound E log p(x|z) - beta KL(q(z|x) || p(z)).
 
     The KL of a site is analytic where it exists (see `analytic_kl`), else log q - log p at the draw; `kl_forms` tells
-    which, once a loss has been computed. With beta > 1 the value is a looser lower bound on log p(x); with beta < 1 it
-    may exceed log p(x), as it may under a `Capacity` while the KL is near C. `of` is the ELBO, whatever beta is.
+    which. With beta > 1 the value is a looser lower bound on log p(x); with beta < 1 it may exceed log p(x), as it may
+    under a `Capacity` while the KL is near C. `of` is the ELBO, whatever beta is.
 
     Args:
         num_particles: Number of draws averaged.
@@ -272,77 +306,93 @@ class ELBO(Objective):
         kl: "auto", or "sampled" never to use the analytic form.
     """
 
-    def __init__(
-        self, num_particles: int = 1, beta: float | Schedule = 1.0, num_averages: int = 1, kl: str = "auto"
-    ) -> None:
-        super().__init__(num_particles, num_averages)
-        if kl not in ("auto", "sampled"):
-            raise UsageError(f"kl: expected auto or sampled, got {kl!r}")
-        self.beta = beta if isinstance(beta, Schedule) else Schedule(float(beta))
-        self.kl = kl
-        self.kl_forms: dict[str, str] = {}
+    num_particles: int = 1
+    beta: float | Schedule = 1.0
+    num_averages: int = 1
+    kl: str = "auto"
 
-    def reduce(self, log_weights: Tensor) -> Tensor:
-        return log_weights.mean(1)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kl not in ("auto", "sampled"):
+            raise UsageError(f"kl: expected auto or sampled, got {self.kl!r}")
+        _ = self.schedule  # refuses a beta that is none
 
-    def schedule(self) -> dict[str, float]:
-        return self.beta.values(self.step)
+    @property
+    def schedule(self) -> Schedule:
+        """How beta depends on the step."""
+        return self.beta if isinstance(self.beta, Schedule) else Constant(float(self.beta))
 
     def terms(self, particles: Particles) -> Tensor:
-        """log p(x|z) and KL(q(z|x) || p(z)) of all sites, shape (2, K, N)."""
-        values, self.kl_forms = kl_terms(particles, self.kl == "auto")
+        """log p(x|z) and KL(q(z|x) || p(z)) of all sites, shape (2, K', N)."""
+        values, _ = kl_terms(particles, self.kl == "auto")
         return torch.stack([particles.log_likelihood, sum(values.values(), torch.zeros_like(particles.log_likelihood))])
 
     def combine(self, terms: Tensor, **settings: Tensor | float) -> Tensor:
         log_likelihood, kl = terms.mean(1)
-        return log_likelihood - (self.beta.penalty(kl, **settings) if settings else kl)
+        return log_likelihood - (self.schedule.penalty(kl, **settings) if settings else kl)
+
+    def settings(self, step: int) -> dict[str, float]:
+        return self.schedule.settings(step)
+
+    def kl_forms(self, particles: Particles) -> dict[str, str]:
+        """By site, whether its KL is "analytic" or "sampled"."""
+        return kl_terms(particles, self.kl == "auto")[1]
 
 
-def kl_terms(particles: Particles, analytic: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """KL(q || p) of each latent site, and the form it was taken in.
+@dataclass(frozen=True, repr=False)
+class FromPyro(Objective):
+    """An objective of Pyro's own, which gives one number for a batch.
 
-    Returns:
-        {site: KL or log q - log p in nats, shape (K, N)} and {site: "analytic" or "sampled"}. Auxiliary sites of the
-        guide are in the entry "auxiliary".
+    Its bound is that of the whole batch: `combine` has shape (1,).
+
+    Args:
+        elbo: With a differentiable loss, such as `pyro.infer.Trace_ELBO()`.
     """
-    values: dict[str, Tensor] = {}
-    forms: dict[str, str] = {}
-    for name, latent in particles.latents.items():
-        kl = analytic_kl(latent) if analytic else None
-        values[name] = latent.log_guide - latent.log_prior if kl is None else kl
-        forms[name] = "sampled" if kl is None else "analytic"
-    auxiliary = [name for name in particles.log_guides if name not in particles.latents]
-    if auxiliary:
-        values["auxiliary"] = torch.stack([particles.log_guides[name] for name in auxiliary]).sum(0)
-        forms["auxiliary"] = "sampled"
-    return values, forms
+
+    elbo: PyroELBO
+    num_particles: int = 1
+    num_averages: int = 1
+    of_particles: ClassVar[bool] = False
+
+    def __repr__(self) -> str:
+        plain = {k: v for k, v in vars(self.elbo).items() if v is None or isinstance(v, bool | int | float | str)}
+        return f"{type(self.elbo).__name__}({', '.join(f'{k}={v!r}' for k, v in sorted(plain.items()))})"
+
+    def draw(self, pair: Pair, batch: Batch, num_particles: int) -> Tensor:
+        if torch.is_grad_enabled():
+            loss = self.elbo.differentiable_loss(pair.model, pair.guide, *batch.tensors)
+        else:
+            loss = torch.tensor(float(self.elbo.loss(pair.model, pair.guide, *batch.tensors)), dtype=torch.float64)
+        return -loss.reshape(1, 1, 1)
+
+    def combine(self, terms: Tensor, **settings: Tensor | float) -> Tensor:
+        return terms.reshape(1)
+
+    def settings(self, step: int) -> dict[str, float]:
+        return {}
 
 
-def analytic_kl(latent: Latent) -> Tensor | None:
-    """KL(q || p) of a site in closed form, shape (K, N), or None.
+def as_objective(objective: object) -> Objective:
+    """An objective as it is, or one of Pyro's own by its adapter.
 
-    It exists where torch registers one, and between a full- or low-rank-covariance Gaussian and a factorised one. It
-    may be used where neither distribution depends on the site's own value: in q(z1|x) q(z2|z1) against p(z2) p(z1|z2),
-    p(z1|z2) depends on z1 through z2, and the closed form would be the KL of something else.
+    Raises:
+        UsageError: it is none, or has no differentiable loss.
     """
-    if latent.masked or not latent.ancestral:
-        return None
-    q = latent.guide
-    if isinstance(q, dist.LowRankMultivariateNormal):  # torch's form takes each parameter to be of the batch's shape
-        q = dist.LowRankMultivariateNormal(q.loc, q.cov_factor, q.cov_diag)
-    try:
-        return kl_divergence(q, with_covariance(latent.prior, q))
-    except NotImplementedError:
-        return None
-
-
-def with_covariance(p: Any, q: Any) -> Any:
-    """A factorised Gaussian p as a multivariate one when q is, since torch has no KL between the two classes."""
-    correlated = isinstance(q, dist.MultivariateNormal | dist.LowRankMultivariateNormal)
-    factorised = isinstance(p, dist.Independent) and isinstance(p.base_dist, dist.Normal)
-    if correlated and factorised and p.event_dim == 1:
-        return dist.MultivariateNormal(p.mean, scale_tril=torch.diag_embed(p.stddev))
-    return p
+    if isinstance(objective, Objective):
+        if not is_dataclass(type(objective)):
+            raise UsageError(
+                f"objective: {type(objective).__name__} is no value; write @dataclass(frozen=True) above it, with "
+                "fields num_particles, num_averages and what else it depends on"
+            )
+        return objective
+    if isinstance(objective, type):
+        raise UsageError(f"objective: expected an object such as ELBO(), got the class {objective.__name__}")
+    if not isinstance(objective, PyroELBO) or not hasattr(objective, "differentiable_loss"):
+        raise UsageError(
+            f"objective: {type(objective).__name__} has no differentiable_loss; use an objective of pyrovae.inference "
+            "(Renyi and IWAE for RenyiELBO), or Pyro's Trace_ELBO, TraceMeanField_ELBO or TraceEnum_ELBO"
+        )
+    return FromPyro(objective)
 
 
 def check_reparameterised(particles: Particles) -> None:

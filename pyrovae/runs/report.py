@@ -44,9 +44,9 @@ def report(
     from pyrovae.inference.batch import Batch
     from pyrovae.inference.bootstrap import interval
     from pyrovae.inference.diagnostics import KL_SHARE, kl_dimensions, measure
+    from pyrovae.inference.kl import kl_terms
     from pyrovae.inference.marginal import FROM_GUIDE, standard_error
     from pyrovae.inference.modules import evaluating
-    from pyrovae.inference.objectives import kl_terms
     from pyrovae.inference.pair import Pair
     from pyrovae.inference.simulation import Simulated
     from pyrovae.inference.tracing.draws import Compiled

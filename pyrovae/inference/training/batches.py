@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pyrovae.inference.batch import Batch
+
 AHEAD = 2  # batches that are read, or waiting, while the caller works on another
 ANNOUNCED = 4  # batches that their source is told of before they are read
 
@@ -29,9 +31,12 @@ class RowSource(Protocol):
 
 
 def gather(
-    data: Tensor | RowSource, batches: Sequence[Tensor], device: str | torch.device
-) -> Generator[Tensor, None, None]:
-    """Yield data[rows], on the device, for each tensor of row numbers in `batches`.
+    data: Tensor | RowSource,
+    batches: Sequence[Tensor],
+    device: str | torch.device,
+    given: Sequence[Tensor] = (),
+) -> Generator[Batch, None, None]:
+    """Yield data[rows] and given[rows], on the device, for each tensor of row numbers in `batches`.
 
     A tensor on the device is indexed. What has to be read from a file or copied to a GPU is read ahead by one thread,
     which ends when the iteration does, also early: close the iterator (`contextlib.closing`) where an exception could
@@ -41,6 +46,8 @@ def gather(
         data: Rows, or an object that gives rows on the host when indexed, such as `pyrovae.data.streaming.MappedRows`.
         batches: Row numbers of each batch, best on the host.
         device: Where the batches are wanted.
+        given: What is given beside each row, in memory.
+
     Raises:
         Exception: whatever reading raises, when its batch is due.
     """
@@ -49,7 +56,7 @@ def gather(
         # All row numbers at once: a GPU would be waited for at every batch.
         order = torch.cat(list(batches)).to(data.device) if batches else torch.zeros(0, dtype=torch.long)
         for rows in order.split([len(rows) for rows in batches]):
-            yield data[rows].to(device)
+            yield Batch(data[rows], tuple(value[rows.to(value.device)] for value in given)).to(device)
         return
 
     def announce(numbers: range) -> None:
@@ -57,10 +64,11 @@ def gather(
             for rows in batches[numbers.start : numbers.stop]:
                 data.announce(rows.cpu())
 
-    def read(number: int) -> Tensor:
+    def read(number: int) -> Batch:
         announce(range(number + ANNOUNCED, number + ANNOUNCED + 1))
-        batch = data[batches[number].cpu()]
-        return batch.pin_memory() if device.type == "cuda" else batch
+        rows = batches[number].cpu()
+        batch = Batch(data[rows], tuple(value[rows.to(value.device)] for value in given))
+        return batch.pinned() if device.type == "cuda" else batch
 
     reader = ThreadPoolExecutor(1, "pyrovae-batches")
     try:

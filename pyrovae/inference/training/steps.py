@@ -3,9 +3,9 @@ r"""Steps: the loss of a pair on a batch, its gradient, and the update of the pa
 The loss is -sum_n L_n, with the bound L_n of an objective. Its gradient is taken by autograd in a run of the pair, or
 by the same operations as one compiled graph (see `graphs`):
 
-    graph(parameters and buffers, x, beta, ...)  ->  loss, gradients
+    graph(parameters and buffers, x, *given, beta, ...)  ->  loss, gradients
 
-What changes between steps is an input of the graph (the parameters, the batch, the objective's `schedule`) or a random
+What changes between steps is an input of the graph (the parameters, the batch, the objective's `settings`) or a random
 operation in it (noise, dropout). On a CUDA device the whole step, update included, is then captured as one CUDA graph.
 
 In chunks of particles, with t_kn the `terms` of particle k and datum n, of which L_n is a function,
@@ -22,10 +22,9 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
-from pyro.infer import ELBO as PyroELBO
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import get_total_norm
@@ -33,6 +32,7 @@ from torch.optim import Optimizer
 
 from pyrovae.checks import check_count
 from pyrovae.errors import UsageError
+from pyrovae.inference.batch import Batch
 from pyrovae.inference.objectives import Objective
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.tracing.graphs import (
@@ -75,13 +75,6 @@ class NotFinite(ArithmeticError):
 # -- Parts of a step ---------------------------------------------------------------------------------------------------
 
 
-def has_terms(objective: PyroELBO) -> bool:
-    """Whether an objective's loss is what it combines from terms of single particles."""
-    own = type(objective)
-    whole = ("bound", "differentiable_loss")
-    return isinstance(objective, Objective) and all(getattr(own, f) is getattr(Objective, f) for f in whole)
-
-
 class Part(nn.Module):
     """Something computed of a pair and a batch, as a module whose parameters and buffers are all that it depends on.
 
@@ -91,11 +84,11 @@ class Part(nn.Module):
         precision: One of `PRECISIONS`.
     """
 
-    def __init__(self, objective: PyroELBO, pair: Pair, precision: str = "fp32") -> None:
+    def __init__(self, objective: Objective, pair: Pair, precision: str = "fp32") -> None:
         super().__init__()
         self.objective, self.pair, self.precision = objective, pair, precision
         self.names = [name for name, p in pair.parts.named_parameters() if p.requires_grad]
-        self.settings = list(objective.schedule()) if isinstance(objective, Objective) else []
+        self.settings = list(objective.settings(0))
         for i, value in enumerate(pair.stored.values()):
             self.register_buffer(f"stored{i}", value)
 
@@ -131,49 +124,44 @@ class Part(nn.Module):
         # Here too, so that in a graph it is compiled with the rest.
         return as_accumulated([next(found) if leaf.requires_grad else None for leaf in leaves], leaves)
 
-    def draw(self, x: Tensor, num_particles: int) -> Tensor:
-        """The objective's terms of draws for x, shape (T, num_particles, N)."""
-        assert isinstance(self.objective, Objective)
-        return self.objective.draw(self.pair.model, self.pair.guide, x, num_particles)
+    def draw(self, tensors: Sequence[Tensor], num_particles: int) -> Tensor:
+        """The objective's terms of draws for a batch of these tensors, shape (T, num_particles, N)."""
+        x, *given = tensors
+        return self.objective.draw(self.pair, Batch(x, tuple(given)), num_particles)
 
 
 class Gradient(Part):
-    """(x, *settings) -> loss, gradients; None for parameters on which the loss does not depend."""
+    """(x, *given, *settings) -> loss, gradients; None for parameters on which the loss does not depend."""
 
     def compute(self, leaves: Sequence[Tensor], *inputs: Any) -> Any:
+        tensors = len(inputs) - len(self.settings)
         with torch.enable_grad():
-            loss = self.loss(*inputs)
+            terms = self.draw(inputs[:tensors], sum(self.objective.chunks()))
+            settings = dict(zip(self.settings, inputs[tensors:], strict=True))
+            loss = -self.objective.combine(terms, **settings).sum()
             gradients = self.gradients(loss, leaves)
         return loss.detach(), *gradients
 
-    def loss(self, x: Tensor, *settings: Tensor) -> Tensor:
-        """-bound summed over the rows of x, with the settings in the order of the objective's schedule."""
-        if not has_terms(self.objective):
-            return self.objective.differentiable_loss(self.pair.model, self.pair.guide, x)
-        assert isinstance(self.objective, Objective)
-        terms = self.draw(x, self.objective.num_averages * self.objective.num_particles)
-        return -self.objective.combine(terms, **dict(zip(self.settings, settings, strict=True))).sum()
-
 
 class Terms(Part):
-    """x -> the terms of K' particles, shape (T, K', N)."""
+    """(x, *given) -> the terms of K' particles, shape (T, K', N)."""
 
-    def __init__(self, objective: PyroELBO, pair: Pair, precision: str, num_particles: int) -> None:
+    def __init__(self, objective: Objective, pair: Pair, precision: str, num_particles: int) -> None:
         super().__init__(objective, pair, precision)
         self.num_particles = num_particles
 
     def compute(self, leaves: Sequence[Tensor], *inputs: Any) -> Any:
         with torch.no_grad():
-            return self.draw(inputs[0], self.num_particles)
+            return self.draw(inputs, self.num_particles)
 
 
 class Pullback(Terms):
-    """(x, s) -> the gradients of sum s t, with t the terms of K' particles and s of their shape."""
+    """(x, *given, s) -> the gradients of sum s t, with t the terms of K' particles and s of their shape."""
 
     def compute(self, leaves: Sequence[Tensor], *inputs: Any) -> Any:
-        x, slope = inputs
+        *tensors, slope = inputs
         with torch.enable_grad():
-            return self.gradients((self.draw(x, self.num_particles) * slope).sum(), leaves)
+            return self.gradients((self.draw(tensors, self.num_particles) * slope).sum(), leaves)
 
 
 class Code:
@@ -190,7 +178,7 @@ class Code:
     def __init__(self, part: Part, *inputs: Tensor) -> None:
         self.part = part
         self.state = [t.detach() for t in state(part).values()]
-        with unknown_step(part.objective), same_noise(inputs[0].device):
+        with same_noise(inputs[0].device):
             graph = trace(part, *inputs)
         self.waits = waits(graph)  # for the device, which a CUDA graph must not
         rewrite(graph, log_of_products, *[fast_tanh] * (inputs[0].device.type == "cpu"))
@@ -199,31 +187,6 @@ class Code:
     def __call__(self, *inputs: Tensor) -> Any:
         """What the part returns."""
         return self.code(*self.state, *inputs)
-
-
-class Unknown:
-    """The number of the step while a step is traced: a graph would freeze what is computed from it."""
-
-    def refuse(self, *_: Any) -> Any:
-        """Whatever is asked of it."""
-        raise Refused("the objective reads `step`; return what depends on it from `schedule`")
-
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = refuse
-    __floordiv__ = __mod__ = __pow__ = __rpow__ = __neg__ = __lt__ = __le__ = __gt__ = __ge__ = refuse
-    __bool__ = __int__ = __float__ = __index__ = __hash__ = __eq__ = __ne__ = refuse
-
-
-@contextmanager
-def unknown_step(objective: PyroELBO) -> Iterator[None]:
-    """Hide an objective's number of the step."""
-    step = getattr(objective, "step", None)
-    if isinstance(objective, Objective):
-        objective.step = cast(Any, Unknown())
-    try:
-        yield
-    finally:
-        if isinstance(objective, Objective):
-            objective.step = cast(Any, step)
 
 
 class Before:
@@ -313,11 +276,19 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> str | None:
 # -- Whole steps -------------------------------------------------------------------------------------------------------
 
 
+Shapes = tuple[torch.Size, ...]
+
+
+def shapes_of(batch: Batch) -> Shapes:
+    """The shapes of all tensors of a batch, for each of which there is code."""
+    return tuple(tensor.shape for tensor in batch.tensors)
+
+
 class Step:
     """Gradient steps on a pair.
 
     Args:
-        objective: Any `pyro.infer.ELBO` with a differentiable loss.
+        objective: The objective.
         pair: The pair, on its device, with the parameters to train.
         optimizer: Of the pair's trainable parameters.
         compiled: For which numbers of rows the step is compiled; True: for all.
@@ -333,7 +304,7 @@ class Step:
 
     def __init__(
         self,
-        objective: PyroELBO,
+        objective: Objective,
         pair: Pair,
         optimizer: Optimizer,
         *,
@@ -349,7 +320,7 @@ class Step:
         self.compiled, self.precision, self.together = compiled, precision, together
         self.on_notice = on_notice or (lambda text: None)
         self.parameters = list(pair.trainable().values())
-        self.sizes = objective.chunks(particle_chunk) if has_terms(objective) else [1]
+        self.sizes = objective.chunks(particle_chunk)
         self.particles = sum(self.sizes)
         if precision == "bf16-mixed" and any(p.dtype != torch.float32 for p in self.parameters):
             raise UsageError("precision: bf16-mixed is for pairs in single precision; use fp32")
@@ -357,11 +328,11 @@ class Step:
         self.refused: str | None = None
         self.parts: dict[tuple, Part] = {}
         self.codes: dict[tuple, Code] = {}
-        self.steps_since: dict[torch.Size, int] = {}  # by shape, since its code was compared with the pair
-        self.stale: set[torch.Size] = set()
+        self.steps_since: dict[Shapes, int] = {}  # by shape, since its code was compared with the pair
+        self.stale: set[Shapes] = set()
         self.held: dict[str, Any] | None = None  # by the pair, when it was compiled
-        self.taken_on: dict[torch.Size, int] = {}
-        self.captured: dict[torch.Size, Captured] = {}
+        self.taken_on: dict[Shapes, int] = {}
+        self.captured: dict[Shapes, Captured] = {}
         device = self.parameters[0].device
         # On a GPU nothing is read back within an epoch: the optimiser itself leaves out what is not finite.
         self.deferred = device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False)
@@ -373,12 +344,13 @@ class Step:
         if self.deferred:
             self.optimizer.grad_scale, self.optimizer.found_inf = None, self.failed  # type: ignore[attr-defined]
 
-    def __call__(self, x: Tensor, absent: bool = False) -> float | None:
-        """Take a step on x (N, *event).
+    def __call__(self, batch: Batch, number: int, absent: bool = False) -> float | None:
+        """Take a step.
 
         Args:
-            x: Data, shape (N, *event).
-            absent: This process has no rows in this step; x only shows their shape.
+            batch: N rows of data.
+            number: How many steps were taken before, on which the objective's settings depend.
+            absent: This process has no rows in this step; the batch only shows their shape.
 
         Returns:
             The loss in nats, over the rows of all processes; None on a GPU, see `settle`.
@@ -386,62 +358,67 @@ class Step:
         Raises:
             NotFinite: the loss or a gradient is not; no update was made. On a GPU `settle` raises it.
         """
-        due = self.is_compiled(x) and self.is_due(x)
-        if self.capturing and not due and self.replay(x):
+        due = self.is_compiled(batch) and self.is_due(batch)
+        if self.capturing and not due and self.replay(batch, number):
             return None
-        loss, gradients = self.checked_gradient(x) if due else self.gradient(x)
+        loss, gradients = self.checked_gradient(batch, number) if due else self.gradient(batch, number)
         if absent:
             loss, gradients = loss * 0, [None if g is None else g * 0 for g in gradients]
         if self.together is not None:
             loss, gradients = self.summed(loss, gradients, due)
         return self.update(loss, gradients)
 
-    def is_due(self, x: Tensor) -> bool:
-        """Whether compiled code for the shape of x has to be compared with the pair, or made."""
-        count = self.steps_since[x.shape] = self.steps_since.get(x.shape, -1) + 1
-        return count == 0 or (x.shape in self.stale and count >= RECHECK)
+    def is_due(self, batch: Batch) -> bool:
+        """Whether compiled code for the shapes of a batch has to be compared with the pair, or made."""
+        shapes = shapes_of(batch)
+        count = self.steps_since[shapes] = self.steps_since.get(shapes, -1) + 1
+        return count == 0 or (shapes in self.stale and count >= RECHECK)
 
-    def settings(self, x: Tensor) -> list[Tensor]:
+    def settings(self, batch: Batch, number: int) -> list[Tensor]:
         """The numbers of the objective that change from step to step, in the precision of x."""
+        x = batch.x
         dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
-        numbers = self.objective.schedule().values() if isinstance(self.objective, Objective) else ()
-        return [torch.full((), number, dtype=dtype, device=x.device) for number in numbers]  # a GPU is not waited for
+        values = self.objective.settings(number).values()
+        return [torch.full((), value, dtype=dtype, device=x.device) for value in values]  # a GPU is not waited for
 
-    def is_compiled(self, x: Tensor) -> bool:
+    def is_compiled(self, batch: Batch) -> bool:
         """Whether steps on as many rows are compiled."""
-        wanted = self.compiled if isinstance(self.compiled, bool) else len(x) in self.compiled
+        wanted = self.compiled if isinstance(self.compiled, bool) else len(batch) in self.compiled
         return wanted and self.refused is None
 
-    def checked_gradient(self, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    def checked_gradient(self, batch: Batch, number: int) -> tuple[Tensor, list[Tensor | None]]:
         """`gradient` by compiled code, compiled if it is new, and compared with the pair itself on the same noise.
 
         Where that cannot be had, from here on everything is computed by the pair itself, on the same noise as well.
         """
-        before, held, started = Before(self.pair, x.device), held_by(self.pair), time.perf_counter()
+        before, held, started = Before(self.pair, batch.x.device), held_by(self.pair), time.perf_counter()
         new, known = self.held is None, len(self.codes)
-        loss, gradients = self.gradient(x, compiled=False)
+        loss, gradients = self.gradient(batch, number, compiled=False)
         wanted = [loss, *(g for g in gradients if g is not None)]
         try:
             if name := changed(held, held_by(self.pair)):
                 raise Refused(f"running the pair changes {name}, which a graph would not")
             before.restore()
-            loss, gradients = self.gradient(x)
+            loss, gradients = self.gradient(batch, number)
             compare(
-                [loss, *(g for g in gradients if g is not None)], wanted, self.precision, x.numel() * self.particles
+                [loss, *(g for g in gradients if g is not None)],
+                wanted,
+                self.precision,
+                batch.x.numel() * self.particles,
             )
         except Exception as error:
             before.restore()
             self.refuse(reason(error))
-            return self.gradient(x)
+            return self.gradient(batch, number)
         finally:
             seconds = time.perf_counter() - started
             if new or len(self.codes) > known:
                 self.compile_seconds += seconds
         if len(self.codes) > known:
-            self.on_notice(f"compiled the training step for {len(x)} rows in {seconds:.1f} s")
+            self.on_notice(f"compiled the training step for {len(batch)} rows in {seconds:.1f} s")
         self.held = held if self.held is None else self.held
-        self.steps_since[x.shape] = 0
-        self.stale.discard(x.shape)
+        self.steps_since[shapes_of(batch)] = 0
+        self.stale.discard(shapes_of(batch))
         return loss, gradients
 
     def refuse(self, why: str) -> None:
@@ -451,44 +428,42 @@ class Step:
         self.captured.clear()
         self.on_notice(f"not compiled, so slower: {why}")
 
-    def gradient(self, x: Tensor, compiled: bool = True) -> tuple[Tensor, list[Tensor | None]]:
-        """The loss of x and the gradients of `parameters`; of all particles in one, or in chunks.
+    def gradient(self, batch: Batch, number: int, compiled: bool = True) -> tuple[Tensor, list[Tensor | None]]:
+        """The loss of a batch and the gradients of `parameters`; of all particles in one, or in chunks.
 
         Args:
-            x: Data, shape (N, *event).
+            batch: N rows of data.
+            number: How many steps were taken before.
             compiled: By compiled code, for as many rows as are compiled; False: by the pair itself.
         """
-        make = self.code if compiled and self.is_compiled(x) else self.part
-        settings = self.settings(x)
+        make = self.code if compiled and self.is_compiled(batch) else self.part
+        tensors, settings = batch.tensors, self.settings(batch, number)
         if len(self.sizes) == 1:
-            loss, *gradients = make(Gradient, x, *settings)(x, *settings)
+            loss, *gradients = make(Gradient, *tensors, *settings)(*tensors, *settings)
             return loss, gradients
+        device = batch.x.device
         # From torch's generator on the CPU, which waits for no device.
         seed = int(torch.randint(2**62, ()).item())
-        terms = self.terms(x, seed, make).requires_grad_()
+        terms = self.terms(batch, seed, make).requires_grad_()
         with torch.enable_grad():
-            loss = self.loss_of(terms, settings)
+            named = dict(zip(self.objective.settings(number), settings, strict=True))
+            loss = -self.objective.combine(terms, **named).sum()
             (slope,) = torch.autograd.grad(loss, terms)
         sums: list[Tensor | None] = []
         for i, (k, piece) in enumerate(zip(self.sizes, slope.split(self.sizes, 1), strict=True)):
-            reseed(seed + i, x.device)
-            inputs = (x, piece.contiguous())
+            reseed(seed + i, device)
+            inputs = (*tensors, piece.contiguous())
             gradients = list(make(Pullback, *inputs, num_particles=k)(*inputs))
             sums = gradients if i == 0 else [a if b is None else a + b for a, b in zip(sums, gradients, strict=True)]
         return loss.detach(), sums
 
-    def terms(self, x: Tensor, seed: int, make: Callable[..., Callable[..., Tensor]]) -> Tensor:
+    def terms(self, batch: Batch, seed: int, make: Callable[..., Callable[..., Tensor]]) -> Tensor:
         """The terms of all particles, chunk by chunk, each chunk on noise of its own seed."""
         pieces = []
         for i, k in enumerate(self.sizes):
-            reseed(seed + i, x.device)
-            pieces.append(make(Terms, x, num_particles=k)(x))
+            reseed(seed + i, batch.x.device)
+            pieces.append(make(Terms, *batch.tensors, num_particles=k)(*batch.tensors))
         return torch.cat(pieces, 1)
-
-    def loss_of(self, terms: Tensor, settings: Sequence[Tensor]) -> Tensor:
-        """The loss of all particles' terms."""
-        assert isinstance(self.objective, Objective)
-        return -self.objective.combine(terms, **dict(zip(self.objective.schedule(), settings, strict=True))).sum()
 
     def part(self, kind: type[Part], *inputs: Tensor, **arguments: Any) -> Part:
         """A part, to be run as it is."""
@@ -510,25 +485,26 @@ class Step:
             self.refuse(f"{name} has changed since")
         self.stale.update(self.steps_since)
 
-    def replay(self, x: Tensor) -> bool:
+    def replay(self, batch: Batch, number: int) -> bool:
         """Take the step as one CUDA graph, capturing it first if it is time to; whether it was taken."""
-        self.taken_on[x.shape] = self.taken_on.get(x.shape, 0) + 1
-        if not self.is_compiled(x) or self.taken_on[x.shape] <= WARM_UP:
+        shapes = shapes_of(batch)
+        self.taken_on[shapes] = self.taken_on.get(shapes, 0) + 1
+        if not self.is_compiled(batch) or self.taken_on[shapes] <= WARM_UP:
             return False
-        if x.shape not in self.captured or self.captured[x.shape].outdated:
-            self.captured.pop(x.shape, None)  # its memory first
+        if shapes not in self.captured or self.captured[shapes].outdated:
+            self.captured.pop(shapes, None)  # its memory first
             # A capture that fails may leave torch's generator unusable: what waits is not tried.
-            why = self.code(Gradient, x, *self.settings(x)).waits
+            why = self.code(Gradient, *batch.tensors, *self.settings(batch, number)).waits
             try:
                 if why is None:
-                    self.captured[x.shape] = Captured(self, x)
+                    self.captured[shapes] = Captured(self, batch, number)
             except RuntimeError as error:
                 why = reason(error.__context__ or error)  # the first is what went wrong, the second that it did
             if why is not None:
                 self.capturing = False
                 self.on_notice(f"not captured as a CUDA graph, so slower: {why}")
                 return False
-        self.captured[x.shape](x, self.objective)
+        self.captured[shapes](batch, number)
         return True
 
     def summed(self, loss: Tensor, gradients: Sequence[Tensor | None], due: bool) -> tuple[Tensor, list[Tensor | None]]:
@@ -583,21 +559,22 @@ class Step:
 
 
 class Captured:
-    """A step on x of one shape, gradient and update, as one CUDA graph.
+    """A step on batches of one shape, gradient and update, as one CUDA graph.
 
     Random operations in it draw from torch's generator as it is when the graph is replayed.
     """
 
-    def __init__(self, step: Step, x: Tensor) -> None:
-        self.optimizer, self.hyperparameters = step.optimizer, hyperparameters(step.optimizer)
-        self.x, self.settings = x.clone(), step.settings(x)
-        code = step.code(Gradient, self.x, *self.settings)
+    def __init__(self, step: Step, batch: Batch, number: int) -> None:
+        self.objective, self.optimizer = step.objective, step.optimizer
+        self.hyperparameters = hyperparameters(step.optimizer)
+        self.tensors, self.settings = [t.clone() for t in batch.tensors], step.settings(batch, number)
+        code, device = step.code(Gradient, *self.tensors, *self.settings), batch.x.device
         self.graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(x.device)
+        stream = torch.cuda.Stream(device)
         # Other threads, which read rows ahead, may use the device meanwhile.
         whole = torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local")
-        with torch.cuda.device(x.device), whole:
-            loss, *gradients = code(self.x, *self.settings)
+        with torch.cuda.device(device), whole:
+            loss, *gradients = code(*self.tensors, *self.settings)
             step.update(loss, gradients)
 
     @property
@@ -605,11 +582,11 @@ class Captured:
         """Whether the optimiser has other settings, such as a learning rate, than those in the graph."""
         return self.hyperparameters != hyperparameters(self.optimizer)
 
-    def __call__(self, x: Tensor, objective: PyroELBO) -> None:
-        self.x.copy_(x)
-        numbers = objective.schedule().values() if isinstance(objective, Objective) else ()
-        for tensor, number in zip(self.settings, numbers, strict=True):
-            tensor.fill_(number)
+    def __call__(self, batch: Batch, number: int) -> None:
+        for tensor, value in zip(self.tensors, batch.tensors, strict=True):
+            tensor.copy_(value)
+        for tensor, setting in zip(self.settings, self.objective.settings(number).values(), strict=True):
+            tensor.fill_(setting)
         self.graph.replay()
 
 
@@ -650,14 +627,14 @@ def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
 # -- What steps run in -------------------------------------------------------------------------------------------------
 
 
-def check_chunk(objective: PyroELBO, particle_chunk: int | None) -> None:
+def check_chunk(objective: Objective, particle_chunk: int | None) -> None:
     """Refuse chunks of an objective that is not made of particles."""
     if particle_chunk is None:
         return
     check_count("particle_chunk", particle_chunk)
-    if not has_terms(objective):
+    if not objective.of_particles:
         raise UsageError(
-            f"particle_chunk: {type(objective).__name__} is not made of terms of single particles; use an objective of "
+            f"particle_chunk: {objective!r} is not made of terms of single particles; use an objective of "
             "pyrovae.inference, or leave it out"
         )
 

@@ -26,13 +26,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.flop_counter import FlopCounterMode
 
-from pyrovae.checks import check_count, check_programs, check_rows
+from pyrovae.checks import check_count, check_given, check_programs, check_rows
 from pyrovae.errors import CheckpointError, DataError, NumericalError, OutputError, PairError, PyrovaeError, UsageError
 from pyrovae.files import inside, write_atomically
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.diagnostics import measure
 from pyrovae.inference.modules import Program, evaluating
-from pyrovae.inference.objectives import ELBO, Objective, Renyi
+from pyrovae.inference.objectives import ELBO, ImportanceWeighted, Objective, as_objective
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import arithmetic
 from pyrovae.inference.tracing.graphs import CompileWarning
@@ -152,7 +152,9 @@ def fit(
     batch_size: int = 100,
     optimizer: Factory = adam,
     schedule: Callable[[Optimizer], LRScheduler] | None = None,
+    given: Sequence[Tensor] = (),
     validation: Tensor | None = None,
+    validation_given: Sequence[Tensor] = (),
     transform: Callable[[Tensor], Tensor] | None = None,
     patience: int | None = None,
     seed: int = 0,
@@ -172,8 +174,8 @@ def fit(
     """Train a pair.
 
     Args:
-        model: Pyro model, called as model(x), with all its sites inside one `pyro.plate("data", len(x))`.
-        guide: Pyro guide, called as guide(x).
+        model: Pyro model, called as model(x, *given), with all its sites inside one `pyro.plate("data", len(x))`.
+        guide: Pyro guide, called as guide(x, *given).
         data: Training rows, shape (N, *event), or whatever `transform` takes: a tensor, or an object that reads rows
             when it is indexed, such as `pyrovae.data.streaming.MappedRows`, from a file larger than memory.
         objective: Any `pyro.infer.ELBO` with a differentiable loss; `ELBO()` when None. Its loss, summed over the
@@ -182,8 +184,10 @@ def fit(
         batch_size: Rows per step over all processes; the last batch of an epoch has the rows that are left.
         optimizer: Makes a torch optimiser of a list of parameters.
         schedule: Makes a scheduler of the optimiser; it is stepped once per epoch.
+        given: What everything is conditioned on, such as labels: tensors with a row for each of the data.
         validation: Rows of shape (V, *event), not transformed. The epoch of the best validation bound (with beta = 1)
             is kept; without them, the last.
+        validation_given: What is given beside them.
         transform: Maps a batch of rows to x, e.g. a binarisation drawn anew at every step.
         patience: Stop after so many epochs without a better validation bound.
         seed: Of the order of rows and all noise. The caller's random state is restored.
@@ -216,7 +220,6 @@ def fit(
         CheckpointError: `resume` without a usable checkpoint, or one of other data, seed or batch size.
         OutputError: the directory cannot be written, or another process of the run is gone.
     """
-    objective = objective if objective is not None else ELBO()
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("patience", patience)):
         if value is not None:
             check_count(name, value)
@@ -224,51 +227,36 @@ def fit(
         raise UsageError(
             "data: none given; fit takes a model, a guide and rows, as in fit(vae.model, vae.guide, rows, objective)"
         )
-    check_programs(model, guide)
     # What is no tensor may read its rows from elsewhere, by announcing them first.
     check_rows("data", data[:1] if hasattr(data, "announce") else data)
-    if validation is not None:
-        check_rows("validation", validation)
+    check_given(given, len(data), "data")
+    check_programs(model, guide, len(given))
+    scored = None if validation is None else Batch.of(validation, validation_given, "validation")
     if batch_size > len(data):
         raise UsageError(f"batch_size: {batch_size} is more than the {len(data)} training rows")
-    if isinstance(objective, type):
-        raise UsageError(f"objective: expected an object such as ELBO(), got the class {objective.__name__}")
-    if not hasattr(objective, "differentiable_loss"):
-        raise UsageError(
-            f"objective: {type(objective).__name__} has no differentiable_loss; use an objective of pyrovae.inference "
-            "(Renyi and IWAE for RenyiELBO), or Pyro's Trace_ELBO, TraceMeanField_ELBO or TraceEnum_ELBO"
-        )
+    goal = as_objective(ELBO() if objective is None else objective)
     if resume and directory is None:
         raise UsageError("resume: needs the directory of the run to continue")
     if compile not in ("auto", "on", "off"):
         raise UsageError(f"compile: expected auto, on or off, got {compile!r}")
-    check_chunk(objective, particle_chunk)
+    check_chunk(goal, particle_chunk)
     trainer = Trainer(
-        model,
-        guide,
-        data,
-        objective,
-        epochs,
-        batch_size,
+        Pair(model, guide),
+        Data(data, tuple(given), transform or unchanged, scored),
+        goal,
+        Settings(epochs, batch_size, seed, precision, particle_chunk, None if device is None else torch.device(device)),
         optimizer,
         schedule,
-        validation,
-        transform,
-        seed,
-        device,
-        precision,
-        particle_chunk,
         on_notice,
     )
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # of several, each is told its device later
         check_precision(precision, trainer.device)
-    underflows = isinstance(objective, Renyi) and objective.num_particles > 1
     with (
         seeded(seed, "fit", device=trainer.device),
         trainer.accelerated(),
         same_noise(trainer.device),  # of several processes, each has been told its device
         arithmetic(precision, trainer.device),
-        flushing(underflows),
+        flushing(isinstance(goal, ImportanceWeighted) and goal.num_particles > 1),
         using_threads(threads, trainer.notice),
     ):
         trainer.threads_vary = threads == "auto"
@@ -282,36 +270,52 @@ def fit(
             raise OutputError(f"process {trainer.rank}: another process of this run cannot be reached{kept}") from error
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What a run is trained with, beside its pair, data and objective; see `fit`."""
+
+    epochs: int
+    batch_size: int
+    seed: int
+    precision: str
+    particle_chunk: int | None
+    device: torch.device | None
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run is trained on, see `fit`; `validation` with what is given beside it."""
+
+    rows: "Tensor | RowSource"
+    given: tuple[Tensor, ...]
+    transform: Callable[[Tensor], Tensor]
+    validation: Batch | None
+
+
+def unchanged(rows: Tensor) -> Tensor:
+    """x as the rows are."""
+    return rows
+
+
 class Trainer:
     """One run of `fit`: what it holds, step by step."""
 
     def __init__(
         self,
-        model: Program,
-        guide: Program,
-        data: "Tensor | RowSource",
-        objective: PyroELBO,
-        epochs: int,
-        batch_size: int,
-        optimizer: Factory,
-        schedule: Callable[[Optimizer], LRScheduler] | None,
-        validation: Tensor | None,
-        transform: Callable[[Tensor], Tensor] | None,
-        seed: int,
-        device: str | torch.device | None,
-        precision: str,
-        particle_chunk: int | None,
+        pair: Pair,
+        data: Data,
+        objective: Objective,
+        settings: Settings,
+        make_optimizer: Factory,
+        make_schedule: Callable[[Optimizer], LRScheduler] | None,
         on_notice: Callable[[str], None] | None,
     ) -> None:
-        self.objective, self.epochs, self.batch_size, self.seed = objective, epochs, batch_size, seed
-        self.precision, self.particle_chunk, self.on_notice = precision, particle_chunk, on_notice
-        self.make_optimizer, self.make_schedule = optimizer, schedule
-        self.transform = transform or (lambda rows: rows)
-        self.requested = None if device is None else torch.device(device)
+        self.pair, self.objective, self.settings = pair, objective, settings
+        self.data, self.given, self.transform, self.validation = data.rows, data.given, data.transform, data.validation
+        self.make_optimizer, self.make_schedule, self.on_notice = make_optimizer, make_schedule, on_notice
+        self.requested = settings.device
         if self.requested is not None and self.requested.type == "cuda" and not torch.cuda.is_available():
             raise UsageError(f"device: {self.requested} asked for, but torch sees no CUDA device; use cpu")
-        self.data, self.validation = data, validation
-        self.pair = Pair(model, guide)
         here = next((p.device for p in self.pair.parameters()), torch.device("cpu"))
         self.device = self.requested or here
         self.progress = Progress()
@@ -351,16 +355,19 @@ class Trainer:
         self.pair.to(self.device)
         if isinstance(self.data, Tensor) and fits(self.data, self.device):
             self.data = self.data.detach().to(self.device)  # else batches are copied there as they come
+        self.given = tuple(value.detach().to(self.device) for value in self.given)
         self.validation = None if self.validation is None else self.validation.to(self.device)
-        if self.validation is not None and not self.validation.isfinite().all():
-            bad = (~self.validation.isfinite()).reshape(len(self.validation), -1).any(1).nonzero().flatten().tolist()
+        if self.validation is not None and not self.validation.x.isfinite().all():
+            rows = self.validation.x.reshape(len(self.validation), -1)
+            bad = (~rows.isfinite()).any(1).nonzero().flatten().tolist()
             raise DataError(
                 f"validation: {len(bad)} rows are not finite, the first being {bad[:5]}; repair or drop them"
             )
         if on_start is None and not resume:
             self.refuse_others()
-        sampled = self.data[:: max(1, len(self.data) // 1000)].cpu().contiguous()
-        self.fingerprint = hashlib.sha256(sampled.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+        every = slice(None, None, max(1, len(self.data) // 1000))
+        sampled = (t[every].cpu().contiguous().view(torch.uint8) for t in (self.data, *self.given))
+        self.fingerprint = hashlib.sha256(b"".join(t.numpy().tobytes() for t in sampled)).hexdigest()[:16]
         self.discover()
         self.optimizer = self.make_optimizer(list(self.pair.trainable().values()))
         check_layout(self.pair, self.optimizer)
@@ -383,8 +390,8 @@ class Trainer:
             self.pair,
             self.optimizer,
             compiled=set(() if self.progress.refused else self.progress.compiled or ()),
-            particle_chunk=self.particle_chunk,
-            precision=self.precision,
+            particle_chunk=self.settings.particle_chunk,
+            precision=self.settings.precision,
             together=(lambda vector: self.accelerator.reduce(vector, "sum")) if self.world > 1 else None,
             on_notice=self.notice,
         )
@@ -425,12 +432,12 @@ class Trainer:
         """
         if compile == "off":
             return []
-        whole, rest = divmod(len(self.data), self.batch_size)
-        counts = {self.batch_size: whole, rest: 1} if rest else {self.batch_size: whole}
+        whole, rest = divmod(len(self.data), self.settings.batch_size)
+        counts = {self.settings.batch_size: whole, rest: 1} if rest else {self.settings.batch_size: whole}
         found: dict[int, float] = {}
         for rows, steps in counts.items():
             for mine in {max(1, len(range(rank, rows, self.world))) for rank in range(self.world)}:
-                seconds = self.epochs * steps * saved_seconds(self.flops * mine, self.device)
+                seconds = self.settings.epochs * steps * saved_seconds(self.flops * mine, self.device)
                 found[mine] = found.get(mine, 0.0) + seconds
         return [rows for rows, seconds in found.items() if compile == "on" or seconds > COMPILING_SECONDS]
 
@@ -438,55 +445,61 @@ class Trainer:
     def inspect(self) -> None:
         """Run the pair on all rows once: compiled code validates nothing, so what it has to say, it says here."""
         state = Before(self.pair, self.device)
-        batches = torch.arange(self.rank, len(self.data), self.world).split(self.batch_size)
-        with closing(gather(self.data, batches, self.device)) as coming:
+        batches = torch.arange(self.rank, len(self.data), self.world).split(self.settings.batch_size)
+        with closing(gather(self.data, batches, self.device, self.given)) as coming:
             for rows, raw in zip(batches, coming, strict=True):
-                x = self.transform(raw)
-                with self.diagnosing(x, rows):
-                    if isinstance(self.objective, Objective):
-                        draw(self.pair, Batch(x), 1)
-                    else:
-                        self.objective.loss(self.pair.model, self.pair.guide, x)
+                batch = self.transformed(raw)
+                with self.diagnosing(batch, rows):
+                    self.objective.draw(self.pair, batch, 1)
         state.restore()
 
     def discover(self) -> None:
         """Look at the pair, and run it once with a gradient: it must work, and every parameter should get one."""
-        rows = torch.arange(self.batch_size)
-        x = self.transform(self.data[rows].to(self.device))
-        if self.validation is not None and self.validation.shape[1:] != x.shape[1:]:
+        rows = torch.arange(self.settings.batch_size)
+        batch = self.batch_of(rows)
+        if self.validation is not None and self.validation.x.shape[1:] != batch.x.shape[1:]:
             raise UsageError(
-                f"validation: expected event shape {tuple(x.shape[1:])}, that of the training rows, got "
-                f"{tuple(self.validation.shape[1:])}"
+                f"validation: expected event shape {tuple(batch.x.shape[1:])}, that of the training rows, got "
+                f"{tuple(self.validation.x.shape[1:])}"
             )
-        with undone(self.pair.model, self.pair.guide), self.diagnosing(x, rows):
-            self.examine(x)
+        of_particles = self.objective.of_particles
+        with undone(self.pair.model, self.pair.guide), self.diagnosing(batch, rows):
+            self.examine(batch)
             # Fewer rows than a step has, for the memory of all particles at once.
-            self.probe(x[:2] if isinstance(self.objective, Objective) and not self.whole else x)
-            if not isinstance(self.objective, Objective) and self.batch_size == len(self.data):
+            self.probe(batch[:2] if of_particles and not self.whole else batch)
+            if not of_particles and self.settings.batch_size == len(self.data):
                 # Perhaps parameters of the rows, perhaps a layer as wide; where there are batches, they are the latter.
                 self.whole = self.whole or any(len(self.data) in p.shape[:1] for p in self.pair.trainable().values())
 
-    def examine(self, x: Tensor) -> None:
+    def batch_of(self, rows: Tensor) -> Batch:
+        """The batch that some rows make."""
+        return self.transformed(next(gather(self.data, [rows], self.device, self.given)))
+
+    def transformed(self, raw: Batch) -> Batch:
+        """A batch of rows as x, with what is given beside them."""
+        return Batch(self.transform(raw.x), raw.given)
+
+    def examine(self, batch: Batch) -> None:
         """Refuse a pair that cannot be trained, on a batch as steps have them."""
         model, guide, total = self.pair.model, self.pair.guide, len(self.data)
         per_row = bool(automatic(guide))
         declared = poutine.trace(param_only=True)
         try:
-            if not per_row or self.batch_size == total:
-                if isinstance(self.objective, Objective):
+            if not per_row or self.settings.batch_size == total:
+                if self.objective.of_particles:
                     check_automatic(guide)
-                set_up(guide, x)
+                set_up(guide, batch.x)
                 with declared:
-                    findings = examine(model, guide, x, total=total) if isinstance(self.objective, Objective) else None
+                    findings = examine(model, guide, batch.x, total=total) if self.objective.of_particles else None
                 self.whole = per_row or (findings is not None and findings.whole)
-                self.no_density = findings.no_density if findings else why_no_density(model, guide, x)
+                self.no_density = findings.no_density if findings else why_no_density(model, guide, batch.x)
         except Exception as error:
             stored = [site["value"] for site in declared.trace.nodes.values() if site["type"] == "param"]
             per_row = any(total in p.shape[:1] for p in (*self.pair.parameters(), *stored))
-            if self.batch_size == total or not per_row:
+            if self.settings.batch_size == total or not per_row:
                 raise
             raise PairError(self.only_whole()) from error
-        if (self.whole or per_row) and (self.batch_size < total or self.world > 1):
+        if (self.whole or per_row) and (self.settings.batch_size < total or self.world > 1):
             raise PairError(self.only_whole())
         if self.whole and self.validation is not None:
             raise UsageError(f"validation: {WHOLE}, so that it cannot be run on others; leave validation out")
@@ -499,22 +512,21 @@ class Trainer:
             f"batch_size: {WHOLE}; use batch_size={len(self.data)}, on one process, or a guide that is a function of x"
         )
 
-    def probe(self, x: Tensor) -> None:
-        """A gradient of the loss on x, for the parameters that it depends on."""
-        before = getattr(self.objective, "step", 0)
+    def probe(self, batch: Batch) -> None:
+        """A gradient of the loss on a batch, for the parameters that it depends on."""
         state = Before(self.pair, self.device)
         with (
             poutine.trace(param_only=True) as declared,
             FlopCounterMode(display=False) as counter,
         ):
-            loss = self.objective.differentiable_loss(self.pair.model, self.pair.guide, x)
+            terms = self.objective.draw(self.pair, batch, sum(self.objective.chunks()))
+            loss = -self.objective.combine(terms, **self.objective.settings(0)).sum()
             depends_on = leaves(loss)
             if not depends_on:
                 raise UsageError("fit: found no parameters to train in the model and the guide")
             loss.backward()
         state.restore()
-        self.flops = counter.get_total_flops() / len(x)
-        self.objective.step = before
+        self.flops = counter.get_total_flops() / len(batch)
         self.pair.adopt(declared.trace)
         known = {id(p) for p in self.pair.trainable().values()}
         lost = [tuple(leaf.shape) for leaf in depends_on if id(leaf) not in known]
@@ -538,7 +550,7 @@ class Trainer:
         should_stop: Callable[[], bool] | None,
     ) -> Fit:
         """Train until all epochs are done, patience runs out or somebody asks to stop."""
-        state, epochs = self.progress, self.epochs
+        state, epochs = self.progress, self.settings.epochs
         record = Record(self.directory if self.rank == 0 else None)
         stopped = "finished"
         if state.step == 0 and self.validation is not None and self.no_density is None:
@@ -570,10 +582,10 @@ class Trainer:
     def epoch(self, bar: "Bar", should_stop: Callable[[], bool] | None) -> bool:
         """Train on the batches of the current epoch that are left; False if asked to stop before its end."""
         state = self.progress
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", state.epoch))
+        generator = torch.Generator().manual_seed(derive_seed(self.settings.seed, "order", state.epoch))
         order = torch.randperm(len(self.data), generator=generator)
         # Parameters for each row are by the row's place.
-        batches = (order if not self.whole else torch.arange(len(self.data))).split(self.batch_size)
+        batches = (order if not self.whole else torch.arange(len(self.data))).split(self.settings.batch_size)
         left = batches[state.batch :]
         # A process without rows of its own still has to take part: it does so with rows that do not count.
         mine = [rows[self.rank :: self.world] if len(rows) > self.rank else rows[:1] for rows in left]
@@ -584,7 +596,7 @@ class Trainer:
         kept = [(buffer, buffer.detach().clone()) for buffer in self.pair.buffers()]
         started, compiling = time.perf_counter(), self.step.compile_seconds
         try:
-            with closing(gather(self.data, mine, self.device)) as coming:
+            with closing(gather(self.data, mine, self.device, self.given)) as coming:
                 for rows, own, raw in zip(left, mine, coming, strict=True):
                     self.take_step(raw, own, len(rows) <= self.rank)
                     state.rows += len(rows)
@@ -609,17 +621,16 @@ class Trainer:
             return False  # the answer has to be waited for, so it is not asked for at every step
         return bool(self.accelerator.reduce(torch.tensor([float(stop)], device=self.device), "sum").item())
 
-    def take_step(self, raw: Tensor, rows: Tensor, absent: bool) -> None:
+    def take_step(self, raw: Batch, rows: Tensor, absent: bool) -> None:
         """One gradient step on the batch that some rows make."""
         state = self.progress
-        reseed(derive_seed(self.seed, "step", state.step, self.rank), self.device)
-        x = self.transform(raw)
-        self.objective.step = state.step
-        with self.diagnosing(x, rows):
+        reseed(derive_seed(self.settings.seed, "step", state.step, self.rank), self.device)
+        batch = self.transformed(raw)
+        with self.diagnosing(batch, rows):
             try:
-                loss = self.step(x, absent)
+                loss = self.step(batch, state.step, absent)
             except NotFinite as error:
-                raise NumericalError(self.diagnose(x, rows, str(error))) from None
+                raise NumericalError(self.diagnose(batch, rows, str(error))) from None
         state.total -= loss or 0.0
         state.step += 1
         state.batch += 1
@@ -634,34 +645,33 @@ class Trainer:
             failed = first + error.taken
             state.step, state.batch = state.step - (state.batch - failed), failed
             rows = batches[failed][self.rank :: self.world]
-            reseed(derive_seed(self.seed, "step", state.step, self.rank), self.device)
-            x = self.transform(next(gather(self.data, [rows], self.device)))
-            raise NumericalError(self.diagnose(x, rows, str(error))) from None
+            reseed(derive_seed(self.settings.seed, "step", state.step, self.rank), self.device)
+            raise NumericalError(self.diagnose(self.batch_of(rows), rows, str(error))) from None
 
     @contextmanager
-    def diagnosing(self, x: Tensor, rows: Tensor) -> Iterator[None]:
+    def diagnosing(self, batch: Batch, rows: Tensor) -> Iterator[None]:
         """Tell a distribution that was given NaN or infinite numbers, which Pyro refuses, from other faults."""
         try:
             yield
         except ValueError as error:
-            if not x.isfinite().all():
-                raise NumericalError(self.diagnose(x, rows, "x is not finite")) from error
+            if not batch.x.isfinite().all():
+                raise NumericalError(self.diagnose(batch, rows, "x is not finite")) from error
             broken = any(not p.isfinite().all() for p in self.pair.trainable().values())
             if isinstance(error, PyrovaeError) or not (broken or "Expected parameter" in str(error)):
                 raise
             reason = str(error).split("\n")[0].removesuffix(", but found invalid values:")
-            raise NumericalError(self.diagnose(x, rows, f"a distribution was refused ({reason})")) from error
+            raise NumericalError(self.diagnose(batch, rows, f"a distribution was refused ({reason})")) from error
 
-    def diagnose(self, x: Tensor, rows: Tensor, what: str) -> str:
+    def diagnose(self, batch: Batch, rows: Tensor, what: str) -> str:
         """Say which rows, sites and parameters make a loss or gradient that is not finite."""
         state = self.progress
-        wrong = (~x.isfinite()).reshape(len(x), -1).any(1)
+        wrong = (~batch.x.isfinite()).reshape(len(batch), -1).any(1)
         sites: list[str] = []
-        if isinstance(self.objective, Objective):
+        if self.objective.of_particles:
             self.repeat_noise(rows)
-            k = self.objective.num_averages * self.objective.num_particles
+            k = sum(self.objective.chunks())
             with torch.no_grad(), suppress(ValueError), pyro.validation_enabled(False):
-                particles = draw(self.pair, Batch(x), min(k, self.particle_chunk or k))
+                particles = draw(self.pair, batch, min(k, self.settings.particle_chunk or k))
                 bad = (~particles.log_weights.isfinite()).any(0)
                 wrong = wrong if wrong.any() else bad
                 latents = particles.latents
@@ -675,7 +685,7 @@ class Trainer:
         if hasattr(self, "step"):
             self.repeat_noise(rows)
             with suppress(ValueError):
-                found = zip(named, self.step.gradient(x, compiled=False)[1], strict=True)
+                found = zip(named, self.step.gradient(batch, state.step, compiled=False)[1], strict=True)
                 gradients = [name for name, g in found if g is not None and not g.isfinite().all()]
         where = f" in rows {rows[wrong][:5].tolist()}" if wrong.any() else ""
         for kind, names in (("site", sites), ("parameter", parameters), ("gradient of", gradients)):
@@ -690,8 +700,8 @@ class Trainer:
 
     def repeat_noise(self, rows: Tensor) -> None:
         """Bring the random state to where it was when the current step began on these rows."""
-        reseed(derive_seed(self.seed, "step", self.progress.step, self.rank), self.device)
-        self.transform(next(gather(self.data, [rows], self.device)))
+        reseed(derive_seed(self.settings.seed, "step", self.progress.step, self.rank), self.device)
+        self.batch_of(rows)
 
     def finish_epoch(self, record: "Record") -> None:
         """Measure, record and count an epoch, and keep it if it is the best so far."""
@@ -705,8 +715,7 @@ class Trainer:
             if self.world > 1 and any(True for _ in self.pair.buffers()):
                 self.spread()  # moments of batch normalisation are each process's own
             metrics |= self.validate()
-        beta = getattr(self.objective, "beta", None)
-        metrics |= beta.values(state.step) if beta is not None else {"beta": 1.0}
+        metrics |= self.objective.settings(state.step)
         metrics["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
         metrics["rows_per_second"] = state.rows / max(state.seconds, 1e-9)
         metrics["seconds"] = state.seconds
@@ -757,11 +766,11 @@ class Trainer:
     def measured(self) -> Metrics:
         """What `measure` finds on the validation rows."""
         assert self.validation is not None
-        reseed(derive_seed(self.seed, "validation"), self.device)
-        batches = self.validation.split(max(self.batch_size, 100))
+        reseed(derive_seed(self.settings.seed, "validation"), self.device)
+        batches = (batch.x for batch in self.validation.split(max(self.settings.batch_size, 100)))
         with evaluating(self.pair.model, self.pair.guide):
             try:
-                return measure(self.pair.model, self.pair.guide, batches, self.objective, self.particle_chunk)
+                return measure(self.pair.model, self.pair.guide, batches, self.objective, self.settings.particle_chunk)
             except ValueError as error:
                 if isinstance(error, PyrovaeError) or "Expected parameter" not in str(error):
                     raise
@@ -806,7 +815,9 @@ class Trainer:
             self.notice(f"resumed in another environment, so not bit-exact: {'; '.join(changed)}")
         # All of it is looked at before any of it is taken over.
         faults: list[str] = []
-        check_progress(vars(Progress()), training["progress"], saved.step, len(self.data), self.batch_size, faults)
+        check_progress(
+            vars(Progress()), training["progress"], saved.step, len(self.data), self.settings.batch_size, faults
+        )
         same_torch = then.get("torch") == now["torch"]
         optimizer = optimizer_state(
             self.optimizer,
@@ -847,13 +858,13 @@ class Trainer:
     def identity(self) -> dict[str, Any]:
         """What must not change between a run and its resumption."""
         return {
-            "objective": describe_objective(self.objective),
+            "objective": repr(self.objective),
             "optimizer": type(self.optimizer).__name__,
-            "seed": self.seed,
-            "batch_size": self.batch_size,
+            "seed": self.settings.seed,
+            "batch_size": self.settings.batch_size,
             "rows": len(self.data),
             "data": self.fingerprint,
-            "precision": self.precision,
+            "precision": self.settings.precision,
         }
 
     def environment(self) -> dict[str, Any]:
@@ -864,7 +875,7 @@ class Trainer:
             "processes": self.world,
             "threads": torch.get_num_threads(),
             "machine": platform.machine(),
-            "particle_chunk": self.particle_chunk,
+            "particle_chunk": self.settings.particle_chunk,
         }
 
 
@@ -915,13 +926,6 @@ def leaves(loss: Tensor) -> list[Tensor]:
             found[id(node.variable)] = node.variable
         stack += [parent for parent, _ in node.next_functions]
     return list(found.values())
-
-
-def describe_objective(objective: PyroELBO) -> str:
-    """Class and settings of an objective, e.g. "IWAE(alpha=0.0, num_averages=1, num_particles=5)"."""
-    known = ("alpha", "beta", "kl", "num_averages", "num_particles")
-    settings = ", ".join(f"{name}={getattr(objective, name)}" for name in known if hasattr(objective, name))
-    return f"{type(objective).__name__}({settings})"
 
 
 def plain(state: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,57 @@
+"""KL(q || p) of the latent sites of a pair: in closed form where there is one, else at the draws."""
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from pyrovae.inference.weights import Latent, Particles
+
+
+def kl_terms(particles: Particles, analytic: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """KL(q || p) of each latent site, and the form it was taken in.
+
+    Returns:
+        {site: KL or log q - log p in nats, shape (K, N)} and {site: "analytic" or "sampled"}. Auxiliary sites of the
+        guide are in the entry "auxiliary".
+    """
+    values: dict[str, Tensor] = {}
+    forms: dict[str, str] = {}
+    for name, latent in particles.latents.items():
+        kl = analytic_kl(latent) if analytic else None
+        values[name] = latent.log_guide - latent.log_prior if kl is None else kl
+        forms[name] = "sampled" if kl is None else "analytic"
+    auxiliary = [name for name in particles.log_guides if name not in particles.latents]
+    if auxiliary:
+        values["auxiliary"] = torch.stack([particles.log_guides[name] for name in auxiliary]).sum(0)
+        forms["auxiliary"] = "sampled"
+    return values, forms
+
+
+def analytic_kl(latent: Latent) -> Tensor | None:
+    """KL(q || p) of a site in closed form, shape (K, N), or None.
+
+    It exists where torch registers one, and between a full- or low-rank-covariance Gaussian and a factorised one. It
+    may be used where neither distribution depends on the site's own value: in q(z1|x) q(z2|z1) against p(z2) p(z1|z2),
+    p(z1|z2) depends on z1 through z2, and the closed form would be the KL of something else.
+    """
+    if latent.masked or not latent.ancestral:
+        return None
+    q = latent.guide
+    if isinstance(q, dist.LowRankMultivariateNormal):  # torch's form takes each parameter to be of the batch's shape
+        q = dist.LowRankMultivariateNormal(q.loc, q.cov_factor, q.cov_diag)
+    try:
+        return kl_divergence(q, with_covariance(latent.prior, q))
+    except NotImplementedError:
+        return None
+
+
+def with_covariance(p: Any, q: Any) -> Any:
+    """A factorised Gaussian p as a multivariate one when q is, since torch has no KL between the two classes."""
+    correlated = isinstance(q, dist.MultivariateNormal | dist.LowRankMultivariateNormal)
+    factorised = isinstance(p, dist.Independent) and isinstance(p.base_dist, dist.Normal)
+    if correlated and factorised and p.event_dim == 1:
+        return dist.MultivariateNormal(p.mean, scale_tril=torch.diag_embed(p.stddev))
+    return p
