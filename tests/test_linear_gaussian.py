@@ -18,11 +18,21 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, kl_divergence
 from torch.testing import assert_close
 
-from pyrovae.inference import ELBO, IWAE, Objective, Renyi, log_marginal, log_weights
+from pyrovae.errors import PairError
+from pyrovae.inference import ELBO, IWAE, Objective, Renyi, StickingTheLanding, log_marginal, log_weights
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.weights import draw
-from pyrovae.models import VAE, FullCovarianceNormal, Gaussian, LowRankNormal, MeanFieldNormal, Network, StandardNormal
+from pyrovae.models import (
+    MLP,
+    VAE,
+    FullCovarianceNormal,
+    Gaussian,
+    LowRankNormal,
+    MeanFieldNormal,
+    Network,
+    StandardNormal,
+)
 from pyrovae.models.guides import SCALE_FLOOR, Guide
 
 D, Q = 5, 3
@@ -378,3 +388,71 @@ def test_log_weights_identity_of_terms(exact: LinearGaussian) -> None:
     q = MultivariateNormal((x - exact.mu) @ exact.gain.T, exact.covariance)
     assert_close(particles.log_guide, q.log_prob(z), **SOLVED)
     assert_close(particles.log_weights, particles.log_likelihood + particles.log_prior - particles.log_guide, **EXACT)
+
+
+# ------------------------------------------------------------------------------------------------ sticking the landing
+
+
+@pytest.mark.parametrize("name", ["full", "lowrank"])
+def test_at_the_posterior_the_gradient_of_the_guide_is_zero_for_every_draw(exact: LinearGaussian, name: str) -> None:
+    """log w does not depend on z there; the plain estimators have a gradient that is noise of mean 0."""
+    vae, x = exact.vae(exact_guide(exact, name)), exact.sample(4)
+    parameters = list(vae.guides[0].parameters())
+
+    def gradient(bound: Objective) -> Tensor:
+        torch.manual_seed(2)
+        loss = bound.differentiable_loss(vae.model, vae.guide, x)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+
+    assert gradient(ELBO(kl="sampled")).abs().max() > 1.0
+    for bound in (StickingTheLanding(), StickingTheLanding(num_averages=7), StickingTheLanding(5)):
+        assert gradient(bound).abs().max() < 1e-8, bound
+
+
+def test_sticking_the_landing_has_the_value_and_the_expected_gradient_of_the_elbo(exact: LinearGaussian) -> None:
+    """For K = 1, away from the posterior, of the guide's parameters and of the model's."""
+    guide = linear_guide(MeanFieldNormal)
+    set_guide(guide, 0.7 * exact.gain, torch.full((Q,), 0.2).double(), 2 * exact.covariance)
+    vae, x, draws = exact.vae(guide), exact.sample(1), 40_000
+    parameters = [guide.head.bias, vae.likelihood.decoder.body.bias]
+
+    def drawn(bound: Objective) -> tuple[Tensor, list[Tensor]]:
+        torch.manual_seed(3)
+        loss = bound.differentiable_loss(vae.model, vae.guide, x)
+        return loss.detach(), list(torch.autograd.grad(loss, parameters))
+
+    value, found = drawn(StickingTheLanding(num_averages=draws))
+    plain, _ = drawn(ELBO(draws, kl="sampled"))
+    assert_close(value, plain, **SOLVED)
+    _, wanted = drawn(ELBO(draws))  # by the analytic KL
+    for f, w in zip(found, wanted, strict=True):
+        assert w.abs().max() > 0.5
+        assert ((f - w).abs() < 0.05 * w.abs().max()).all()
+
+
+def test_a_guide_with_dropout_cannot_be_held(exact: LinearGaussian) -> None:
+    guide = MeanFieldNormal(MLP(D, hidden=(8,), dropout=0.5), Q).double()
+    vae, x = exact.vae(guide), exact.sample(4)
+    with pytest.raises(PairError, match="guide site 'z': the guide gives another density when it is run again"):
+        StickingTheLanding().differentiable_loss(vae.model, vae.guide, x)
+
+
+def test_what_is_declared_by_pyro_param_is_held_too() -> None:
+    """q = N(0.3 + 0 x, 1) is the posterior where x says nothing of z."""
+    pyro.clear_param_store()
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.3, 1.0))
+            pyro.sample("x", dist.Normal(0.0 * z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor(0.3))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 1.0))
+
+    for bound, is_zero in ((ELBO(kl="sampled"), False), (StickingTheLanding(), True)):
+        loss = bound.differentiable_loss(model, guide, torch.ones(5))
+        (slope,) = torch.autograd.grad(loss, pyro.param("loc").unconstrained())
+        assert (slope.abs() < 1e-6) == is_zero
+    pyro.clear_param_store()
