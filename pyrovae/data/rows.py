@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -85,25 +85,26 @@ class Data(Raw):
         """
         space = self._space(measure, binarize, standardize) if isinstance(measure, str) else measure
         reading = space.read(self)
-        given = Given()
+        scored, given = reading.measure, Given()
         if condition is not None:
             check_choice("condition", condition, CONDITIONS)
             given = labels_as_given(self.labels, self.classes, self.name)
+            scored = replace(scored, description=f"{scored.description}, given the {condition}")
         train, transform = self.train, reading.transform
         if reading.once:
             train, transform = draw_once(train, transform, "train", torch.uint8), AsFloat()
         validation = draw_once(self.validation, reading.transform, "validation")
         test = draw_once(self.test, reading.transform, "test")
-        words = f"{self.hash} {reading.measure} {reading.binarize}"
+        words = f"{self.hash} {scored} {reading.binarize}"
         if given.name is not None:
-            words += f" given {given.name} {' '.join(given.columns)}"
+            words += f" {' '.join(given.columns)}"
         return Rows(
             train=train,
             transform=transform,
             validation=validation,
             test=test,
             labels=self.labels,
-            measure=reading.measure,
+            measure=scored,
             hash=sha256([validation, test, *given["validation"], *given["test"]], words),
             binarize=reading.binarize,
             notices=self.notices + reading.notices,
