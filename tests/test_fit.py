@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.testing import assert_close
 
+from pyrovae import fit as fit_command
 from pyrovae.errors import CheckpointError, DataError, NumericalError, UsageError
 from pyrovae.inference import ELBO, IWAE, LinearWarmup, Renyi, adam, fit, staged
 from pyrovae.inference.batch import Batch
@@ -336,8 +338,8 @@ def test_killed_at_any_step_and_resumed_equals_never_killed(tmp_path):
                 if line.startswith("step") and int(line.split()[1]) >= kill:
                     break
             process.kill()
-    for start in (["--resume", str(tmp_path / "killed")], ["--out", "never", *words]):
-        subprocess.run([*script, *start], check=True, cwd=tmp_path, capture_output=True)
+    for start in (["--resume", str(tmp_path / "killed")], ["--out", str(tmp_path / "never"), *words]):
+        assert fit_command.command(start) == 0
     never, killed = load_latest(tmp_path / "never"), load_latest(tmp_path / "killed")
     assert never.step == killed.step == 48
     assert same(never.weights, killed.weights)
@@ -709,7 +711,7 @@ def test_validation_has_the_same_noise_at_every_epoch():
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_same_steps_as_one(tmp_path):
+def test_two_processes_take_the_same_steps_as_one(tmp_path, monkeypatch):
     """Enumeration has no noise; 21 rows in batches of 4 leave a last batch of one row, and a process without any."""
     script = tmp_path / "train.py"
     script.write_text(
@@ -733,11 +735,10 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path):
         """)
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for command, name in (([sys.executable], "one"), (launch, "two")):
-        subprocess.run(
-            [*command, script, tmp_path / name], check=True, capture_output=True, timeout=120, env=environment
-        )
+    words = [*launch, script, tmp_path / "two"]
+    subprocess.run(words, check=True, capture_output=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "one")])
+    runpy.run_path(str(script))
     (before, one, bounds), (_, two, bounds_of_two) = (torch.load(tmp_path / name) for name in ("one", "two"))
     assert max((one[name] - before[name]).abs().max() for name in one) > 0.05
     for name in one:
