@@ -221,6 +221,22 @@ def test_samples_draw_the_first_64_images_and_say_so() -> None:
     assert "first 64 of 70" in texts(figure)
 
 
+def test_conditional_samples_have_one_row_or_panel_per_condition() -> None:
+    x = torch.rand(3, 20, 4, 5)
+    figure = plots.conditional_samples(x, ["cat", "dog", "eel"], "CVAE")
+    np.testing.assert_allclose(tiles(figure), x[:, :16].flatten(0, 1))
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["cat", "dog", "eel"]
+    points = torch.randn(3, 50, 2)
+    figure = plots.conditional_samples(points, ["0", "1", "2"])
+    np.testing.assert_allclose(offsets(figure), points)
+    assert [axes.get_title() for axes in figure.axes] == ["0", "1", "2"]
+    profiles = torch.randn(2, 5, 7)
+    for axes, drawn in zip(plots.conditional_samples(profiles, ["a", "b"]).axes, profiles, strict=True):
+        np.testing.assert_allclose([curve.get_ydata() for curve in axes.lines], drawn)
+    with pytest.raises(UsageError, match="expected 3 names, got 2"):
+        plots.conditional_samples(x, ["cat", "dog"])
+
+
 def shades(figure: Figure) -> np.ndarray:
     """The brightness in which each image's pixels are drawn, from 0, black, to 1, white; shape (images, H, W)."""
     images = [image for axes in figure.axes for image in axes.get_children() if isinstance(image, AxesImage)]

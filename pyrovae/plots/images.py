@@ -77,6 +77,45 @@ def samples(x: Tensor, title: str | None = None, style: Style = PLAIN) -> Figure
     return figure
 
 
+def conditional_samples(x: Tensor, names: Sequence[str], title: str | None = None, style: Style = PLAIN) -> Figure:
+    """Draw samples given each of several conditions, such as the classes of a label.
+
+    Images: one row per condition; the first 16 conditions and samples. Points and profiles: one panel per condition,
+    the first 16; all points, and the first 16 profiles.
+
+    Args:
+        x: Samples, shape (C, S, *event).
+        names: What each of the C rows of samples is given.
+        title: First line of the title.
+        style: How data are drawn.
+    Raises:
+        UsageError: the shapes do not fit together, or the event shape cannot be drawn.
+    """
+    kind = _kind("x", x, 2)
+    if len(names) != len(x):
+        raise UsageError(f"names: expected {len(x)} names, got {len(names)}; name what each row of samples is given")
+    shown = min(len(x), MAX_PANELS)
+    caption = f"Samples given each condition{_of(shown, len(x))}"
+    drawn, labels = as_array(x[:shown]), [_short(name) for name in names[:shown]]
+    if kind == "image":
+        across = min(drawn.shape[1], MAX_COLUMNS)
+        figure, axes = _tiles(list(range(shown)), list(range(across)), drawn.shape[2:], caption, title)
+        for row in range(shown):
+            for column in range(across):
+                _tile(axes, style, drawn[row, column], row, column)
+        axes.set_yticks(np.arange(shown) + 0.5, labels)
+        return figure
+    figure, panels = _panels(shown, x.shape[2], style, caption, title)
+    for panel, of_condition, label in zip(panels, drawn, labels, strict=True):
+        panel.set_title(label, fontsize="medium")
+        if kind == "point":
+            scatter(panel, of_condition, s=dot_area(len(of_condition)), color=BLUE, alpha=0.6, linewidths=0)
+        else:
+            for profile in of_condition[:MAX_PANELS]:
+                _profile(panel, profile, color=BLUE, linewidth=0.8, alpha=0.7)
+    return figure
+
+
 def reconstructions(x: Tensor, reconstruction: Tensor, title: str | None = None, style: Style = PLAIN) -> Figure:
     """Draw data beside their reconstructions.
 
