@@ -65,8 +65,10 @@ def check_programs(model: object, guide: object, given: int = 0) -> None:
             called = program.forward if isinstance(program, nn.Module) and not without_forward else program
             inspect.signature(called).bind(*[None] * (1 + given))
         except TypeError as error:
+            remedy = "have it take x and each tensor of given" if given else "pass what rows bring along as given=(y,)"
             raise UsageError(
-                f"{role}: cannot be called as {call} ({error}); give it other arguments by functools.partial"
+                f"{role}: cannot be called as {call} ({error}); {remedy}, and give it other arguments by "
+                "functools.partial"
             ) from None
         except ValueError:
             continue  # what has no signature in Python

@@ -73,10 +73,11 @@ def noise(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.fixture
 def unexamined(monkeypatch: pytest.MonkeyPatch) -> None:
     """`log_marginal` and `fit` without their look at the pair: for programs that change from run to run on purpose."""
+    from pyrovae.inference.batch import Batch
     from pyrovae.inference.validity import Findings
 
-    def found(model: object, guide: object, x: Tensor, rows: int | None = None, total: int | None = None) -> Findings:
-        return Findings(rows=rows or len(x), whole=False, no_density=None)
+    def found(pair: object, batch: Batch, rows: int | None = None, total: int | None = None) -> Findings:
+        return Findings(rows=rows or len(batch), whole=False, no_density=None)
 
     # The package has functions of the modules' names.
     monkeypatch.setattr(import_module("pyrovae.inference.marginal"), "check_pair", found)

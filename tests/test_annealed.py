@@ -15,6 +15,8 @@ from torch.testing import assert_close
 from pyrovae.errors import PairError, UsageError
 from pyrovae.inference import log_marginal, log_weights
 from pyrovae.inference.annealed import Annealed, Chains, Path, Sandwich, sandwich, simulate, transition
+from pyrovae.inference.batch import Batch
+from pyrovae.inference.pair import Pair
 from pyrovae.inference.proposals import FromPrior
 from pyrovae.inference.unconstrained import Unconstrained
 
@@ -140,7 +142,7 @@ def data(n: int = 3) -> Tensor:
 
 def relative_weights(annealed: Annealed, pair, x: Tensor, num_chains: int) -> Tensor:
     """w / p(x), shape (C, N)."""
-    return (annealed(pair.model, pair.guide, x)(num_chains) - pair.log_prob(x)).exp()
+    return (annealed(Pair(pair.model, pair.guide), Batch(x))(num_chains) - pair.log_prob(x)).exp()
 
 
 def test_one_temperature_is_importance_sampling() -> None:
@@ -148,9 +150,9 @@ def test_one_temperature_is_importance_sampling() -> None:
     pair, x = LinearGaussian(width=1.5), data()
     for start, sampler in (
         ("guide", lambda k: log_weights(pair.model, pair.guide, x, k)),
-        ("prior", FromPrior()(pair.model, pair.guide, x)),
+        ("prior", FromPrior()(Pair(pair.model, pair.guide), Batch(x))),
     ):
-        chains = Annealed(temperatures=1, start=start)(pair.model, pair.guide, x)
+        chains = Annealed(temperatures=1, start=start)(Pair(pair.model, pair.guide), Batch(x))
         torch.manual_seed(1)
         ours = chains(20)
         torch.manual_seed(1)
@@ -186,7 +188,7 @@ def test_a_proposal_that_is_no_number_is_refused() -> None:
     """And those alone: the others' estimates are of the mass that the guide reaches. Nothing is raised for them."""
     pair = Bounded()
     annealed = Annealed(6, 2)
-    chains = annealed(pair.model, pair.guide, pair.x)
+    chains = annealed(Pair(pair.model, pair.guide), Batch(pair.x))
     assert_mean((chains(6000) - pair.log_prob(pair.x)).exp(), 1.0, least=0.1)
     assert (chains.acceptance < 0.95).all()
     assert torch.distributions.Distribution._validate_args  # on again
@@ -196,7 +198,7 @@ def test_a_proposal_that_is_no_number_is_refused() -> None:
 def test_reverse_weights_are_unbiased(start: str, temperatures: int) -> None:
     """From exact draws of the posterior, E 1/w = 1/p(x)."""
     pair, x = LinearGaussian(width=1.3, shift=0.2), data() / 2
-    chains = Annealed(temperatures, 2, start)(pair.model, pair.guide, x)
+    chains = Annealed(temperatures, 2, start)(Pair(pair.model, pair.guide), Batch(x))
     u = pair.posterior(x).sample((6000,))
     assert_mean((pair.log_prob(x) - chains.reverse(u)).exp(), 1.0, least=0.25)
 
@@ -231,7 +233,7 @@ def test_the_sides_are_means_of_weights_not_of_their_logarithms(monkeypatch: pyt
     """Weights 1 and 3 each way: log 2 from below, and from above -log((1 + 1/3) / 2) = log 1.5."""
     logs = torch.tensor([[0.0], [math.log(3.0)]], dtype=torch.float64)
     for way in ("__call__", "reverse"):
-        monkeypatch.setattr(Chains, way, lambda self, _: logs.expand(2, len(self.space.x)))
+        monkeypatch.setattr(Chains, way, lambda self, _: logs.expand(2, len(self.space.batch)))
     pair = LinearGaussian()
     result = sandwich(pair.model, pair.guide, data(3), 2, Annealed(1), seed=0)
     assert_close(result.forward, torch.full((3,), math.log(2.0), dtype=torch.float64), **SAME)
@@ -273,7 +275,7 @@ def test_transitions_leave_their_target_invariant(b: float, start: str) -> None:
         + b * (p.precision_matrix @ p.mean.unsqueeze(-1))[..., 0],
     )
     target = MultivariateNormal(loc, precision_matrix=precision)
-    path = Path(Unconstrained(pair.model, pair.guide, x), start, 20000)
+    path = Path(Unconstrained(Pair(pair.model, pair.guide), Batch(x)), start, 20000)
     state = path.at(target.sample((20000,)))
     before = state.u
     for _ in range(4):
@@ -303,7 +305,7 @@ class Correlated:
 def test_step_sizes_are_tuned_and_then_frozen(acceptance: float) -> None:
     """For each datum chains accept as often as was asked for, and change no step size: weights would be biased."""
     pair, x = Correlated(), torch.tensor([3.0, 6.0, 12.0], dtype=torch.float64)
-    chains = Annealed(30, 4, acceptance=acceptance)(pair.model, pair.guide, x)
+    chains = Annealed(30, 4, acceptance=acceptance)(Pair(pair.model, pair.guide), Batch(x))
     steps, scales = chains.step_sizes.clone(), chains.scales.clone()
     assert steps.shape == (29, 3)
     assert (4 * steps < 0.95 * math.pi / 2).all()  # tuned, not held back
@@ -319,7 +321,7 @@ def test_step_sizes_are_tuned_and_then_frozen(acceptance: float) -> None:
 def test_no_trajectory_turns_back(leapfrog: int) -> None:
     """On a Gaussian of known scales e L is at most a quarter of a period, pi/2, however high the acceptance is."""
     pair, x = LinearGaussian(), data()
-    chains = Annealed(20, leapfrog, acceptance=0.01)(pair.model, pair.guide, x)
+    chains = Annealed(20, leapfrog, acceptance=0.01)(Pair(pair.model, pair.guide), Batch(x))
     assert_close(chains.step_sizes, torch.full_like(chains.step_sizes, math.pi / 2 / leapfrog))
 
 
@@ -343,7 +345,8 @@ def test_simulated_data_are_draws_of_the_model() -> None:
     """x* and z* have the joint moments of the model, and x* that of every site where x is observed in parts."""
     for parts in (1, 2):
         pair = LinearGaussian(parts=parts)
-        x, latents = simulate(pair.model, torch.full((20000, 3), 7.0, dtype=torch.float64))
+        batch, latents = simulate(Pair(pair.model, pair.guide), Batch(torch.full((20000, 3), 7.0, dtype=torch.float64)))
+        x = batch.x
         z = latents["z"][0]
         assert_mean(x.unsqueeze(-1) * x.unsqueeze(-2), W @ W.T + S2 * torch.eye(3, dtype=torch.float64), least=0.2)
         assert_mean(x.unsqueeze(-1) * z.unsqueeze(-2), W, least=0.2)
@@ -442,7 +445,7 @@ def test_bad_arguments_of_the_check_are_refused_by_name() -> None:
 def refused(message: str, model: Callable, guide: Callable, x: Tensor) -> None:
     """By the proposal."""
     with pytest.raises(PairError, match=message):
-        Annealed(2, 1)(model, guide, x)
+        Annealed(2, 1)(Pair(model, guide), Batch(x))
 
 
 def test_discrete_latents_are_named() -> None:
@@ -518,5 +521,5 @@ def test_x_that_cannot_be_simulated_is_refused_by_site(observe: Callable, messag
 def test_a_factor_can_be_annealed_without_the_check() -> None:
     """With E exp(-(x - z_1)^2) under z_1 ~ N(0, 1): exp(-x^2 / 3) / sqrt(3)."""
     x = data()
-    chains = Annealed(8, 2, "prior")(observing(observe_a_factor), LinearGaussian().guide, x)
+    chains = Annealed(8, 2, "prior")(Pair(observing(observe_a_factor), LinearGaussian().guide), Batch(x))
     assert_mean((chains(6000) + x[:, 0].square() / 3).exp(), 1 / math.sqrt(3.0), least=0.1)

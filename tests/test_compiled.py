@@ -14,6 +14,8 @@ from torch.testing import assert_close
 
 from pyrovae.errors import DataError, UsageError
 from pyrovae.inference import log_marginal
+from pyrovae.inference.batch import Batch
+from pyrovae.inference.pair import Pair
 from pyrovae.inference.proposals import FromGuide, FromPrior, Widened
 from pyrovae.inference.tracing.draws import Compiled, CompileWarning, Program, even, worth_compiling
 from pyrovae.inference.tracing.graphs import half_products, lanes_of, log_of_products, rewrite, split, trace
@@ -248,7 +250,7 @@ def test_every_row_is_still_checked_against_the_support() -> None:
     pair, x = vae(), binary(90, 32)
     x[80, 3] = 0.5
     with pytest.raises(DataError, match="support"):
-        Compiled()(pair.model, pair.guide, x)(5)
+        Compiled()(Pair(pair.model, pair.guide), Batch(x))(5)
 
 
 @pytest.mark.slow
@@ -270,13 +272,13 @@ def test_bfloat16_changes_estimates_little_and_says_by_how_much() -> None:
 def test_bias_is_compiled_less_eager() -> None:
     pair, x = vae(), binary(20, 32)
     proposal = Compiled(precision="bf16")
-    proposal(pair.model, pair.guide, x)(50)
+    proposal(Pair(pair.model, pair.guide), Batch(x))(50)
     (program,) = proposal.programs.values()
     assert isinstance(program, Program)
     after, unshifted = program.after, proposal.bias[0]
     program.after = lambda *start: after(*start) + 0.25
     proposal.differences.clear()
-    proposal(pair.model, pair.guide, x)(50)
+    proposal(Pair(pair.model, pair.guide), Batch(x))(50)
     assert abs(proposal.bias[0] - unshifted - 0.25) < 0.01
 
 
@@ -355,7 +357,7 @@ def test_a_graph_that_works_in_place_is_not_split() -> None:
 def test_half_products_leave_double_precision_alone() -> None:
     pair, x = Plain(), torch.randn(5, 4, dtype=torch.float64)
     with pytest.raises(UsageError, match="single precision"):
-        Compiled(precision="bf16")(pair.model, pair.guide, x)
+        Compiled(precision="bf16")(Pair(pair.model, pair.guide), Batch(x))
 
     class Product(nn.Module):
         def forward(self, a: Tensor) -> Tensor:
@@ -393,6 +395,6 @@ def test_no_global_state_changes() -> None:
     validation = dist.is_validation_enabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CompileWarning)
-        Compiled()(pair.model, pair.guide, x)
+        Compiled()(Pair(pair.model, pair.guide), Batch(x))
         trace(nn.Linear(32, 2), x)
     assert dist.is_validation_enabled() == validation

@@ -26,7 +26,7 @@ from pyrovae.inference import (
     sandwich,
 )
 from pyrovae.inference.batch import Batch
-from pyrovae.inference.diagnostics import information, units
+from pyrovae.inference.information import split_kl
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import arithmetic
 from pyrovae.inference.suboptimality import gaps
@@ -34,6 +34,7 @@ from pyrovae.inference.tracing.graphs import trace, waits
 from pyrovae.inference.training import steps
 from pyrovae.inference.training.steps import Gradient, Step, hyperparameters
 from pyrovae.inference.training.trainer import fits
+from pyrovae.inference.units import use_of_units
 from pyrovae.models import MLP, VAE, Gaussian, LowRankNormal, MeanFieldNormal, StandardNormal
 from pyrovae.seeding import derive_seed, index_of, seeded
 
@@ -278,8 +279,8 @@ class Watched(nn.Module):
         lambda model, guide, x: log_marginal(model, guide, x, 10),
         lambda model, guide, x: measure(model, guide, [x], IWAE(2)),
         lambda model, guide, x: gaps(model, guide, x, 10),
-        lambda model, guide, x: units(model, guide, x),
-        lambda model, guide, x: information(model, guide, x),
+        lambda model, guide, x: use_of_units(Pair(model, guide), Batch(x)),
+        lambda model, guide, x: split_kl(Pair(model, guide), Batch(x)),
         lambda model, guide, x: sandwich(model, guide, x[:2], 2),
     ],
 )

@@ -25,10 +25,11 @@ from pyrovae import fit as fit_command
 from pyrovae.errors import CheckpointError, DataError, NumericalError, UsageError
 from pyrovae.inference import ELBO, IWAE, LinearWarmup, Renyi, adam, fit, staged
 from pyrovae.inference.batch import Batch
-from pyrovae.inference.diagnostics import kl_dimensions, marginal_kl, measure, remarks
+from pyrovae.inference.diagnostics import measure, remarks
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.training import trainer as svi
 from pyrovae.inference.training.checkpoint import load, load_latest, steps
+from pyrovae.inference.units import kl_dimensions, marginal_kl
 from pyrovae.inference.weights import draw
 from pyrovae.models import MLP, VAE, Gaussian, GaussianMixture, MeanFieldNormal, MixtureOfGaussians, StandardNormal
 

@@ -22,12 +22,14 @@ from pyrovae import fit, plots
 from pyrovae import gaps as gaps_command
 from pyrovae.command import main
 from pyrovae.errors import PairError, UsageError
-from pyrovae.inference import IWAE, diagnostics
+from pyrovae.inference import IWAE, information, measure, units
 from pyrovae.inference.batch import Batch
-from pyrovae.inference.diagnostics import Estimate, information, units
+from pyrovae.inference.estimate import Estimate
 from pyrovae.inference.individual import Individual
+from pyrovae.inference.information import split_kl
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.suboptimality import QUANTITIES, Gaps, family_of, gaps
+from pyrovae.inference.units import use_of_units
 from pyrovae.inference.weights import draw
 
 FIT = 0.01  # how far a fit may end from the best ELBO, in nats
@@ -221,7 +223,7 @@ FAMILIES = {
 def test_the_family_of_a_guide(name):
     family, distributions = FAMILIES[name]
     guide = sites(**distributions)
-    assert family_of(guide, guide, torch.zeros(1)) == family
+    assert family_of(Pair(guide, guide), Batch(torch.zeros(1))) == family
 
 
 # -------------------------------------------------------------------------------- information and aggregate posterior
@@ -241,6 +243,10 @@ def gaussians(loc: Tensor, scale: Tensor | float = 1.0):
     return model, guide, torch.arange(len(loc), dtype=loc.dtype)
 
 
+def values(model, guide, x: Tensor) -> tuple[Pair, Batch]:
+    return Pair(model, guide), Batch(x)
+
+
 def test_two_gaussians_by_quadrature():
     """I(x; z) and KL(q(z) || p(z)) of q = N(+-a, 1/4)."""
     a, s = 0.5, 0.5
@@ -251,7 +257,7 @@ def test_two_gaussians_by_quadrature():
     distance = torch.trapezoid(mean_q.exp() * (mean_q - p), z).item()
     assert 0.1 < mutual < math.log(2) - 0.1
     loc = torch.tensor([[-a], [a]], dtype=torch.float64).repeat(50, 1)  # every row 50 times, which changes nothing
-    result = information(*gaussians(loc, s), num_particles=200)
+    result = split_kl(*values(*gaussians(loc, s)), num_particles=200)
     for estimate, truth in ((result.mutual_information, mutual), (result.aggregate_kl, distance)):
         assert estimate.monte_carlo_error < 0.01
         assert abs(estimate.mean - truth) < 5 * estimate.monte_carlo_error
@@ -260,13 +266,13 @@ def test_two_gaussians_by_quadrature():
 
 
 def test_the_kl_is_the_sum_of_its_parts_row_by_row():
-    result = information(*gaussians(torch.randn(20, 3, dtype=torch.float64)))
+    result = split_kl(*values(*gaussians(torch.randn(20, 3, dtype=torch.float64))))
     assert_close(result.mutual_information.values + result.aggregate_kl.values, result.kl.values, **EXACT)
 
 
 def test_a_collapsed_guide_has_no_information():
     """q(z|x) = p(z): exactly 0, draw for draw."""
-    result = information(*gaussians(torch.zeros(10, 2, dtype=torch.float64)))
+    result = split_kl(*values(*gaussians(torch.zeros(10, 2, dtype=torch.float64))))
     for estimate in (result.mutual_information, result.aggregate_kl, result.kl):
         assert estimate.values.abs().max() < 1e-12
     assert not result.at_limit
@@ -274,7 +280,7 @@ def test_a_collapsed_guide_has_no_information():
 
 def test_posteriors_apart_reach_the_limit():
     loc = 100 * torch.arange(12, dtype=torch.float64)[:, None]
-    result = information(*gaussians(loc))
+    result = split_kl(*values(*gaussians(loc)))
     assert_close(result.mutual_information.values, torch.full((12,), math.log(12), dtype=torch.float64))
     assert result.limit == math.log(12)
     assert result.at_limit
@@ -283,10 +289,10 @@ def test_posteriors_apart_reach_the_limit():
 def test_chunks_of_densities_change_nothing(monkeypatch):
     pair = gaussians(torch.randn(9, 2, dtype=torch.float64))
     results = []
-    for elements in (diagnostics.LATENTS_AT_ONCE, 2 * 2 * 9 * 4, 1):
-        monkeypatch.setattr(diagnostics, "LATENTS_AT_ONCE", elements)
+    for elements in (information.LATENTS_AT_ONCE, 2 * 2 * 9 * 4, 1):
+        monkeypatch.setattr(information, "LATENTS_AT_ONCE", elements)
         torch.manual_seed(5)
-        results.append(information(*pair).mutual_information.values)
+        results.append(split_kl(*values(*pair)).mutual_information.values)
     for other in results[1:]:
         assert_close(results[0], other, **EXACT)
 
@@ -306,7 +312,7 @@ def test_a_hierarchy_is_taken_as_one_latent():
 
     x = torch.randn(4, dtype=torch.float64)
     torch.manual_seed(3)
-    result = information(model, guide, x, 2)
+    result = split_kl(*values(model, guide, x), 2)
     torch.manual_seed(3)
     wanted = []
     for _ in range(2):
@@ -324,7 +330,7 @@ def test_a_hierarchy_is_taken_as_one_latent():
 def test_information_needs_draws_and_a_density():
     pair = gaussians(torch.zeros(3, 1))
     with pytest.raises(UsageError, match="num_particles: expected a whole number of at least 2, got 1"):
-        information(*pair, num_particles=1)
+        split_kl(*values(*pair), num_particles=1)
 
     def auxiliary(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
@@ -332,7 +338,7 @@ def test_information_needs_draws_and_a_density():
             pyro.sample("z", dist.Normal(e[..., None], 1.0).to_event(1))
 
     with pytest.raises(PairError, match="guide site 'e' is auxiliary"):
-        information(pair[0], auxiliary, pair[2])
+        split_kl(*values(pair[0], auxiliary, pair[2]))
 
 
 # -------------------------------------------------------------------------------------------------------------- units
@@ -344,7 +350,7 @@ def test_active_units_by_both_definitions():
     loc[:, 0] = torch.linspace(-1, 1, 300, dtype=torch.float64)
     loc[:, 1] = 2.0
     loc[:, 3] = 0.15 * loc[:, 0]
-    result = units(*gaussians(loc))
+    result = use_of_units(*values(*gaussians(loc)))
     assert result.names == ("z[0]", "z[1]", "z[2]", "z[3]")
     assert_close(result.variance, loc.var(0, correction=0), **EXACT)
     assert_close(result.kl, 0.5 * loc.square().mean(0), **EXACT)
@@ -360,7 +366,7 @@ def test_a_kl_that_is_not_known_is_not_counted():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Dirichlet(torch.ones(3)))
 
-    result = units(program, program, torch.zeros(5))
+    result = use_of_units(*values(program, program, torch.zeros(5)))
     assert result.active_by_kl is None
     assert result.carrying is None
     assert result.kl.isnan().all()
@@ -380,7 +386,7 @@ def trained(tmp_path_factory):
 
 def test_the_command_writes_what_it_prints(trained, capsys, monkeypatch):
     # A number that no other count of dimensions can be taken for.
-    monkeypatch.setattr(diagnostics, "kl_dimensions", lambda kl: round(1e6 * sum(kl)))
+    monkeypatch.setattr(units, "kl_dimensions", lambda kl: round(1e6 * sum(kl)))
     words = [str(trained), "--rows", "20", "--K", "100", "--device", "cpu"]
     assert gaps_command.command(words) == 0
     out = capsys.readouterr().out
@@ -399,7 +405,7 @@ def test_the_command_writes_what_it_prints(trained, capsys, monkeypatch):
     assert f"{values['amortisation']['mean']:.3f}"[:4] in out
     assert f"at most log N = {math.log(20):.2f}" in out
     few, total = values["kl_dimensions"]["count"], values["active_units"]["of"]
-    assert few == diagnostics.kl_dimensions([dimension["kl"] for dimension in values["dimensions"]])
+    assert few == units.kl_dimensions([dimension["kl"] for dimension in values["dimensions"]])
     assert re.search(rf"90 % of the KL in +{few} of {total}", out)
     assert ("I(x; z) is at its limit" in out) == values["mutual_information_at_limit"]
     assert gaps_command.command(words) == 0
@@ -522,8 +528,8 @@ def test_the_noise_of_averages_is_no_activity() -> None:
             latents(x)
 
     x = torch.randn(1500, dtype=torch.float64)
-    found = diagnostics.units(model, guide, x, 10)
+    found = use_of_units(*values(model, guide, x), 10)
     assert found.active_by_variance == 0
     assert found.active_by_kl == 0
-    report = diagnostics.measure(model, guide, x.split(500), IWAE(10))
+    report = measure(model, guide, x.split(500), IWAE(10))
     assert report["active_units"] == 0

@@ -43,7 +43,7 @@ def start_at(exact: LinearGaussian, shift: float, factor: float):
 
 def divergence(exact: LinearGaussian, q: FittedGaussian) -> Tensor:
     """KL(q || p(z|x)) = log p(x) - ELBO of q, in closed form."""
-    posterior = MultivariateNormal((q.pair.x - exact.mu) @ exact.gain.T, exact.covariance)
+    posterior = MultivariateNormal((q.space.batch.x - exact.mu) @ exact.gain.T, exact.covariance)
     return kl_divergence(MultivariateNormal(q.loc, scale_tril=q.scale_tril), posterior).detach()
 
 
@@ -57,19 +57,19 @@ def test_a_fit_reaches_the_best_gaussian_of_its_family(exact, start, family):
     x, guide, tolerance = exact.sample(20), start_at(exact, *STARTS[start]), 0.01
     least = best_diagonal_gap(exact) if family == "diagonal" else torch.zeros(())
     assert best_diagonal_gap(exact) > 10 * tolerance  # so that the families can be told apart
-    before = divergence(exact, moments(Unconstrained(exact.model, guide, x), family)) - least
+    before = divergence(exact, moments(Unconstrained(Pair(exact.model, guide), Batch(x)), family)) - least
     assert (before > 20 * tolerance).all()
-    after = divergence(exact, Individual(family).fit(exact.model, guide, x)) - least
+    after = divergence(exact, Individual(family).fit(Pair(exact.model, guide), Batch(x))) - least
     assert (after > -1e-9).all()
     assert (after < tolerance).all(), after
 
 
 def test_a_full_fit_ends_without_noise(exact):
     """The path derivative is 0 at the posterior, draw for draw."""
-    q = Individual("full").fit(exact.model, start_at(exact, 0.5, 1.5), exact.sample(20))
+    q = Individual("full").fit(Pair(exact.model, start_at(exact, 0.5, 1.5)), Batch(exact.sample(20)))
     log_w = q.log_weights(100)
     assert log_w.std(0).max() < 1e-3
-    assert_close(log_w.mean(0), exact.log_prob(q.pair.x).detach(), rtol=0, atol=1e-3)
+    assert_close(log_w.mean(0), exact.log_prob(q.space.batch.x).detach(), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("family", ["diagonal", "full"])
@@ -79,7 +79,9 @@ def test_the_gradient_is_that_of_the_elbo(exact, family):
     scale = torch.rand(2, Q, dtype=torch.float64) + 0.5
     if family == "full":
         scale = torch.diag_embed(scale) + 0.5 * torch.randn(2, Q, Q, dtype=torch.float64).tril(-1)
-    q = FittedGaussian(torch.randn(2, Q, dtype=torch.float64), scale, Unconstrained(exact.model, exact.guide, x))
+    q = FittedGaussian(
+        torch.randn(2, Q, dtype=torch.float64), scale, Unconstrained(Pair(exact.model, exact.guide), Batch(x))
+    )
     L, P = q.scale_tril, exact.precision.detach()
     away = (x - exact.mu) @ exact.gain.T - q.loc
     g_m = (L.mT @ (P @ away[..., None]))[..., 0].detach()
@@ -125,7 +127,7 @@ def test_the_fit_does_not_depend_on_the_units_of_z(exact):
     log_w = []
     for scale in (1.0, unit):
         torch.manual_seed(1)
-        log_w.append(Individual("full", steps=30).fit(*pair(scale), x).log_weights(5))
+        log_w.append(Individual("full", steps=30).fit(Pair(*pair(scale)), Batch(x)).log_weights(5))
     assert_close(log_w[0], log_w[1], rtol=0, atol=1e-6)
 
 
@@ -141,9 +143,9 @@ def test_a_worse_end_gives_way_to_the_start_row_by_row(exact, monkeypatch):
     monkeypatch.setattr(individual, "gradient", wrong)
     x, guide = exact.sample(3), start_at(exact, 2.0, 1.0)
     torch.manual_seed(2)
-    start = moments(Unconstrained(exact.model, guide, x), "diagonal")
+    start = moments(Unconstrained(Pair(exact.model, guide), Batch(x)), "diagonal")
     torch.manual_seed(2)
-    q = Individual("diagonal").fit(exact.model, guide, x)
+    q = Individual("diagonal").fit(Pair(exact.model, guide), Batch(x))
     assert torch.equal(q.loc[0], start.loc[0])
     assert torch.equal(q.scale[0], start.scale[0])
     assert (divergence(exact, q)[1:] < divergence(exact, start)[1:] - 1).all()
@@ -153,7 +155,7 @@ def test_a_gradient_that_is_no_number_moves_nothing(exact, monkeypatch):
     broken = torch.tensor([math.nan, 1.0, 1.0], dtype=torch.float64)
     right = individual.gradient
     monkeypatch.setattr(individual, "gradient", lambda q, draws: tuple(g * broken[:, None] for g in right(q, draws)))
-    q = Individual("diagonal").fit(exact.model, start_at(exact, 2.0, 1.0), exact.sample(3))
+    q = Individual("diagonal").fit(Pair(exact.model, start_at(exact, 2.0, 1.0)), Batch(exact.sample(3)))
     assert q.loc.isfinite().all()
     assert (divergence(exact, q)[1:] < best_diagonal_gap(exact) + 0.02).all()
 
@@ -162,7 +164,7 @@ def test_the_start_has_the_moments_of_the_guide(exact):
     """Of the posterior, which is the guide here, correlations included."""
     x = exact.sample(5)
     for family in ("diagonal", "full"):
-        q = moments(Unconstrained(exact.model, exact.guide, x), family)
+        q = moments(Unconstrained(Pair(exact.model, exact.guide), Batch(x)), family)
         mean, spread = (x - exact.mu) @ exact.gain.T, exact.covariance.diagonal().sqrt()
         got = q.scale_tril @ q.scale_tril.mT / (spread[:, None] * spread)
         wanted = exact.covariance / (spread[:, None] * spread)
@@ -185,7 +187,7 @@ def test_draws_that_leave_out_a_direction_are_a_start_too():
             scale = torch.tensor([[1e9, 0.0], [1e9, 1e-9]], dtype=x.dtype)
             pyro.sample("z", dist.MultivariateNormal(torch.zeros(2, dtype=x.dtype), scale_tril=scale))
 
-    L = moments(Unconstrained(model, guide, torch.randn(50, 2, dtype=torch.float64)), "full").scale
+    L = moments(Unconstrained(Pair(model, guide), Batch(torch.randn(50, 2, dtype=torch.float64))), "full").scale
     assert (L.diagonal(dim1=1, dim2=2) > 0).all()
     assert ((L @ L.mT / 1e18 - 1).abs() < 5 * 0.063).all()
 
@@ -203,9 +205,9 @@ def test_log_prob_is_the_density_at_its_own_draws(family):
 
 
 def test_the_elbo_is_that_of_the_closed_form(exact):
-    q = Individual("diagonal", steps=20).fit(exact.model, start_at(exact, 1.0, 1.0), exact.sample(50))
+    q = Individual("diagonal", steps=20).fit(Pair(exact.model, start_at(exact, 1.0, 1.0)), Batch(exact.sample(50)))
     value, error = q.elbo(500, chunk_size=70)
-    z = (value - (exact.log_prob(q.pair.x) - divergence(exact, q)).detach()) / error
+    z = (value - (exact.log_prob(q.space.batch.x) - divergence(exact, q)).detach()) / error
     assert z.abs().max() < 5
     assert 0.7 < z.std() < 1.4
 
@@ -214,9 +216,11 @@ def test_the_elbo_is_that_of_the_closed_form(exact):
 def test_weights_are_unbiased(exact, family, widen):
     """E exp(log w - log p) = 1, also after a fit that is far from done."""
     x = exact.sample(4)
-    sample = Individual(family, steps=5, draws=2, widen=max(widen, 1.6))(exact.model, start_at(exact, 0.5, 1.0), x)
+    sample = Individual(family, steps=5, draws=2, widen=max(widen, 1.6))(
+        Pair(exact.model, start_at(exact, 0.5, 1.0)), Batch(x)
+    )
     assert_mean((sample(20000) - exact.log_prob(x)).exp(), 1.0, least=0.3)
-    sample = Individual(family, steps=60, widen=widen)(exact.model, start_at(exact, 0.5, 1.0), x)
+    sample = Individual(family, steps=60, widen=widen)(Pair(exact.model, start_at(exact, 0.5, 1.0)), Batch(x))
     assert_mean((sample(20000) - exact.log_prob(x)).exp(), 1.0, least=0.1)
 
 
@@ -224,7 +228,7 @@ def test_widening_costs_what_it_should(exact):
     """q with c times the posterior's width: E log w = log p + Q (log c + (1 - c^2) / 2)."""
     x, c = exact.sample(3), 1.4
     loc, scale = (x - exact.mu) @ exact.gain.T, torch.linalg.cholesky(exact.covariance).expand(3, Q, Q)
-    q = FittedGaussian(loc.detach(), scale.detach(), Unconstrained(exact.model, exact.guide, x))
+    q = FittedGaussian(loc.detach(), scale.detach(), Unconstrained(Pair(exact.model, exact.guide), Batch(x)))
     truth = exact.log_prob(x) + Q * (math.log(c) + (1 - c * c) / 2)
     assert_mean(q.widened(c).log_weights(4000), truth.detach(), least=0.5)
 
@@ -243,8 +247,10 @@ def test_a_full_fit_in_many_dimensions_does_not_diverge():
             pyro.sample("z", dist.Normal(x - 0.5, 0.5).to_event(1))
 
     x = torch.randint(0, 2, (3, size)).float()
-    fitted = {family: Individual(family, steps=100).fit(model, guide, x) for family in ("diagonal", "full")}
-    assert (fitted["diagonal"].elbo(400)[0] - moments(fitted["full"].pair, "diagonal").elbo(400)[0] > 1).all()
+    fitted = {
+        family: Individual(family, steps=100).fit(Pair(model, guide), Batch(x)) for family in ("diagonal", "full")
+    }
+    assert (fitted["diagonal"].elbo(400)[0] - moments(fitted["full"].space, "diagonal").elbo(400)[0] > 1).all()
     # The posterior factorises: a full covariance wins nothing, and its noise loses little.
     assert (fitted["diagonal"].elbo(2000)[0] - fitted["full"].elbo(2000)[0] < 1).all()
 
@@ -301,9 +307,9 @@ def test_several_and_constrained_sites(family):
     result = log_marginal(model, guide, x, 20000, proposal=Individual(family, steps=80, widen=1.2), seed=0)
     assert (result.standard_error < 0.01).all()
     assert ((result.estimate - truth).abs() < 5 * result.standard_error).all()
-    q = Individual(family, steps=80).fit(model, guide, x)
+    q = Individual(family, steps=80).fit(Pair(model, guide), Batch(x))
     elbo, error = q.elbo(4000)
-    before = moments(q.pair, family).elbo(4000)[0]
+    before = moments(q.space, family).elbo(4000)[0]
     assert (elbo - before > 0.05).all()
     assert (truth - elbo > -5 * error).all()
 
@@ -326,7 +332,7 @@ def test_the_pair_is_left_as_it_was():
     x = torch.randint(0, 2, (3, 6)).float()
     vae.train()
     log_marginal(vae.model, vae.guide, x, 20, proposal=Individual(steps=3))
-    Individual(steps=3).fit(vae.model, vae.guide, x)
+    Individual(steps=3).fit(Pair(vae.model, vae.guide), Batch(x))
     assert all(p.grad is None for p in vae.parameters())
     assert body.training
     assert modes == {False}
@@ -360,22 +366,22 @@ def test_a_discrete_latent_is_refused():
             pyro.sample("z", dist.Bernoulli(torch.full_like(x[:, 0], 0.5)))
 
     with pytest.raises(PairError, match="'z': Bernoulli is discrete"):
-        Individual().fit(model, guide, torch.randn(2, D))
+        Individual().fit(Pair(model, guide), Batch(torch.randn(2, D)))
 
 
 @pytest.mark.parametrize("family", ["diagonal", "full"])
 def test_a_fitted_gaussian_is_a_pyro_guide(family):
     """Its draws have the log-weights of the Gaussian, |dz/du| included, and their spread; other data are refused."""
     x = torch.tensor([-2.0, 0.1, 1.5], dtype=torch.float64)
-    fitted = Individual(family, steps=20, draws=4).fit(model, guide, x)
+    fitted = Individual(family, steps=20, draws=4).fit(Pair(model, guide), Batch(x))
     torch.manual_seed(0)
     particles = draw(Pair(model, fitted.guide), Batch(x), 3000)
-    u = fitted.pair.join(particles)
-    assert_close(particles.log_weights, fitted.pair.log_joint(u) - fitted.log_prob(u), rtol=0, atol=1e-8)
+    u = fitted.space.join(particles)
+    assert_close(particles.log_weights, fitted.space.log_joint(u) - fitted.log_prob(u), rtol=0, atol=1e-8)
     assert_mean(u, fitted.loc)
     error = fitted.log_weights(3000).std(0) / 3000**0.5
     assert ((particles.log_weights.mean(0) - fitted.elbo(3000)[0]).abs() < 7 * error).all()
     alone = pyro.poutine.trace(fitted.guide).get_trace(x)
-    assert [alone.nodes[name]["value"].shape for name in fitted.pair.shapes] == [(3,), (3,)]
+    assert [alone.nodes[name]["value"].shape for name in fitted.space.shapes] == [(3,), (3,)]
     with pytest.raises(UsageError, match="fit it to these"):
         fitted.guide(x + 1)

@@ -33,7 +33,7 @@ def test_weights_have_the_expectation_p_of_x(proposal, k) -> None:
     """E mean w = p(x), for any number of draws at once; the guide is wider than the posterior, so errors are finite."""
     pair = GaussianPair(1.3)
     x = X.repeat(4000, 1).flatten()
-    means = log_mean_exp(proposal(pair.model, pair.guide, x)(k)) - pair.log_prob(x)
+    means = log_mean_exp(proposal(Pair(pair.model, pair.guide), Batch(x))(k)) - pair.log_prob(x)
     assert_mean(means.exp().view(4000, 3), torch.ones(3, dtype=torch.float64))
 
 
@@ -41,7 +41,7 @@ def test_weights_have_the_expectation_p_of_x(proposal, k) -> None:
 def test_every_draw_alone_is_one_of_the_mixture(share) -> None:
     """The draws are in random order: the expectation of the first weight is p(x), as is that of the last."""
     pair = GaussianPair(1.3)
-    sample = Widened((1.0,), share)(pair.model, pair.guide, X)
+    sample = Widened((1.0,), share)(Pair(pair.model, pair.guide), Batch(X))
     drawn = torch.stack([sample(5) for _ in range(2000)]) - pair.log_prob(X)
     for position in (0, 4):
         assert_mean(drawn[:, position].exp(), torch.ones(3, dtype=torch.float64))
@@ -51,7 +51,7 @@ def test_naive_sampling_is_the_mean_likelihood() -> None:
     """From the prior the weight is p(x|z), and worse than the guide's: the standard error says so."""
     pair = GaussianPair()
     torch.manual_seed(5)
-    naive = FromPrior()(pair.model, pair.guide, X)(4)
+    naive = FromPrior()(Pair(pair.model, pair.guide), Batch(X))(4)
     torch.manual_seed(5)
     z = torch.randn(4, 3, dtype=torch.float64)
     assert_close(naive, Normal(z, 1.0).log_prob(X), rtol=0, atol=1e-12)
@@ -66,10 +66,10 @@ def test_a_defensive_mixture_bounds_the_weights() -> None:
     narrow = GaussianPair(0.3)
     most = math.log(1 / 0.25) + Normal(0.0, 1.0).log_prob(torch.zeros(())).item()
     torch.manual_seed(0)
-    assert Widened((1.0,), 0.25)(narrow.model, narrow.guide, X)(4000).max() <= most + 1e-9
-    assert FromGuide()(narrow.model, narrow.guide, X)(4000).max() > most
+    assert Widened((1.0,), 0.25)(Pair(narrow.model, narrow.guide), Batch(X))(4000).max() <= most + 1e-9
+    assert FromGuide()(Pair(narrow.model, narrow.guide), Batch(X))(4000).max() > most
     for k in (1, 2, 3, 13):  # whatever number is drawn at once
-        assert Widened((1.0,), 0.25)(narrow.model, narrow.guide, X.repeat(500))(k).max() <= most + 1e-9
+        assert Widened((1.0,), 0.25)(Pair(narrow.model, narrow.guide), Batch(X.repeat(500)))(k).max() <= most + 1e-9
 
 
 @pytest.mark.parametrize("k", [1, 3, 10, 40])
@@ -144,8 +144,9 @@ def test_shipped_guides_of_two_layers(guide) -> None:
     likelihood = GaussianLikelihood(MLP(2, (3,), hidden=[4]), scale=1.0)
     vae = HierarchicalVAE(StandardNormal(2), [MeanFieldNormal(MLP(2, hidden=[4]), 2)], likelihood, guides).double()
     x = torch.randn(4, 3, dtype=torch.float64)
-    values = draw_guide(vae.guide, x, 6)
-    assert_close(density(vae.guide, x, values), draw(Pair(vae.model, vae.guide), Batch(x), 6, values).log_guide)
+    pair = Pair(vae.model, vae.guide)
+    values = draw_guide(pair, Batch(x), 6)
+    assert_close(density(pair, Batch(x), values), draw(pair, Batch(x), 6, values).log_guide)
     estimates = [log_marginal(vae.model, vae.guide, x, 20_000, proposal=p, seed=3) for p in (FromGuide(), Widened())]
     error = torch.hypot(*(e.standard_error for e in estimates))
     assert ((estimates[0].estimate - estimates[1].estimate).abs() < 5 * error).all()
@@ -178,7 +179,7 @@ def test_an_auxiliary_site_is_named() -> None:
             pyro.sample("z", dist.Normal(a, 1.0))
 
     with pytest.raises(PairError, match=r"site 'a' is auxiliary.*Widened\(share=0\)"):
-        Widened((1.0,))(pair.model, guide, X)(40)
+        Widened((1.0,))(Pair(pair.model, guide), Batch(X))(40)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ from torch.testing import assert_close
 
 from pyrovae.errors import PairError, UsageError
 from pyrovae.inference import FromPrior, Individual, Widened, elpd, log_marginal, repair, simulated, verdict
+from pyrovae.inference.batch import Batch
 from pyrovae.inference.marginal import FROM_GUIDE, Origin
+from pyrovae.inference.pair import Pair
 from pyrovae.inference.repairs import FROM_BOTH, better_than_guide
 from pyrovae.inference.simulation import like
 from pyrovae.inference.tracing.draws import Compiled
@@ -121,7 +123,7 @@ def test_what_is_never_drawn_is_found(pair) -> None:
     result = log_marginal(*pair, x, 200, seed=0)
     assert verdict(result).kind == "lower bound only"
     if pair[1] is not gaussian:
-        assert simulated(*pair, like(x), 200).most > 0.5
+        assert simulated(*pair, like(Batch(x)).x, 200).most > 0.5
 
 
 def test_a_good_guide_is_ok_and_its_bias_small() -> None:
@@ -131,7 +133,7 @@ def test_a_good_guide_is_ok_and_its_bias_small() -> None:
     assert said.kind == "ok"
     assert said.bias < 0.003
     assert abs(result.mean - exact(x).mean().item()) < said.bias + 4 * result.monte_carlo_error
-    assert said == verdict(result, simulated(model, gaussian(1.15), like(x), 500, seed=0))
+    assert said == verdict(result, simulated(model, gaussian(1.15), like(Batch(x)).x, 500, seed=0))
 
 
 def test_compiled_draws_are_checked_as_they_are() -> None:
@@ -215,8 +217,8 @@ def test_a_proposal_that_weighs_no_given_latents_is_unchecked() -> None:
     class Mine:
         name = "mine"
 
-        def __call__(self, model, guide, x):
-            return FROM_GUIDE(model, guide, x).draw
+        def __call__(self, pair, batch):
+            return FROM_GUIDE(pair, batch).draw
 
     result = log_marginal(model, gaussian(1.1), data(30), 300, proposal=Mine(), seed=0)
     assert verdict(result).kind == "unchecked"
@@ -307,7 +309,7 @@ def test_the_check_leaves_the_random_state_as_it_was() -> None:
 def test_the_pair_is_not_saved_with_the_numbers() -> None:
     result = log_marginal(model, gaussian(1.1), data(400), 50, seed=4)
     assert isinstance(result.origin, Origin)
-    assert len(result.origin.x) == 300
+    assert len(result.origin.batch) == 300
     for kept in (pickle.loads(pickle.dumps(result)), copy.deepcopy(result)):
         assert kept.origin is None
         assert torch.equal(kept.estimate, result.estimate)
@@ -346,9 +348,9 @@ def test_repair_is_checked_by_the_same_procedure() -> None:
     """Simulated rows that the guide misses are repaired too: without that, the sandwich would stay wide."""
     x = data(100).clamp(max=2.9)
     guide = gaussian(1.1, lambda x: torch.where(x > 1.8, 40 * math.sqrt(VARIANCE), 0.0))
-    as_it_is = simulated(model, guide, like(x), 200, seed=0)
+    as_it_is = simulated(model, guide, like(Batch(x)).x, 200, seed=0)
     assert as_it_is.width > 1
-    assert simulated(model, guide, like(x), 200, seed=0, repair=Individual(steps=1000)).validated
+    assert simulated(model, guide, like(Batch(x)).x, 200, seed=0, repair=Individual(steps=1000)).validated
 
 
 def test_nothing_to_repair_changes_no_number() -> None:
@@ -374,8 +376,8 @@ def test_the_certificate_pays_for_the_choice_of_rows() -> None:
 def test_discrete_latents_are_repaired_by_the_prior() -> None:
     """A state that the guide all but never draws, half of the posterior: the mixture with the prior finds it."""
     x = data(10)
-    assert better_than_guide(states, one_state, x) is FROM_BOTH
-    assert better_than_guide(model, gaussian(), x) == Individual(steps=1000)
+    assert better_than_guide(Pair(states, one_state), Batch(x)) is FROM_BOTH
+    assert better_than_guide(Pair(model, gaussian()), Batch(x)) == Individual(steps=1000)
     result = log_marginal(states, one_state, x, 400, proposal=FROM_BOTH, seed=0)
     truth = dist.Normal(torch.zeros((), dtype=torch.float64), 1.0).log_prob(x).mean().item()
     assert abs(result.mean - truth) < 5 * result.monte_carlo_error

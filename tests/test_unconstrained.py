@@ -33,7 +33,7 @@ def guide(x: Tensor) -> None:
 def test_densities_of_u() -> None:
     """u = (log a, b): log p(u) = log p(a, b) + log a, log q(u) likewise, so that weights are the same."""
     torch.manual_seed(0)
-    space = Unconstrained(model, guide, X)
+    space = Unconstrained(Pair(model, guide), Batch(X))
     particles = draw(Pair(model, guide), Batch(X), 5)
     u = space.join(particles)
     a = particles.latents["a"].value
@@ -64,7 +64,7 @@ def test_a_support_that_moves_is_refused_by_name() -> None:
             pyro.sample("b", dist.Uniform(torch.zeros_like(a), a))
 
     with pytest.raises(PairError, match="model site 'b': its support depends on other latents"):
-        Unconstrained(model, guide, torch.ones(3))
+        Unconstrained(Pair(model, guide), Batch(torch.ones(3)))
 
 
 def test_a_mixture_is_as_unconstrained_as_its_components() -> None:

@@ -37,7 +37,6 @@ from pyrovae.inference import (
     ELBO,
     IWAE,
     Individual,
-    Pair,
     fit,
     gaps,
     log_marginal,
@@ -45,7 +44,9 @@ from pyrovae.inference import (
     sandwich,
     to_inference_data,
 )
+from pyrovae.inference.batch import Batch
 from pyrovae.inference.modules import evaluating
+from pyrovae.inference.pair import Pair
 from pyrovae.inference.validity import check_pair, examine
 from pyrovae.models import (
     MLP,
@@ -122,7 +123,7 @@ ENTRIES: dict[str, Callable] = {
 
 def refused(message: str, m: Callable, g: Callable, x: Tensor, error: type[Exception] = PairError) -> None:
     with pytest.raises(error, match=message) as caught:
-        check_pair(m, g, x)
+        check_pair(Pair(m, g), Batch(x))
     assert "\n" not in str(caught.value)
 
 
@@ -273,7 +274,7 @@ def test_a_map_that_takes_two_values_to_one_is_refused() -> None:
         log_density = -(4 * (u * u + v * v) if power == 2 else 2 + torch.cosh(u)).log()
         pyro.sample("z", dist.Delta(z, log_density, event_dim=1))
 
-    check_pair(plane, in_plate(lambda x: sites(x, 1)), data())
+    check_pair(Pair(plane, in_plate(lambda x: sites(x, 1))), Batch(data()))
     refused("not one to one", plane, in_plate(lambda x: sites(x, 2)), data())
 
 
@@ -390,7 +391,7 @@ def test_transforms_with_a_stretch_of_their_own() -> None:
             pyro.sample("s", dist.Delta(s, -positive.log_abs_det_jacobian(v, s)))
 
     x = torch.zeros(5)
-    check_pair(constrained, guide, x)
+    check_pair(Pair(constrained, guide), Batch(x))
     refused("not log .da/dz.", constrained, functools.partial(guide, factor=0.9), x)
     with torch.no_grad():  # against draws from the prior
         s, p = dist.Gamma(2.0, 2.0).sample((400_000,)), dist.Dirichlet(torch.ones(3)).sample((400_000,))[:, 0]
@@ -401,7 +402,7 @@ def test_transforms_with_a_stretch_of_their_own() -> None:
 def test_a_fitted_gaussian_s_guide_is_accepted() -> None:
     """Our own guide of the kind, a Gaussian fitted to each row, is looked at like anybody's."""
     x = data(6)
-    fitted = Individual(steps=50).fit(model, in_plate(near), x)
+    fitted = Individual(steps=50).fit(Pair(model, in_plate(near)), Batch(x))
     assert_close(log_marginal(model, fitted.guide, x, 100, seed=0).estimate, truth(x), rtol=0, atol=0.01)
 
 
@@ -539,7 +540,7 @@ def test_batch_normalisation_over_rows_is_refused_with_its_cause() -> None:
     )
     flat = Topics(Network(nn.Sequential(nn.BatchNorm1d(6), nn.Softmax(-1)), 6, 6))
     before = flat.inner.body[0].running_mean.clone()
-    check_pair(flat.model, flat.guide, documents(6))
+    check_pair(Pair(flat.model, flat.guide), Batch(documents(6)))
     assert torch.equal(flat.inner.body[0].running_mean, before)
 
 
@@ -595,7 +596,7 @@ def test_a_flow_whose_inverse_rounds_is_accepted() -> None:
             base = dist.Normal((x / 3).unsqueeze(-1).expand(-1, 2), 1.0).to_event(1)
             pyro.sample("z", dist.TransformedDistribution(base, there_and_back))
 
-    found = examine(plane, guide, 2 * data(40), 20)
+    found = examine(Pair(plane, guide), Batch(2 * data(40)), 20)
     assert found.no_density is None
     assert not found.whole
 
@@ -778,7 +779,7 @@ def test_a_look_leaves_everything_as_it_was() -> None:
     pair.inner.body[0].eval()
     modes, x = [module.training for module in pair.modules()], documents()
     state = torch.get_rng_state()
-    examine(pair.model, pair.guide, x, total=6)
+    examine(Pair(pair.model, pair.guide), Batch(x), total=6)
     assert torch.equal(torch.get_rng_state(), state)
     assert modes == [module.training for module in pair.modules()]
     assert all(torch.equal(t, before[name]) for name, t in pair.state_dict().items())
@@ -794,7 +795,7 @@ def test_a_look_is_cheap() -> None:
         with pyro.plate("again", len(x)):
             evaluated.append(pyro.sample("k", dist.Delta(torch.zeros(())), infer={"is_auxiliary": True}).numel())
 
-    check_pair(pair.model, guide, x)
+    check_pair(Pair(pair.model, guide), Batch(x))
     assert 0 < sum(evaluated) < 0.01 * 1000 * len(x)
 
 
@@ -1163,9 +1164,9 @@ def test_built_in_parts_pass(name: str, n: int) -> None:
     """In single precision, on one row and on a hundred, before training and with large weights."""
     vae = built_in()[name]()
     x = (torch.rand(n, *vae.event_shape) > 0.5).float()
-    assert examine(vae.model, vae.guide, x, total=n).no_density is None
+    assert examine(Pair(vae.model, vae.guide), Batch(x), total=n).no_density is None
     with torch.no_grad():
         for p in vae.parameters():
             p.mul_(2.0)
-    findings = check_pair(vae.model, vae.guide, x)
+    findings = check_pair(Pair(vae.model, vae.guide), Batch(x))
     assert (findings.rows, findings.whole) == (n, False)

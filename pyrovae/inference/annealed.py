@@ -39,7 +39,7 @@ References:
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -50,10 +50,11 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyrovae.checks import check_count, check_rows
+from pyrovae.checks import check_count
 from pyrovae.errors import PairError, UsageError
 from pyrovae.inference.batch import Batch
-from pyrovae.inference.marginal import ELEMENTS_AT_ONCE, standard_error
+from pyrovae.inference.estimate import standard_error
+from pyrovae.inference.marginal import ELEMENTS_AT_ONCE
 from pyrovae.inference.modules import evaluating
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
@@ -119,9 +120,9 @@ class Annealed:
             f"{self.leapfrog} leapfrog steps, acceptance {self.acceptance:g})"
         )
 
-    def __call__(self, model: Callable, guide: Callable, x: Tensor) -> "Chains":
-        """Tune the transitions to data x of shape (N, *event) in a pilot run."""
-        return Chains(self, model, guide, x)
+    def __call__(self, pair: Pair, batch: Batch) -> "Chains":
+        """Tune the transitions to N rows of data in a pilot run."""
+        return Chains(self, Unconstrained(pair, batch))
 
     def ladder(self, temperatures: int) -> list[float]:
         """b_0 = 0, ..., b_T = 1."""
@@ -173,10 +174,10 @@ class Path:
 
     @torch.no_grad()
     def __init__(self, space: Unconstrained, start: str, num_chains: int) -> None:
-        self.space, self.start, self.shape = space, start, (num_chains, len(space.x))
+        self.space, self.start, self.shape = space, start, (num_chains, len(space.batch))
         with unvalidated():  # distributions keep what they are made under
-            at = draw_prior(space.model, space.x, num_chains) if start == "prior" else None
-            particles = draw(Pair(space.model, space.guide), Batch(space.x), num_chains, at)
+            at = draw_prior(space.pair, space.batch, num_chains) if start == "prior" else None
+            particles = draw(space.pair, space.batch, num_chains, at)
         self.u = space.join(particles)
         # The guide of a single site does not depend on u: it need not be run again.
         self.guide_sites = sample_sites(particles.guide_trace) if len(space.transforms) == 1 else None
@@ -189,7 +190,7 @@ class Path:
         if self.start == "prior":
             return log_likelihood, log_prior
         if self.guide_sites is None:
-            log_guide = density(space.guide, space.x, values)
+            log_guide = density(space.pair, space.batch, values)
         else:
             ((name, site),) = self.guide_sites.items()
             log_guide = log_prob({**site, "value": values[name]}, f"guide site '{name}'", shape)
@@ -243,22 +244,19 @@ def transition(path: Path, old: State, b: float, step: Tensor, leapfrog: int) ->
 
 
 class Chains:
-    """A sampler of annealed log-weights for data x (N, *event), its transitions tuned and frozen.
+    """A sampler of annealed log-weights for N rows of data, its transitions tuned and frozen.
 
     Args:
         annealed: The setting.
-        model: Pyro model.
-        guide: Pyro guide.
-        x: Data.
+        space: The pair at these data.
 
     Attributes:
         step_sizes: e, shape (T - 1, N).
         scales: s, shape (T - 1, N, U).
     """
 
-    def __init__(self, annealed: Annealed, model: Callable, guide: Callable, x: Tensor) -> None:
-        self.annealed = annealed
-        self.space = Unconstrained(model, guide, x)
+    def __init__(self, annealed: Annealed, space: Unconstrained) -> None:
+        self.annealed, self.space = annealed, space
         self.betas = annealed.ladder(annealed.temperatures)
         self.step_sizes, self.scales = self.tune()
         self.accepted: list[Tensor] = []
@@ -267,7 +265,7 @@ class Chains:
     def acceptance(self) -> Tensor:
         """Mean acceptance of all chains run so far, shape (N,); NaN where there were no transitions."""
         if not self.accepted:
-            return torch.full((len(self.space.x),), math.nan)
+            return torch.full((len(self.space.batch),), math.nan)
         return torch.stack(self.accepted).mean(0)
 
     def __call__(self, num_chains: int) -> Tensor:
@@ -380,19 +378,21 @@ def sandwich(
     num_particles: int = 16,
     annealed: Annealed | None = None,
     seed: int | None = None,
+    given: Sequence[Tensor] = (),
 ) -> Sandwich:
     """Bound log p(x) of data simulated from the model from both sides: the bidirectional check.
 
     Args:
-        model: Pyro model, called as model(x).
-        guide: Pyro guide, called as guide(x).
+        model: Pyro model, called as model(x, *given).
+        guide: Pyro guide, called as guide(x, *given).
         x_like: Says how many data of which shape, (N, *event); its values are only looked at by the model itself.
         num_particles: C chains for each datum each way. The verdict is on estimates of so many chains.
         annealed: The setting to be checked.
         seed: If given, the caller's random state is left as it was.
+        given: What everything is conditioned on, tensors of shape (N, ...): row n is simulated given theirs.
 
     Raises:
-        UsageError: num_particles < 1, or x_like is not a tensor with rows.
+        UsageError: num_particles < 1, or x_like is not a tensor with rows, or something in `given` has not as many.
         PairError: x cannot be simulated from the model, or the pair cannot be annealed, or its log-weights are not of
             log p(x), see `pyrovae.inference.validity`; the site is named.
 
@@ -400,39 +400,38 @@ def sandwich(
         Grosse, Ghahramani and Adams 2015, Sandwiching the Marginal Likelihood, https://arxiv.org/abs/1511.02543
     """
     check_count("num_particles", num_particles)
-    check_rows("x_like", x_like)
-    annealed = annealed or Annealed()
-    check_pair(model, guide, x_like, ROWS_AT_ONCE).by_parts("sandwich")
-    chunk = max(1, ELEMENTS_AT_ONCE // (x_like[0].numel() * min(len(x_like), ROWS_AT_ONCE) * 4))
+    pair, like, annealed = Pair(model, guide), Batch.of(x_like, given, "x_like"), annealed or Annealed()
+    check_pair(pair, like, ROWS_AT_ONCE).by_parts("sandwich")
+    chunk = max(1, ELEMENTS_AT_ONCE // (x_like[0].numel() * min(len(like), ROWS_AT_ONCE) * 4))
     sizes = [min(chunk, num_particles - done) for done in range(0, num_particles, chunk)]
     forward, reverse, acceptance = [], [], []
     with (
-        evaluating(model, guide),
+        evaluating(pair),
         torch.no_grad(),
         nullcontext() if seed is None else seeded(seed, "sandwich", device=x_like.device),
     ):
-        x, z = simulate(model, x_like)
-        for rows in torch.arange(len(x), device=x.device).split(ROWS_AT_ONCE):
-            chains = annealed(model, guide, x[rows])
+        batch, z = simulate(pair, like)
+        for rows in torch.arange(len(batch), device=x_like.device).split(ROWS_AT_ONCE):
+            chains = annealed(pair, batch[rows])
             exact = {name: value[:, rows] for name, value in z.items()}
-            u = chains.space.join(draw(Pair(model, guide), Batch(x[rows]), 1, exact))
+            u = chains.space.join(draw(pair, batch[rows], 1, exact))
             forward.append(log_mean_exp(torch.cat([chains(c) for c in sizes])))
             reverse.append(-log_mean_exp(-torch.cat([chains.reverse(u.expand(c, -1, -1)) for c in sizes])))
             acceptance.append(chains.acceptance.double())
     lower, upper, accepted = (torch.cat(part).cpu() for part in (forward, reverse, acceptance))
-    return Sandwich(x, lower, upper, accepted, num_particles, annealed)
+    return Sandwich(batch.x, lower, upper, accepted, num_particles, annealed)
 
 
-def simulate(model: Callable, x_like: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Data x (N, *event) of the model itself, and the latents (1, N, *event) by name that made them.
+def simulate(pair: Pair, like: Batch) -> tuple[Batch, dict[str, Tensor]]:
+    """Data x (N, *event) of the model itself, given what `like` has, and the latents (1, N, *event) that made them.
 
     Raises:
         PairError: a site whose observation is not (a view of) x, or no distribution of x at all; it is named.
     """
     # A copy without gaps or overlaps, so that each observation is a view of elements of it.
-    x_like = x_like.detach().clone(memory_format=torch.contiguous_format)
+    x_like = like.x.detach().clone(memory_format=torch.contiguous_format)
     with Simulate() as simulation:
-        trace = run(model, "model", Batch(x_like), 1)
+        trace = run(pair.model, "model", Batch(x_like, like.given), 1)
     sites = sample_sites(trace)
     x, made = x_like.clone(), torch.zeros_like(x_like, dtype=torch.bool)
     for name, obs in simulation.observed.items():
@@ -457,16 +456,17 @@ def simulate(model: Callable, x_like: Tensor) -> tuple[Tensor, dict[str, Tensor]
         )
     z = {name: site["value"] for name, site in sites.items() if name not in simulation.observed}
     # Run at the x that was drawn, the model must observe it under the very distribution that it was drawn from.
+    batch = Batch(x, like.given)
     with At(z):
-        again = sample_sites(run(model, "model", Batch(x), 1))
+        again = sample_sites(run(pair.model, "model", batch, 1))
     for name in simulation.observed:
-        drawn, seen = (log_prob(s[name], f"model site '{name}'", (1, len(x))).double() for s in (sites, again))
+        drawn, seen = (log_prob(s[name], f"model site '{name}'", (1, len(batch))).double() for s in (sites, again))
         if not torch.allclose(drawn, seen, rtol=1e-4, atol=1e-4):
             raise PairError(
                 f"model site '{name}': the model uses x elsewhere than as an observation, so that x cannot be drawn "
                 "from it; anneal without the check on simulated data"
             )
-    return x, z
+    return batch, z
 
 
 class Simulate(Messenger):

@@ -27,7 +27,6 @@ References:
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pyro
@@ -60,12 +59,12 @@ class FittedGaussian:
     Attributes:
         loc: m, shape (N, U).
         scale: L: standard deviations of shape (N, U), or lower triangular of shape (N, U, U).
-        pair: The pair at these data, as functions of u.
+        space: The pair at these data, as functions of u.
     """
 
     loc: Tensor
     scale: Tensor
-    pair: Unconstrained = field(repr=False)
+    space: Unconstrained = field(repr=False)
 
     @property
     def scale_tril(self) -> Tensor:
@@ -98,7 +97,7 @@ class FittedGaussian:
 
     def widened(self, factor: float) -> "FittedGaussian":
         """N(m, factor^2 L L')."""
-        return FittedGaussian(self.loc, self.scale * factor, self.pair)
+        return FittedGaussian(self.loc, self.scale * factor, self.space)
 
     def log_weights(self, num_particles: int) -> Tensor:
         """log p(x, u) - log q(u) of fresh draws in nats, shape (K, N)."""
@@ -108,16 +107,17 @@ class FittedGaussian:
     def log_weights_at(self, noise: Tensor) -> Tensor:
         """log p(x, u) - log q(u) at u = m + L e, shape (K, N)."""
         with torch.no_grad():
-            return self.pair.log_joint(self.at(noise)) - self.density_at(noise)
+            return self.space.log_joint(self.at(noise)) - self.density_at(noise)
 
-    def guide(self, x: Tensor) -> None:
+    def guide(self, x: Tensor, *given: Tensor) -> None:
         """The same as a Pyro guide of the pair, for these data and no others."""
-        if x.shape != self.pair.x.shape or not torch.equal(x, self.pair.x):
+        fitted_to = self.space.batch.tensors
+        if len(fitted_to) != 1 + len(given) or not all(map(torch.equal, (x, *given), fitted_to)):
             raise UsageError("x: expected the data that the Gaussian was fitted to; fit it to these")
         with pyro.plate("data", len(x)):
             q = dist.MultivariateNormal(self.loc, scale_tril=self.scale_tril)
             u = pyro.sample("u", q, infer={"is_auxiliary": True})
-            values, log_det = self.pair.split(u.reshape(-1, *self.loc.shape))
+            values, log_det = self.space.split(u.reshape(-1, *self.loc.shape))
             batch = u.shape[:-1]
             # The density of z is that of u over |dz/du|: all of it is told at the first site.
             log_density = -log_det.reshape(batch)
@@ -166,32 +166,30 @@ class Individual:
         """What estimates call it."""
         return f"importance sampling from a {self.family} Gaussian fitted to each datum (widened by {self.widen:g})"
 
-    def __call__(self, model: Callable, guide: Callable, x: Tensor) -> Sampler:
+    def __call__(self, pair: Pair, batch: Batch) -> Sampler:
         # The draws of the fit are not those that are weighted.
-        q = self.fit(model, guide, x).widened(self.widen)
+        q = self.fit(pair, batch).widened(self.widen)
 
         def at(values: dict[str, Tensor]) -> Tensor:
-            u = q.pair.join(draw(Pair(model, guide), Batch(x), particles_in(values), values))
-            return q.pair.log_joint(u) - q.log_prob(u)
+            u = q.space.join(draw(pair, batch, particles_in(values), values))
+            return q.space.log_joint(u) - q.log_prob(u)
 
         return Sampler(q.log_weights, at)
 
-    def fit(self, model: Callable, guide: Callable, x: Tensor) -> FittedGaussian:
+    def fit(self, pair: Pair, batch: Batch) -> FittedGaussian:
         """Fit a Gaussian to each datum's ELBO, starting from the guide's moments.
 
         For each datum the better of start and end is returned, as compared on draws of their own.
 
         Args:
-            model: Pyro model, called as model(x).
-            guide: Pyro guide, called as guide(x).
-            x: Data, shape (N, *event), fitted all at once.
+            pair: The pair.
+            batch: N rows of data, fitted all at once.
 
         Raises:
             PairError: a latent site is discrete, or the guide has auxiliary sites.
         """
-        with evaluating(model, guide):
-            pair = Unconstrained(model, guide, x)
-            start = moments(pair, self.family)
+        with evaluating(pair):
+            start = moments(Unconstrained(pair, batch), self.family)
             end, size = start, start.loc.shape[1]
             matrix_rate = min(RATE, MATRIX_RATE * math.sqrt(self.draws / size)) if self.family == "full" else RATE
             for step in range(self.steps):
@@ -202,9 +200,9 @@ class Individual:
 
 
 @torch.no_grad()
-def moments(pair: Unconstrained, family: str) -> FittedGaussian:
+def moments(space: Unconstrained, family: str) -> FittedGaussian:
     """The Gaussian with the moments of the guide's draws."""
-    probe = pair.draw(2)
+    probe = space.draw(2)
     size = probe.shape[-1]
     count = 500 if family == "diagonal" else max(500, 40 * size)
     # Sums in double precision, around a draw, in chunks: as many draws as a covariance needs are many.
@@ -212,7 +210,7 @@ def moments(pair: Unconstrained, family: str) -> FittedGaussian:
     first = torch.zeros_like(centre)
     second = torch.zeros_like(centre if family == "diagonal" else centre[..., None] * centre[..., None, :])
     for done in range(0, count, 250):
-        away = pair.draw(min(250, count - done)).double() - centre
+        away = space.draw(min(250, count - done)).double() - centre
         first = first + away.sum(0)
         second = second + (torch.einsum("kni,knj->nij", away, away) if family == "full" else away.square().sum(0))
     mean = first / count
@@ -223,7 +221,7 @@ def moments(pair: Unconstrained, family: str) -> FittedGaussian:
         # A little more variance, so that draws that leave out a direction have a Cholesky factor too.
         covariance.diagonal(dim1=-2, dim2=-1).clamp_(min=1e-12).mul_(1 + 1e-6)
         scale = torch.linalg.cholesky_ex(covariance).L
-    return FittedGaussian((centre + mean).to(probe.dtype), scale.to(probe.dtype), pair)
+    return FittedGaussian((centre + mean).to(probe.dtype), scale.to(probe.dtype), space)
 
 
 def gradient(q: FittedGaussian, draws: int) -> tuple[Tensor, Tensor]:
@@ -232,7 +230,7 @@ def gradient(q: FittedGaussian, draws: int) -> tuple[Tensor, Tensor]:
     noise = torch.cat([half, -half])
     with torch.enable_grad():
         u = q.at(noise).requires_grad_()
-        (slope,) = torch.autograd.grad(q.pair.log_joint(u).sum(), u)
+        (slope,) = torch.autograd.grad(q.space.log_joint(u).sum(), u)
     if q.scale.ndim == 2:
         r = q.scale * slope + noise
         return r.mean(0), (r * noise).mean(0)
@@ -255,9 +253,9 @@ def moved(q: FittedGaussian, in_m: Tensor, in_L: Tensor) -> FittedGaussian:
     """q after a step in its own coordinates."""
     loc = q.at(in_m[None])[0]
     if q.scale.ndim == 2:
-        return FittedGaussian(loc, q.scale * in_L.exp(), q.pair)
+        return FittedGaussian(loc, q.scale * in_L.exp(), q.space)
     T = in_L.tril(-1) + torch.diag_embed(in_L.diagonal(dim1=-2, dim2=-1).exp())
-    return FittedGaussian(loc, q.scale @ T, q.pair)
+    return FittedGaussian(loc, q.scale @ T, q.space)
 
 
 def better(a: FittedGaussian, b: FittedGaussian) -> FittedGaussian:
@@ -269,4 +267,4 @@ def better(a: FittedGaussian, b: FittedGaussian) -> FittedGaussian:
         of_b = of_b + b.log_weights_at(noise).double().sum(0)
     take_b = of_b.isfinite() & ~(of_a >= of_b)
     wide = take_b.reshape(-1, *[1] * (a.scale.ndim - 1))
-    return FittedGaussian(torch.where(take_b[:, None], b.loc, a.loc), torch.where(wide, b.scale, a.scale), a.pair)
+    return FittedGaussian(torch.where(take_b[:, None], b.loc, a.loc), torch.where(wide, b.scale, a.scale), a.space)

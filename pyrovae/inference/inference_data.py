@@ -15,6 +15,7 @@ the K the posterior mass is shared, and a k-hat over min(1 - 1/log10 K, 0.7) tha
     prior                   each latent site, z ~ p(z)              chain, draw, datum, ...
     prior_predictive        each observed site                      chain, draw, datum, ...
     observed_data           each observed site                      datum, ...
+    constant_data           what is given: given_0, given_1, ...    datum, ...
     importance              log_weight                              particle, datum
                             log_marginal, standard_error, ess, pareto_k      datum
 
@@ -33,7 +34,7 @@ References:
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyrovae.checks import check_count, check_rows
+from pyrovae.checks import check_count
 from pyrovae.errors import NumericalError
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.individual import Individual
@@ -73,12 +74,13 @@ def to_inference_data(
     predictive: bool = True,
     measure: str | None = None,
     proposal: Individual | None = None,
+    given: Sequence[Tensor] = (),
 ) -> Any:
     """Posterior, prior and predictive draws of a pair, with the importance weights behind them.
 
     Args:
-        model: Pyro model, called as model(x), that uses x as observations only; any latent and observed sites.
-        guide: Pyro guide, called as guide(x).
+        model: Pyro model, called as model(x, *given), that uses x as observations only; any latent and observed sites.
+        guide: Pyro guide, called as guide(x, *given).
         x: Data, shape (N, *event).
         num_draws: Draws of each datum's latents, resampled with replacement by weight.
         num_particles: K, draws from the guide that they are resampled from.
@@ -87,6 +89,8 @@ def to_inference_data(
             posterior.
         measure: What log p(x) is, for the attributes: "mass on {0,1}^784".
         proposal: If given, the K draws are from a Gaussian fitted to each datum, not from the guide.
+        given: What everything is conditioned on, tensors of shape (N, ...): prior and predictive draws of a datum are
+            given theirs.
 
     Returns:
         `arviz.InferenceData` under ArviZ 0.x, `xarray.DataTree` from 1.0 on, of the groups above; log-probabilities in
@@ -94,25 +98,26 @@ def to_inference_data(
         reads it.
 
     Raises:
-        UsageError: num_draws or num_particles < 1, or x is not a tensor with rows.
+        UsageError: num_draws or num_particles < 1, or x is not a tensor with rows, or something in `given` has not as
+            many.
         PairError: the log-weights of the pair are not of log p(x), see `pyrovae.inference.validity`, or it has no
             latent site.
         NumericalError: a row has a weight that is not a number, or all its weights are zero; it is named.
     """
     for name, value in (("num_draws", num_draws), ("num_particles (K)", num_particles)):
         check_count(name, value)
-    check_rows("x", x)
+    pair, batch = Pair(model, guide), Batch.of(x, given)
     # A block of rows keeps the latents of its K draws; a chunk of them is decoded at once.
-    rows, chunk = block_of(x, num_particles)
-    check_pair(model, guide, x, rows).by_parts("to_inference_data")
+    rows, chunk = block_of(batch, num_particles)
+    check_pair(pair, batch, rows).by_parts("to_inference_data")
     blocks = []
-    with evaluating(model, guide), torch.no_grad():
-        for start in range(0, len(x), rows):
+    with evaluating(pair), torch.no_grad():
+        for start in range(0, len(batch), rows):
             with seeded(seed, "inference data", start, device=x.device):
-                data, q = x[start : start + rows], guide
+                data, drawn_from = batch[start : start + rows], pair
                 if proposal is not None:
-                    q = proposal.fit(model, guide, data).widened(proposal.widen).guide
-                block = Block(model, q, data, start, num_particles, chunk)
+                    drawn_from = Pair(model, proposal.fit(pair, data).widened(proposal.widen).guide)
+                block = Block(drawn_from, data, start, num_particles, chunk)
                 blocks.append(block.groups(num_draws, predictive))
     attributes = {
         "estimator": (proposal or FROM_GUIDE).name,
@@ -137,21 +142,21 @@ class Block:
         observed: x by site, shape (N, *event).
     """
 
-    def __init__(self, model: Callable, guide: Callable, x: Tensor, start: int, num_particles: int, chunk: int) -> None:
-        self.model, self.x, self.chunk = model, x, chunk
+    def __init__(self, pair: Pair, batch: Batch, start: int, num_particles: int, chunk: int) -> None:
+        self.pair, self.batch, self.chunk = pair, batch, chunk
         latents: list[dict[str, Tensor]] = []
         log_likelihood: list[dict[str, Tensor]] = []
         log_weights = []
         for size in self.sizes(num_particles):
-            particles = draw(Pair(model, guide), Batch(x), size)
-            shape = (size, len(x))
+            particles = draw(pair, batch, size)
+            shape = (size, len(batch))
             sites = observed_sites(particles.model_trace)
             latents.append({name: latent.value for name, latent in particles.latents.items()})
             log_likelihood.append(
                 {name: log_prob(site, f"model site '{name}'", shape).expand(shape) for name, site in sites.items()}
             )
             log_weights.append(particles.log_weights.double())
-            self.observed = {name: value_per_datum(site, len(x)) for name, site in sites.items()}
+            self.observed = {name: value_per_datum(site, len(batch)) for name, site in sites.items()}
         self.latents, self.log_likelihood = concatenated(latents), concatenated(log_likelihood)
         self.log_weights = torch.cat(log_weights)
         bad = (~torch.logsumexp(self.log_weights, 0).isfinite()).nonzero().flatten().tolist()
@@ -169,7 +174,7 @@ class Block:
         """All variables by group: shape (S or K, N, *event) with draws or particles, else (N, *event)."""
         weights = torch.softmax(self.log_weights, 0)
         chosen = torch.multinomial(weights.T, num_draws, replacement=True).T
-        rows = torch.arange(len(self.x), device=chosen.device)
+        rows = torch.arange(len(self.batch), device=chosen.device)
         posterior = {name: z[chosen, rows] for name, z in self.latents.items()}
         result = summarise(self.log_weights.cpu())
         groups = {
@@ -185,6 +190,8 @@ class Block:
                 "pareto_k": result.pareto_k,
             },
         }
+        if self.batch.given:
+            groups["constant_data"] = {f"given_{i}": value for i, value in enumerate(self.batch.given)}
         prior = self.generate({}, num_draws, [*self.latents, *(self.observed if predictive else ())])
         groups["prior"] = {name: prior[name] for name in self.latents}
         if predictive:
@@ -194,10 +201,10 @@ class Block:
 
     def generate(self, latents: dict[str, Tensor], num_draws: int, names: list[str]) -> dict[str, Tensor]:
         """Draw sites from the model, given latents of shape (num_draws, N, *event) or none."""
-        program, parts, done = poutine.uncondition(self.model), [], 0
+        program, parts, done = poutine.uncondition(self.pair.model), [], 0
         for size in self.sizes(num_draws):
             with At({name: z[done : done + size] for name, z in latents.items()}):
-                trace = run(program, "model", Batch(self.x), size)
+                trace = run(program, "model", self.batch, size)
             parts.append({name: trace.nodes[name]["value"] for name in names})
             done += size
         return concatenated(parts)
@@ -230,7 +237,7 @@ def datasets(group: str, blocks: list[dict[str, Tensor]]) -> Any:
     variables: dict[str, Any] = {}
     sizes: dict[str, int] = {}
     for name in blocks[0]:
-        leading: tuple[str, ...] = DATUM if group in ("observed_data", "importance") else DRAWS
+        leading: tuple[str, ...] = DATUM if group in ("observed_data", "constant_data", "importance") else DRAWS
         if (group, name) == ("importance", "log_weight"):
             leading = PARTICLES
         values = as_numpy(torch.cat([block[name] for block in blocks], leading.index("datum")))

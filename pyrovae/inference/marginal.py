@@ -32,9 +32,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrovae.checks import check_count, check_rows, describe
+from pyrovae.checks import check_count, describe
 from pyrovae.errors import UsageError
+from pyrovae.inference.batch import Batch
+from pyrovae.inference.estimate import standard_error
 from pyrovae.inference.modules import evaluating
+from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.proposals import FromGuide, Proposal
 from pyrovae.inference.validity import check_pair
@@ -60,9 +63,8 @@ class Origin:
     """What an estimate is of, so that it can be checked (`pyrovae.inference.verdict`).
 
     Attributes:
-        model: Pyro model.
-        guide: Pyro guide.
-        x: Some of the data, shape (n, *event).
+        pair: The pair.
+        batch: Some of the data.
         proposal: Where the draws came from.
         seed: Of the draws, or 0.
         chunk_size: Particles evaluated at once.
@@ -70,9 +72,8 @@ class Origin:
         repair: Where the draws of rows that were scored again came from (`pyrovae.inference.repair`).
     """
 
-    model: Callable
-    guide: Callable
-    x: Tensor
+    pair: Pair
+    batch: Batch
     proposal: Proposal
     seed: int
     chunk_size: int | None
@@ -200,11 +201,6 @@ def check_result(result: object) -> None:
         raise UsageError(f"result: expected what log_marginal returned, got {describe(result)}")
 
 
-def standard_error(values: Tensor) -> float:
-    """Standard error of the mean of independent values, shape (N,); NaN for a single one."""
-    return (values.double().std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
-
-
 @in_single_precision
 def log_marginal(
     model: Callable,
@@ -216,14 +212,15 @@ def log_marginal(
     proposal: Proposal = FROM_GUIDE,
     seed: int | None = None,
     store: Store | None = None,
+    given: Sequence[Tensor] = (),
 ) -> LogMarginal:
     r"""Estimate log p(x) by importance sampling from the guide.
 
     log (1/K) sum_k p(x, z_k) / q(z_k | x): never too high on average, tight as K grows.
 
     Args:
-        model: Pyro model, called as model(x).
-        guide: Pyro guide, called as guide(x).
+        model: Pyro model, called as model(x, *given).
+        guide: Pyro guide, called as guide(x, *given).
         x: Data, shape (N, *event), in the support of the likelihood.
         num_particles: K, drawn exactly; `chunk_size` only bounds memory.
         chunk_size: Particles evaluated at once, for a block of rows. None: as many as fit in a fixed memory.
@@ -231,50 +228,56 @@ def log_marginal(
         proposal: Where the draws come from, see `pyrovae.inference.proposals`.
         seed: If given, each block of rows has a random state of its own, and the caller's is left as it was.
         store: Keeps the results of blocks, so that an interrupted evaluation with the same seed goes on where it was.
+        given: What everything is conditioned on, tensors of shape (N, ...): the estimate is of log p(x | given).
 
     Returns:
         `estimate` and `standard_error` in nats, `ess`, `pareto_k`, each of shape (N,), and more.
 
     Raises:
-        UsageError: num_particles or chunk_size < 1, or x is not a tensor with rows.
+        UsageError: num_particles or chunk_size < 1, or x is not a tensor with rows, or something in `given` has not as
+            many.
         PairError: the log-weights of the pair are not of log p(x), see `pyrovae.inference.validity`.
 
     References:
         Burda et al. 2016, Importance Weighted Autoencoders, https://arxiv.org/abs/1509.00519
     """
     check_count("num_particles (K)", num_particles)
-    check_rows("x", x)
+    pair, batch = Pair(model, guide), Batch.of(x, given)
     if isinstance(proposal, type) or not callable(proposal) or not hasattr(proposal, "name"):
         raise UsageError(f"proposal: expected an object such as Widened(), got {proposal!r}")
     if store is not None and seed is None:
         raise UsageError("store: needs a seed, so that an evaluation that goes on draws what it would have drawn")
-    rows, chunk = block_of(x, num_particles, chunk_size)
-    findings = check_pair(model, guide, x, rows)
+    rows, chunk = block_of(batch, num_particles, chunk_size)
+    findings = check_pair(pair, batch, rows)
     rows, chunk = findings.rows, max(1, chunk * rows // findings.rows)
     # Allocated first: the results of blocks kept one by one would sit where the next large tensor might have been.
-    columns = torch.empty(len(PER_ROW) + len(curve_sizes(num_particles)), len(x), dtype=torch.float64)
-    with evaluating(model, guide), torch.no_grad():
-        for start in range(0, len(x), rows):
-            block = x[start : start + rows]
+    columns = torch.empty(len(PER_ROW) + len(curve_sizes(num_particles)), len(batch), dtype=torch.float64)
+    with evaluating(pair), torch.no_grad():
+        for start in range(0, len(batch), rows):
+            block = batch[start : start + rows]
             result = store.get(start, len(block)) if store is not None else None
             if result is None:
                 with nullcontext() if seed is None else seeded(seed, "log_marginal", start, device=x.device):
-                    sample = proposal(model, guide, block)
-                    chunks = [sample(min(chunk, num_particles - done)) for done in range(0, num_particles, chunk)]
-                log_w = torch.cat(chunks)
-                # Coarser numbers than these would pass any weights as equal.
-                rounding = 20 * torch.finfo(log_w.dtype).eps if log_w.dtype.itemsize >= 4 else 0.0
-                result = summarise(log_w.double().cpu(), proposal.name, rounding)
+                    result = of_block(pair, block, proposal, num_particles, chunk)
                 if store is not None:
                     store.put(start, result)
             columns[:, start : start + rows] = result.columns()
             if progress is not None:
                 progress(start + len(block))
-    origin = Origin(model, guide, x[:ORIGINAL_ROWS], proposal, seed or 0, chunk_size, findings.whole)
+    origin = Origin(pair, batch[:ORIGINAL_ROWS], proposal, seed or 0, chunk_size, findings.whole)
     return replace(LogMarginal.from_columns(columns, num_particles, proposal.name), origin=origin)
 
 
-def block_of(x: Tensor, num_particles: int, chunk_size: int | None = None) -> tuple[int, int]:
+def of_block(pair: Pair, block: Batch, proposal: Proposal, num_particles: int, chunk: int) -> LogMarginal:
+    """The estimate of some rows, from K draws in chunks."""
+    sample = proposal(pair, block)
+    log_w = torch.cat([sample(min(chunk, num_particles - done)) for done in range(0, num_particles, chunk)])
+    # Coarser numbers than these would pass any weights as equal.
+    rounding = 20 * torch.finfo(log_w.dtype).eps if log_w.dtype.itemsize >= 4 else 0.0
+    return summarise(log_w.double().cpu(), proposal.name, rounding)
+
+
+def block_of(batch: Batch, num_particles: int, chunk_size: int | None = None) -> tuple[int, int]:
     """How many rows make a block, and how many of its K particles are decoded at once.
 
     Raises:
@@ -282,8 +285,8 @@ def block_of(x: Tensor, num_particles: int, chunk_size: int | None = None) -> tu
     """
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
-    size = max(1, x[0].numel())
-    rows = max(1, min(len(x), 100, ELEMENTS_AT_ONCE // size))
+    size = max(1, sum(tensor[0].numel() for tensor in batch.tensors))
+    rows = max(1, min(len(batch), 100, ELEMENTS_AT_ONCE // size))
     return rows, min(num_particles, chunk_size or max(1, ELEMENTS_AT_ONCE // (size * rows * 4)))
 
 

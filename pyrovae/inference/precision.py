@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
+from pyrovae.inference.batch import Batch
 from pyrovae.inference.modules import modules_of
 
 P = ParamSpec("P")
@@ -59,14 +60,22 @@ def in_single_precision(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def device_of(*values: object) -> torch.device:
-    """The CUDA device of tensors, lists of them, or programs with parameters; the CPU if they are on none."""
-    tensors: list[Tensor]
+    """The CUDA device of tensors, batches, lists of them, or programs with parameters; the CPU if they are on none."""
     for value in values:
-        if callable(value):
-            tensors = [p for _, module in modules_of(value) for p in module.parameters()]
-        else:
-            tensors = [t for t in (value if isinstance(value, list | tuple) else [value]) if isinstance(t, Tensor)]
-        for tensor in tensors:
+        for tensor in tensors_in(value):
             if tensor.device.type == "cuda":
                 return tensor.device
     return torch.device("cpu")
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """The tensors of a batch, a list or a tuple, the parameters of a program, or a tensor itself."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Batch):
+        yield from value.tensors
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from tensors_in(part)
+    elif callable(value):
+        yield from (p for _, module in modules_of(value) for p in module.parameters())

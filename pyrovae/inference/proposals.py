@@ -1,8 +1,8 @@
 r"""Proposals: where the draws of an estimate of log p(x) come from.
 
-A proposal r(z|x) gives, for a block of data, a function that draws k log-weights log p(x, z) - log r(z|x) per datum.
-Whatever r is, the mean weight has expectation p(x), so the estimate is never too high on average; the closer r is to
-p(z|x), the tighter.
+A proposal r(z|x) gives, for a pair and a batch of data, a function that draws k log-weights log p(x, z) - log r(z|x)
+per datum. Whatever r is, the mean weight has expectation p(x), so the estimate is never too high on average; the closer
+r is to p(z|x), the tighter.
 
     FromGuide     q(z|x) itself
     Widened       a mixture of q(z|x) at several widths and of p(z): weights are at most p(x|z) / share
@@ -27,9 +27,8 @@ References:
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -37,13 +36,14 @@ from torch import Tensor
 
 from pyrovae.errors import PairError, UsageError
 from pyrovae.inference.batch import Batch
+from pyrovae.inference.gaussians import inflated
 from pyrovae.inference.pair import Pair
-from pyrovae.inference.weights import NO_LATENTS, At, draw, drawn_sites, log_prob, log_weights, run, sample_sites
+from pyrovae.inference.weights import NO_LATENTS, At, draw, drawn_sites, log_prob, run, sample_sites
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A proposal for data x (N, *event), called with k for log-weights of k draws, shape (k, N), in nats.
+    """A proposal for N rows of data, called with k for log-weights of k draws, shape (k, N), in nats.
 
     Attributes:
         draw: That function of k.
@@ -69,8 +69,8 @@ class Proposal(Protocol):
     def name(self) -> str:
         """What estimates call it."""
 
-    def __call__(self, model: Callable, guide: Callable, x: Tensor) -> Callable[[int], Tensor]:
-        """For data x (N, *event), a function of k that draws log-weights of shape (k, N), in nats."""
+    def __call__(self, pair: Pair, batch: Batch) -> Callable[[int], Tensor]:
+        """For N rows of data, a function of k that draws log-weights of shape (k, N), in nats."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,11 @@ class FromGuide:
 
     name = "importance sampling from the guide"
 
-    def __call__(self, model: Callable, guide: Callable, x: Tensor) -> Sampler:
+    def __call__(self, pair: Pair, batch: Batch) -> Sampler:
         def at(values: dict[str, Tensor]) -> Tensor:
-            return draw(Pair(model, guide), Batch(x), particles_in(values), values).log_weights
+            return draw(pair, batch, particles_in(values), values).log_weights
 
-        return Sampler(lambda k: log_weights(model, guide, x, k), at)
+        return Sampler(lambda k: draw(pair, batch, k).log_weights, at)
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,11 @@ class FromPrior:
 
     name = "naive sampling from the prior"
 
-    def __call__(self, model: Callable, guide: Callable, x: Tensor) -> Sampler:
+    def __call__(self, pair: Pair, batch: Batch) -> Sampler:
         def at(values: dict[str, Tensor]) -> Tensor:
-            return draw(Pair(model, guide), Batch(x), particles_in(values), values).log_likelihood
+            return draw(pair, batch, particles_in(values), values).log_likelihood
 
-        return Sampler(lambda k: at(draw_prior(model, x, k)), at)
+        return Sampler(lambda k: at(draw_prior(pair, batch, k)), at)
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,11 @@ class Widened:
         widths = ", ".join(f"{c:g}" for c in self.scales)
         return f"importance sampling from the widened guide (scales {widths}; {self.share:g} from the prior)"
 
-    def __call__(self, model: Callable, guide: Callable, x: Tensor) -> Sampler:
+    def __call__(self, pair: Pair, batch: Batch) -> Sampler:
         shares = [(1 - self.share) / len(self.scales)] * len(self.scales) + [self.share] * bool(self.share)
 
         def part(j: int, n: int) -> dict[str, Tensor]:
-            return draw_guide(guide, x, n, self.scales[j]) if j < len(self.scales) else draw_prior(model, x, n)
+            return draw_guide(pair, batch, n, self.scales[j]) if j < len(self.scales) else draw_prior(pair, batch, n)
 
         def sample(k: int) -> Tensor:
             # As many draws of each component as systematic sampling may ask for in a row.
@@ -141,13 +141,13 @@ class Widened:
                     f"guide site '{min(auxiliary)}' is auxiliary, so that the density of the guide alone is not known; "
                     "use Widened(share=0)"
                 )
-            log_w = at(pick(parts, systematic(shares, k, x)))
+            log_w = at(pick(parts, systematic(shares, k, batch.x)))
             # In random order, so that every subset of the draws is one of the mixture's.
             return log_w.gather(0, torch.rand_like(log_w).argsort(0))
 
         def at(values: dict[str, Tensor]) -> Tensor:
-            particles = draw(Pair(model, guide), Batch(x), particles_in(values), values)
-            log_r = [density(guide, x, values, c) + math.log(a) for c, a in zip(self.scales, shares, strict=False)]
+            particles = draw(pair, batch, particles_in(values), values)
+            log_r = [density(pair, batch, values, c) + math.log(a) for c, a in zip(self.scales, shares, strict=False)]
             log_r += [particles.log_prior + math.log(self.share)] if self.share else []
             return particles.log_likelihood + particles.log_prior - torch.logsumexp(torch.stack(log_r), 0)
 
@@ -192,26 +192,6 @@ class Inflate(Messenger):
             msg["fn"] = inflated(msg["fn"], self.factor, msg["name"])
 
 
-def inflated(q: Any, factor: float, site: str) -> Any:
-    """A Gaussian, or a transformed one, with its standard deviations multiplied by a factor."""
-    if isinstance(q, dist.ExpandedDistribution):
-        return inflated(q.base_dist, factor, site).expand(q.batch_shape)
-    if isinstance(q, torch.distributions.Independent):
-        return dist.Independent(inflated(q.base_dist, factor, site), q.reinterpreted_batch_ndims)
-    if isinstance(q, torch.distributions.TransformedDistribution):
-        return dist.TransformedDistribution(inflated(q.base_dist, factor, site), q.transforms)
-    if isinstance(q, torch.distributions.Normal):
-        return dist.Normal(q.loc, q.scale * factor)
-    if isinstance(q, torch.distributions.MultivariateNormal):
-        return dist.MultivariateNormal(q.loc, scale_tril=q.scale_tril * factor)
-    if isinstance(q, torch.distributions.LowRankMultivariateNormal):
-        return dist.LowRankMultivariateNormal(q.loc, q.cov_factor * factor, q.cov_diag * factor**2)
-    raise PairError(
-        f"guide site '{site}': {type(q).__name__} cannot be widened, since it is no Gaussian; use "
-        "Widened(scales=(1,)), which mixes the guide as it is with the prior"
-    )
-
-
 def particles_in(values: dict[str, Tensor]) -> int:
     """K of latents by name, each of shape (K, N, *event).
 
@@ -223,22 +203,22 @@ def particles_in(values: dict[str, Tensor]) -> int:
     return len(next(iter(values.values())))
 
 
-def draw_guide(guide: Callable, x: Tensor, num_particles: int, factor: float = 1.0) -> dict[str, Tensor]:
+def draw_guide(pair: Pair, batch: Batch, num_particles: int, factor: float = 1.0) -> dict[str, Tensor]:
     """Latents of shape (K, N, *event) by name, from the guide widened by a factor."""
     with Inflate(factor):
-        sites = sample_sites(run(guide, "guide", Batch(x), num_particles))
+        sites = sample_sites(run(pair.guide, "guide", batch, num_particles))
     return {name: site["value"] for name, site in sites.items() if not site["is_observed"]}
 
 
-def draw_prior(model: Callable, x: Tensor, num_particles: int) -> dict[str, Tensor]:
+def draw_prior(pair: Pair, batch: Batch, num_particles: int) -> dict[str, Tensor]:
     """Latents of shape (K, N, *event) by name, from the prior."""
-    prior = poutine.block(model, hide_fn=lambda site: site["is_observed"])
-    return {name: site["value"] for name, site in sample_sites(run(prior, "model", Batch(x), num_particles)).items()}
+    prior = poutine.block(pair.model, hide_fn=lambda site: site["is_observed"])
+    return {name: site["value"] for name, site in sample_sites(run(prior, "model", batch, num_particles)).items()}
 
 
-def density(guide: Callable, x: Tensor, values: dict[str, Tensor], factor: float = 1.0) -> Tensor:
+def density(pair: Pair, batch: Batch, values: dict[str, Tensor], factor: float = 1.0) -> Tensor:
     """log q of the guide widened by a factor, at given latents: shape (K, N)."""
-    shape = (particles_in(values), len(x))
+    shape = (particles_in(values), len(batch))
     with At(values), Inflate(factor):
-        sites = drawn_sites(sample_sites(run(guide, "guide", Batch(x), shape[0])))
+        sites = drawn_sites(sample_sites(run(pair.guide, "guide", batch, shape[0])))
     return torch.stack([log_prob(site, f"guide site '{name}'", shape) for name, site in sites.items()]).sum(0)

@@ -14,16 +14,18 @@ Sum_n P_n is the expected number of such rows. Seeing m of them bounds it from a
 Poisson distribution under which m or fewer have a given small probability.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from pyrovae.errors import PairError, UsageError
+from pyrovae.inference.batch import Batch
 from pyrovae.inference.individual import Individual
 from pyrovae.inference.marginal import PER_ROW, LogMarginal, check_result, log_marginal
 from pyrovae.inference.modules import evaluating
+from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.proposals import Proposal, Widened
 from pyrovae.inference.unconstrained import Unconstrained
@@ -42,16 +44,18 @@ def repair(
     result: LogMarginal,
     proposal: Proposal | None = None,
     progress: Callable[[int], object] | None = None,
+    given: Sequence[Tensor] = (),
 ) -> LogMarginal:
     """Score the unreliable rows of an estimate again, from a better proposal and with as many draws.
 
     Args:
-        model: Pyro model, called as model(x).
-        guide: Pyro guide, called as guide(x).
+        model: Pyro model, called as model(x, *given).
+        guide: Pyro guide, called as guide(x, *given).
         x: The data that were scored, shape (N, *event).
         result: Their `log_marginal`.
         proposal: Where the new draws come from; None: `better_than_guide`.
         progress: Called with the number of rows done.
+        given: What their estimate was given, tensors of shape (N, ...).
 
     Returns:
         The estimate with those rows replaced, all but their `elbo`, which stays that of the first proposal; `repaired`
@@ -62,37 +66,39 @@ def repair(
         PairError: the proposal cannot be made for this pair.
     """
     check_result(result)
-    origin = result.origin
-    if origin is None or len(result.estimate) != len(x):
+    pair, batch, origin = Pair(model, guide), Batch.of(x, given), result.origin
+    if origin is None or len(result.estimate) != len(batch):
         raise UsageError("result: expected what log_marginal returned for x; score x again")
     bad = result.unreliable.nonzero().flatten()
-    proposal = proposal or better_than_guide(model, guide, x)
+    proposal = proposal or better_than_guide(pair, batch)
     origin = replace(origin, repair=proposal)
     if not len(bad):
         return replace(result, repaired=(), origin=origin)
+    rows = batch[bad.to(x.device)]
     again = log_marginal(
-        *(model, guide, x[bad.to(x.device)], result.num_particles),
+        *(model, guide, rows.x, result.num_particles),
         chunk_size=origin.chunk_size,
         progress=progress,
         proposal=proposal,
         seed=origin.seed,
+        given=rows.given,
     )
     columns = {name: getattr(result, name).index_put((bad,), getattr(again, name)) for name in PER_ROW}
     return replace(
         result,
         **columns | {"elbo": result.elbo},
         curve={k: bound.index_put((bad,), again.curve[k]) for k, bound in result.curve.items()},
-        estimator=f"{result.estimator}; {len(bad)} of {len(x)} rows again by {again.estimator}",
+        estimator=f"{result.estimator}; {len(bad)} of {len(batch)} rows again by {again.estimator}",
         origin=origin,
         repaired=tuple(bad.tolist()),
     )
 
 
-def better_than_guide(model: Callable, guide: Callable, x: Tensor) -> Proposal:
+def better_than_guide(pair: Pair, batch: Batch) -> Proposal:
     """A Gaussian fitted to each row; where latents are discrete, the guide mixed with the prior half and half."""
     try:
-        with torch.no_grad(), evaluating(model, guide), torch.random.fork_rng(devices=[]):
-            Unconstrained(model, guide, x[:1])
+        with torch.no_grad(), evaluating(pair), torch.random.fork_rng(devices=[]):
+            Unconstrained(pair, batch[:1])
     except PairError:
         return FROM_BOTH
     return FITTED

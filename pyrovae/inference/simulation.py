@@ -26,7 +26,7 @@ References:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pyro.distributions as dist
@@ -34,15 +34,16 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyrovae.checks import check_count, check_rows
+from pyrovae.checks import check_count
 from pyrovae.errors import PairError
 from pyrovae.inference.annealed import simulate
 from pyrovae.inference.batch import Batch
-from pyrovae.inference.marginal import FROM_GUIDE, block_of, jackknife, standard_error, summarise
+from pyrovae.inference.estimate import standard_error
+from pyrovae.inference.marginal import FROM_GUIDE, block_of, jackknife, summarise
 from pyrovae.inference.modules import evaluating
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
-from pyrovae.inference.proposals import Proposal
+from pyrovae.inference.proposals import Proposal, Sampler
 from pyrovae.inference.weights import NO_LATENTS, draw, log_mean_exp
 from pyrovae.seeding import seeded
 
@@ -118,57 +119,69 @@ def simulated(
     seed: int = 0,
     chunk_size: int | None = None,
     repair: Proposal | None = None,
+    given: Sequence[Tensor] = (),
 ) -> Simulated:
     """Bound log p(x) of data simulated from the model from both sides, by draws from a proposal.
 
     Args:
-        model: Pyro model, called as model(x), that can be simulated: it observes x, all of it, as it is.
-        guide: Pyro guide, called as guide(x).
+        model: Pyro model, called as model(x, *given), that can be simulated: it observes x, all of it, as it is.
+        guide: Pyro guide, called as guide(x, *given).
         x_like: Says how many data of which shape, (N, *event); its values are only looked at by the model itself.
         num_particles: K, as for the estimate that is to be checked.
         proposal: Where its draws come from.
         seed: Of all draws; the caller's random state is left as it was.
         chunk_size: Particles evaluated at once. None: as many as fit in a fixed memory.
         repair: Where the draws come from for rows that turn out unreliable, as in `pyrovae.inference.repair`.
+        given: What everything is conditioned on, tensors of shape (N, ...): row n is simulated given theirs.
 
     Raises:
-        UsageError: num_particles < 1, or x_like is not a tensor with rows.
+        UsageError: num_particles < 1, or x_like is not a tensor with rows, or something in `given` has not as many.
         PairError: x cannot be simulated from the model, or the proposal's density at given latents is not known.
     """
     check_count("num_particles (K)", num_particles)
-    check_rows("x_like", x_like)
-    rows, chunk = block_of(x_like, num_particles, chunk_size)
+    pair, batch_like = Pair(model, guide), Batch.of(x_like, given, "x_like")
+    rows, chunk = block_of(batch_like, num_particles, chunk_size)
     sizes = [min(chunk, num_particles - done) for done in range(0, num_particles, chunk)]
     lower, upper, corrected = [], [], []
-    with evaluating(model, guide), torch.no_grad(), seeded(seed, "simulated", device=x_like.device):
-        probe = draw(Pair(model, guide), Batch(x_like))
-        if not probe.latents:
-            raise PairError(NO_LATENTS)
-        if auxiliary := set(probe.log_guides) - set(probe.latents):
-            raise PairError(f"guide site '{min(auxiliary)}' is auxiliary, so that q(z|x) at a given z is not known")
-        with Spread(set(probe.latents)) as spread:
-            x, z = simulate(model, x_like)
+    with evaluating(pair), torch.no_grad(), seeded(seed, "simulated", device=x_like.device):
+        latents = known_latents(pair, batch_like)
+        with Spread(latents) as spread:
+            batch, z = simulate(pair, batch_like)
 
         def weigh(wanted: Proposal, block: Tensor) -> tuple[Tensor, Tensor]:
             """Log-weights of K draws (K, n) for some rows, and of z* (1, n)."""
-            sampler = wanted(model, guide, x[block])
-            if not hasattr(sampler, "at"):
+            sampler = wanted(pair, batch[block])
+            if not isinstance(sampler, Sampler):
                 raise PairError(f"proposal: {type(wanted).__name__} does not weigh given latents; return a Sampler")
             log_w = torch.cat([sampler(size) for size in sizes])
             return log_w.double(), sampler.at({name: value[:, block] for name, value in z.items()}).double()
 
-        for block in torch.arange(len(x), device=x.device).split(rows):
+        for block in torch.arange(len(batch), device=x_like.device).split(rows):
             log_w, exact = weigh(proposal, block)
             if repair is not None:
-                bad = summarise(log_w.cpu()).unreliable.nonzero().flatten().to(x.device)
+                bad = summarise(log_w.cpu()).unreliable.nonzero().flatten().to(x_like.device)
                 if len(bad):
                     log_w[:, bad], exact[:, bad] = weigh(repair, block[bad])
             lower.append(log_mean_exp(log_w))
             upper.append(log_mean_exp(torch.cat([exact, log_w[1:]])))
             corrected.append(jackknife(log_w))
     below, above, without_bias = (torch.cat(part).cpu() for part in (lower, upper, corrected))
-    weight = spread.log_weight.exp().double().cpu().expand(len(x)) if spread.sites else None
+    weight = spread.log_weight.exp().double().cpu().expand(len(batch)) if spread.sites else None
     return Simulated(below, above, without_bias, num_particles, proposal.name, weight)
+
+
+def known_latents(pair: Pair, batch: Batch) -> set[str]:
+    """The names of a pair's latent sites.
+
+    Raises:
+        PairError: there are none, or log q at given latents is not known.
+    """
+    probe = draw(pair, batch)
+    if not probe.latents:
+        raise PairError(NO_LATENTS)
+    if auxiliary := set(probe.log_guides) - set(probe.latents):
+        raise PairError(f"guide site '{min(auxiliary)}' is auxiliary, so that q(z|x) at a given z is not known")
+    return set(probe.latents)
 
 
 class Spread(Messenger):
@@ -216,6 +229,6 @@ class Spread(Messenger):
         msg["value"], msg["done"] = z, True
 
 
-def like(x: Tensor, rows: int = SIMULATED_ROWS) -> Tensor:
-    """So many rows of the shape and type of x (N, *event), to simulate data like."""
-    return x[torch.arange(rows, device=x.device) % len(x)]
+def like(batch: Batch, rows: int = SIMULATED_ROWS) -> Batch:
+    """So many rows of the shapes and types of a batch, to simulate data like, given what its rows are given."""
+    return batch[torch.arange(rows, device=batch.x.device) % len(batch)]

@@ -27,7 +27,7 @@ References:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,16 +36,18 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyrovae.checks import check_count, check_rows
+from pyrovae.checks import check_count
 from pyrovae.errors import UsageError
 from pyrovae.inference.batch import Batch
-from pyrovae.inference.diagnostics import Estimate, Information, Units, information, units
+from pyrovae.inference.estimate import Estimate
 from pyrovae.inference.individual import FAMILIES, Individual
+from pyrovae.inference.information import Information, split_kl
 from pyrovae.inference.marginal import LogMarginal, block_of, join, summarise
 from pyrovae.inference.modules import evaluating
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.unconstrained import Unconstrained
+from pyrovae.inference.units import Units, use_of_units
 from pyrovae.inference.validity import check_pair
 from pyrovae.inference.weights import draw
 from pyrovae.seeding import seeded
@@ -114,12 +116,13 @@ def gaps(
     chunk_size: int | None = None,
     progress: Callable[[int], object] | None = None,
     seed: int | None = None,
+    given: Sequence[Tensor] = (),
 ) -> Gaps:
     """Split log p(x) - ELBO into approximation and amortisation gap, datum by datum.
 
     Args:
-        model: Pyro model, called as model(x).
-        guide: Pyro guide, called as guide(x).
+        model: Pyro model, called as model(x, *given).
+        guide: Pyro guide, called as guide(x, *given).
         x: Data, shape (N, *event).
         num_particles: K, drawn from the guide and from each fitted Gaussian.
         family: Of the Gaussians that the guide is compared with, "diagonal" or "full"; None: the guide's own, see
@@ -128,38 +131,40 @@ def gaps(
         chunk_size: Particles evaluated at once, for a block of rows. None: as many as fit in a fixed memory.
         progress: Called with the number of rows done after each block of rows.
         seed: If given, each block of rows has a random state of its own, and the caller's is left as it was.
+        given: What everything is conditioned on, tensors of shape (N, ...).
 
     Raises:
-        UsageError: num_particles < 2, or no such family, or x is not a tensor with rows.
+        UsageError: num_particles < 2, or no such family, or x is not a tensor with rows, or something in `given` has
+            not as many.
         PairError: a latent site is discrete, or the guide has auxiliary sites, or the log-weights of the pair are not
             of log p(x), see `pyrovae.inference.validity`.
     """
     check_count("num_particles (K)", num_particles, 2)
-    check_rows("x", x)
+    pair, batch = Pair(model, guide), Batch.of(x, given)
     if family not in (None, *FAMILIES):
         raise UsageError(f"family: expected {' or '.join(FAMILIES)}, got {family!r}")
 
     def random(*key: int | str) -> Any:
         return nullcontext() if seed is None else seeded(seed, "gaps", *key, device=x.device)
 
-    rows, chunk = block_of(x, num_particles, chunk_size)
-    check_pair(model, guide, x, rows).by_parts("gaps")
-    with random("family"), evaluating(model, guide):
-        family = family or family_of(model, guide, x[:1])
+    rows, chunk = block_of(batch, num_particles, chunk_size)
+    check_pair(pair, batch, rows).by_parts("gaps")
+    with random("family"), evaluating(pair):
+        family = family or family_of(pair, batch[:1])
     method = individual or Individual()
     marginals: list[LogMarginal] = []
     estimates: dict[str, list[Estimate]] = {name: [] for name in QUANTITIES}
-    with evaluating(model, guide):
-        for start in range(0, len(x), rows):
+    with evaluating(pair):
+        for start in range(0, len(batch), rows):
             with random("rows", start):
-                marginal, parts = of_block(model, guide, x[start : start + rows], num_particles, family, method, chunk)
+                marginal, parts = of_block(pair, batch[start : start + rows], num_particles, family, method, chunk)
             marginals.append(marginal)
             for name, part in parts.items():
                 estimates[name].append(part)
             if progress is not None:
-                progress(min(start + rows, len(x)))
+                progress(min(start + rows, len(batch)))
         with random("units"):
-            about_units, about_x = units(model, guide, x), information(model, guide, x)
+            about_units, about_x = use_of_units(pair, batch), split_kl(pair, batch)
     joined = {
         name: Estimate(torch.cat([p.values for p in parts]), torch.cat([p.errors for p in parts]))
         for name, parts in estimates.items()
@@ -171,13 +176,13 @@ def gaps(
 
 @torch.no_grad()
 def of_block(
-    model: Callable, guide: Callable, x: Tensor, num_particles: int, family: str, method: Individual, chunk: int
+    pair: Pair, batch: Batch, num_particles: int, family: str, method: Individual, chunk: int
 ) -> tuple[LogMarginal, dict[str, Estimate]]:
     """log p(x) and every quantity of some rows."""
-    pair = Unconstrained(model, guide, x)
-    fitted = {"own": replace(method, family=family).fit(model, guide, x)}
+    space = Unconstrained(pair, batch)
+    fitted = {"own": replace(method, family=family).fit(pair, batch)}
     if family != "full":
-        fitted["full"] = replace(method, family="full").fit(model, guide, x)
+        fitted["full"] = replace(method, family="full").fit(pair, batch)
     proposals = ["guide", *fitted]
     log_w: dict[str, Tensor] = {}  # of each proposal's draws, by itself and in the mixture
     log_mixed: dict[str, Tensor] = {}
@@ -186,11 +191,11 @@ def of_block(
         for done in range(0, num_particles, chunk):
             k = min(chunk, num_particles - done)
             if name == "guide":
-                u = pair.draw(k)
+                u = space.draw(k)
             else:
                 q = fitted[name]
                 u = q.at(torch.randn(k, *q.loc.shape, dtype=q.loc.dtype, device=q.loc.device))
-            at = pair(u)
+            at = space(u)
             log_r = {"guide": at.log_guide.double()} | {n: q.log_prob(u).double() for n, q in fitted.items()}
             log_joint = at.log_joint.double()
             alone.append((log_joint - log_r[name]).cpu())
@@ -221,12 +226,12 @@ def of_block(
 
 
 @torch.no_grad()
-def family_of(model: Callable, guide: Callable, x: Tensor) -> str:
+def family_of(pair: Pair, batch: Batch) -> str:
     """The family of a guide over all its latents together: "diagonal", or "full" for everything beyond.
 
     It is diagonal where every site is a factorised Gaussian (or a transformed one) that depends on no other site.
     """
-    for latent in draw(Pair(model, guide), Batch(x), 2).latents.values():
+    for latent in draw(pair, batch, 2).latents.values():
         q = latent.guide
         while isinstance(q, WRAPPERS):
             q = q.base_dist

@@ -5,7 +5,6 @@ z = t(u) with torch's bijection onto its support (the identity where that is all
 concatenated to u of shape (K, N, U). Densities of u include log |dz/du|, which cancels in weights.
 """
 
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -53,18 +52,16 @@ class Unconstrained:
     """A pair at fixed data, as functions of u.
 
     Args:
-        model: Pyro model.
-        guide: Pyro guide.
-        x: Data, shape (N, *event).
+        pair: The pair.
+        batch: N rows of data.
 
     Raises:
         PairError: a latent site is discrete, or the guide has auxiliary sites, so that q(z|x) is not known.
     """
 
-    def __init__(self, model: Callable, guide: Callable, x: Tensor) -> None:
-        self.model, self.guide, self.x = model, guide, x
-        pair = Pair(model, guide)
-        probe, other = draw(pair, Batch(x)), draw(pair, Batch(x))
+    def __init__(self, pair: Pair, batch: Batch) -> None:
+        self.pair, self.batch = pair, batch
+        probe, other = draw(pair, batch), draw(pair, batch)
         if auxiliary := set(probe.log_guides) - set(probe.latents):
             raise PairError(
                 f"guide site '{min(auxiliary)}' is auxiliary, so that q(z|x) alone is not known; draw from the guide "
@@ -91,7 +88,7 @@ class Unconstrained:
 
     def draw(self, num_particles: int) -> Tensor:
         """u from the guide, shape (K, N, U)."""
-        return self.join(draw(Pair(self.model, self.guide), Batch(self.x), num_particles))
+        return self.join(draw(self.pair, self.batch, num_particles))
 
     def join(self, particles: Particles) -> Tensor:
         """u of latents that were drawn, shape (K, N, U)."""
@@ -116,7 +113,7 @@ class Unconstrained:
         """log p(x|u) and log p(u) at what `split` gave for u, each of shape (K, N); the guide is not run."""
         k, n = log_det.shape
         with At(values):
-            sites = sample_sites(run(self.model, "model", Batch(self.x), k))
+            sites = sample_sites(run(self.pair.model, "model", self.batch, k))
         log_p = {name: log_prob(site, f"model site '{name}'", (k, n)) for name, site in sites.items()}
         log_likelihood = sum((v for name, v in log_p.items() if name not in values), torch.zeros_like(log_det))
         return log_likelihood, sum((log_p[name] for name in values), log_det)
@@ -124,5 +121,5 @@ class Unconstrained:
     def __call__(self, u: Tensor) -> Densities:
         """The log-densities at u, shape (K, N, U)."""
         values, log_det = self.split(u)
-        particles = draw(Pair(self.model, self.guide), Batch(self.x), len(u), values)
+        particles = draw(self.pair, self.batch, len(u), values)
         return Densities(particles.log_likelihood, particles.log_prior + log_det, particles.log_guide + log_det)

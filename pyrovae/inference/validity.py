@@ -2,10 +2,10 @@ r"""Whether the log-weights of a pair are of log p(x): looked at once, on rows a
 
     log w_kn = log p(x_n, z_kn) - log q(z_kn|x_n),        E exp(log w_kn) = p(x_n)
 
-holds for what is a function of z_kn and x_n alone, with q the normalised density of the model's latents. So, with the
-latents of a few draws held fixed,
+holds for what is a function of z_kn and x_n alone (and of what is given with x_n, which goes wherever x_n goes), with q
+the normalised density of the model's latents. So, with the latents of a few draws held fixed,
 
-    rows         other rows of x and z beside it, or fewer, leave a row's log-densities as they are
+    rows         other rows of data and z beside it, or fewer, leave a row's log-densities as they are
     particles    so do fewer particles
     noise        so does another random state, once modules are in evaluation mode (no dropout)
     memory       and so does a guide that was run on other rows before the model is
@@ -38,7 +38,7 @@ from pyro.infer.autoguide import AutoContinuous, AutoGaussian, AutoGuide, AutoLa
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyrovae.checks import check_programs, check_rows
+from pyrovae.checks import check_programs
 from pyrovae.errors import PairError
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.modules import evaluating, modules_of
@@ -76,63 +76,60 @@ class Findings:
             raise PairError(f"{what}: {WHOLE}; write a guide that is a function of x, or use log_marginal")
 
 
-def check_pair(model: Callable, guide: Callable, x: Tensor, rows: int | None = None) -> Findings:
+def check_pair(pair: Pair, batch: Batch, rows: int | None = None) -> Findings:
     """Refuse a pair whose log-weights are not of log p(x).
 
     The random state, buffers, modes of modules, and where the pair is refused also what it declared to Pyro, are left
     as they were.
 
     Args:
-        model: Pyro model, called as model(x).
-        guide: Pyro guide, called as guide(x).
-        x: Data, shape (N, *event).
-        rows: How many rows will be run at once; None: all.
+        pair: The pair.
+        batch: N rows of data.
+        rows: How many of them will be run at once; None: all.
 
     Raises:
-        UsageError: an argument is no program, or x is not a tensor with rows of the pair's type of numbers.
+        UsageError: model or guide is no program that takes the batch, or x is not of the pair's type of numbers.
         PairError: what is wrong with the pair; the site is named.
     """
-    findings = examine(model, guide, x, rows)
+    findings = examine(pair, batch, rows)
     if findings.no_density is not None:
         raise PairError(findings.no_density)
     return findings
 
 
-def examine(model: Callable, guide: Callable, x: Tensor, rows: int | None = None, total: int | None = None) -> Findings:
+def examine(pair: Pair, batch: Batch, rows: int | None = None, total: int | None = None) -> Findings:
     """What `check_pair` does, except that a guide without a density is told and not refused.
 
     Args:
         total: Rows of the training data, if the pair is about to be trained. Parameters for each of them may be alike
             before, so that they have to be moved for their places to be seen.
     """
-    check_programs(model, guide)
-    check_rows("x", x)
-    rows = len(x) if rows is None else min(rows, len(x))
-    with evaluating(model, guide), torch.no_grad(), undone(model, guide), seeded("validity", device=x.device):
-        check_automatic(guide)
-        set_up(guide, x)
-        looked = look(model, guide, x, rows)
-        rows = len(looked.x)
-        by_place = [] if total is None else [p for p in parameters(model, guide) if p.shape[:1] in ((rows,), (total,))]
+    check_programs(pair.model, pair.guide, len(batch.given))
+    rows = len(batch) if rows is None else min(rows, len(batch))
+    with evaluating(pair), torch.no_grad(), undone(pair), seeded("validity", device=batch.x.device):
+        check_automatic(pair.guide)
+        set_up(pair.guide, batch)
+        looked = look(pair, batch, rows)
+        rows = len(looked.batch)
+        by_place = [] if total is None else [p for p in parameters(pair) if p.shape[:1] in ((rows,), (total,))]
         with stirred(by_place):
-            looked = Look(model, guide, looked.x) if by_place else looked
+            looked = Look(pair, looked.batch) if by_place else looked
             looked.check_numbers()
             looked.check_norms()
             looked.check_neighbours()
             looked.check_memory()
-            whole = not looked.works_on_fewer() or bool(automatic(guide))
-            if whole and rows < len(x):
+            whole = not looked.works_on_fewer() or bool(automatic(pair.guide))
+            if whole and rows < len(batch):
                 raise PairError(
                     f"the pair works on {rows} rows together, but on no fewer, so that it cannot be run on all "
-                    f"{len(x)} rows of x by parts; pass x in batches of {rows} rows"
+                    f"{len(batch)} rows of x by parts; pass x in batches of {rows} rows"
                 )
             return Findings(rows, whole, looked.why_no_density())
 
 
-def parameters(model: Callable, guide: Callable) -> list[Tensor]:
+def parameters(pair: Pair) -> list[Tensor]:
     """Those of the modules behind a pair, and all that Pyro's store has, unconstrained."""
-    stored = [p for _, p in pyro.get_param_store().named_parameters()]
-    return stored + [p for program in (model, guide) for _, m in modules_of(program) for p in m.parameters()]
+    return [p for _, p in pyro.get_param_store().named_parameters()] + list(pair.parameters())
 
 
 @contextmanager
@@ -148,46 +145,47 @@ def stirred(tensors: list[Tensor]) -> Iterator[None]:
             tensor.copy_(value)
 
 
-def look(model: Callable, guide: Callable, x: Tensor, rows: int) -> "Look":
+def look(pair: Pair, batch: Batch, rows: int) -> "Look":
     """At as many rows as will be run at once, or at all of them where the pair does not run on fewer."""
-    # From all of x: the first rows may all be alike, and then nothing in them depends on others.
-    places = torch.arange(rows, device=x.device) * (len(x) - 1) // max(1, rows - 1)
+    # From all of the batch: the first rows may all be alike, and then nothing in them depends on others.
+    count = len(batch)
+    places = torch.arange(rows, device=batch.x.device) * (count - 1) // max(1, rows - 1)
     try:
-        return Look(model, guide, x[places])
+        return Look(pair, batch[places])
     except Exception:
-        per_row = any(len(x) in p.shape[:1] for p in parameters(model, guide))
-        if rows < len(x) and (per_row or x.numel() <= MOST_ELEMENTS):
+        per_row = any(count in p.shape[:1] for p in parameters(pair))
+        if rows < count and (per_row or batch.x.numel() <= MOST_ELEMENTS):
             with suppress(Exception):
-                return Look(model, guide, x)
+                return Look(pair, batch)
         raise
 
 
-def why_no_density(model: Callable, guide: Callable, x: Tensor) -> str | None:
+def why_no_density(pair: Pair, batch: Batch) -> str | None:
     """Why log q of a guide is no density, as far as it can be told by drawing from it; for any objective."""
-    for auto in automatic(guide):
+    for auto in automatic(pair.guide):
         if isinstance(auto, AutoLaplaceApproximation):
             return "AutoLaplaceApproximation finds a mode (MAP), where there is no log q(z|x) for a bound or log p(x)"
     with (
         suppress(Exception),
-        evaluating(model, guide),
+        evaluating(pair),
         torch.no_grad(),
-        undone(model, guide),
-        seeded("validity", device=x.device),
+        undone(pair),
+        seeded("validity", device=batch.x.device),
     ):
-        return Look(model, guide, x).why_no_density()
+        return Look(pair, batch).why_no_density()
     return None
 
 
 class Look:
     """A pair at fixed draws for some rows."""
 
-    def __init__(self, model: Callable, guide: Callable, x: Tensor) -> None:
-        self.model, self.guide, self.x = model, guide, x
+    def __init__(self, pair: Pair, batch: Batch) -> None:
+        self.pair, self.batch = pair, batch
         # As many particles as tell their dimension from that of rows.
-        self.k = 3 if len(x) == 2 else 2
+        self.k = 3 if len(batch) == 2 else 2
         self.wrong_norms: list[str] = []
         with self.watching_norms():
-            self.base = draw(Pair(model, guide), Batch(x), self.k)
+            self.base = draw(pair, batch, self.k)
         self.densities = densities(self.base)
         self.values = {
             name: site["value"]
@@ -201,11 +199,10 @@ class Look:
 
         def look(module: nn.Module, inputs: tuple) -> None:
             shape = inputs[0].shape if inputs and isinstance(inputs[0], Tensor) else ()
-            if len(self.x) > 1 and len(shape) > 2 and tuple(shape[:2]) == (self.k, len(self.x)):
+            if len(self.batch) > 1 and len(shape) > 2 and tuple(shape[:2]) == (self.k, len(self.batch)):
                 self.wrong_norms.append(f"{type(module).__name__}({module.num_features})")
 
-        modules = {m for program in (self.model, self.guide) for _, f in modules_of(program) for m in f.modules()}
-        hooks = [m.register_forward_pre_hook(look) for m in modules if isinstance(m, _BatchNorm)]
+        hooks = [m.register_forward_pre_hook(look) for m in self.pair.modules() if isinstance(m, _BatchNorm)]
         try:
             yield
         finally:
@@ -230,11 +227,11 @@ class Look:
                 "pyrovae.models.Network does"
             )
 
-    def at(self, particles: int, rows: Tensor, rows_of_x: Tensor | None = None) -> dict[str, Tensor]:
+    def at(self, particles: int, rows: Tensor, rows_of_data: Tensor | None = None) -> dict[str, Tensor]:
         """`densities` of some particles and rows of the draws, each of shape (particles, len(rows))."""
         values = {name: taken(value, particles, rows) for name, value in self.values.items()}
-        x = self.x[rows if rows_of_x is None else rows_of_x]
-        return densities(draw(Pair(self.model, self.guide), Batch(x), particles, values))
+        batch = self.batch[rows if rows_of_data is None else rows_of_data]
+        return densities(draw(self.pair, batch, particles, values))
 
     def differing(
         self, got: dict[str, Tensor], rows: Tensor, columns: Tensor | None = None, rough: bool = False
@@ -264,12 +261,12 @@ class Look:
     @cached_property
     def again(self) -> dict[str, Tensor]:
         """`densities` at the values of the draws: a flow may invert them, which it need not for its own draw."""
-        return self.at(self.k, torch.arange(len(self.x), device=self.x.device))
+        return self.at(self.k, torch.arange(len(self.batch), device=self.batch.x.device))
 
     def check_neighbours(self) -> None:
         """Refuse rows whose log-densities depend on what other rows hold, or on noise that is no site."""
-        n = len(self.x)
-        every = torch.arange(n, device=self.x.device)
+        n = len(self.batch)
+        every = torch.arange(n, device=self.batch.x.device)
         if n == 1:
             self.check_noise()
             return
@@ -291,15 +288,15 @@ class Look:
 
     def check_memory(self) -> None:
         """Refuse a model that uses what the guide kept of x when it was run before it."""
-        n = len(self.x)
-        every = torch.arange(n, device=self.x.device)
+        n = len(self.batch)
+        every = torch.arange(n, device=self.batch.x.device)
 
-        def ends_elsewhere(x: Tensor) -> None:
-            self.guide(x)
+        def ends_elsewhere(*tensors: Tensor) -> None:
+            self.pair.guide(*tensors)
             with pyro.poutine.block(), At(self.values), suppress(Exception):  # as of a guide for this x and no other
-                self.guide(x.roll(1, 0))
+                self.pair.guide(*self.batch.roll(1).tensors)
 
-        got = densities(draw(Pair(self.model, ends_elsewhere), Batch(self.x), self.k, self.values))
+        got = densities(draw(Pair(self.pair.model, ends_elsewhere), self.batch, self.k, self.values))
         if name := self.differing(got, every):
             raise PairError(
                 f"{name}: the model uses what the guide kept of x, as skip connections from an encoder do, so that it "
@@ -308,7 +305,7 @@ class Look:
 
     def check_noise(self) -> None:
         """Refuse log-densities that differ between two runs at the same latents."""
-        every = torch.arange(len(self.x), device=self.x.device)
+        every = torch.arange(len(self.batch), device=self.batch.x.device)
         if name := self.differing(self.at(self.k, every), every):
             raise PairError(
                 f"{name}: two runs at the same latents give different log-densities, so the pair draws random numbers "
@@ -318,7 +315,7 @@ class Look:
 
     def works_on_fewer(self) -> bool:
         """Whether the pair runs on other numbers of rows than these, once it is known to give the same there."""
-        n, device = len(self.x), self.x.device
+        n, device = len(self.batch), self.batch.x.device
         # Not one row where there are others, nor rows at their own places.
         rows = torch.tensor([0, 0] if n == 1 else [1] if n == 2 else [n - 1, 0], device=device)
         every = torch.arange(n, device=device)
@@ -409,7 +406,7 @@ class Look:
 
     def kept(self, site: dict) -> Tensor:
         """What no mask leaves out, of `poutine.mask` or of the distribution itself: shape (K, N, elements or 1)."""
-        k, n = self.k, len(self.x)
+        k, n = self.k, len(self.batch)
         masks = [] if site["mask"] is None else [(site["mask"], (k, n))]
         distribution, event = site["fn"], 0  # dimensions of the event that are still those of a batch inside
         while isinstance(distribution, WRAPPERS):
@@ -419,9 +416,9 @@ class Look:
                 inner = tuple(distribution.batch_shape)
                 masks.append((distribution._mask, (k, n, *inner[len(inner) - event :])))
             distribution = distribution.base_dist
-        kept = torch.ones(k, n, 1, dtype=torch.bool, device=self.x.device)
+        kept = torch.ones(k, n, 1, dtype=torch.bool, device=self.batch.x.device)
         for mask, shape in masks:
-            kept = kept & torch.as_tensor(mask, device=self.x.device).expand(shape).reshape(k, n, -1)
+            kept = kept & torch.as_tensor(mask, device=self.batch.x.device).expand(shape).reshape(k, n, -1)
         return kept
 
     def matters(self, name: str, kept: Tensor) -> bool:
@@ -433,16 +430,13 @@ class Look:
         kept = kept.repeat_interleave(flat.shape[-1] // kept.shape[-1], -1)
         changed = torch.where(kept, flat, flat.roll(1, 0))
         values = {**self.values, name: changed.reshape(value.shape)}
-        every = torch.arange(len(self.x), device=self.x.device)
-        return (
-            self.differing(densities(draw(Pair(self.model, self.guide), Batch(self.x), self.k, values)), every)
-            is not None
-        )
+        every = torch.arange(len(self.batch), device=self.batch.x.device)
+        return self.differing(densities(draw(self.pair, self.batch, self.k, values)), every) is not None
 
     def fault_of_map(self, noise: list[str], points: list[str]) -> str | None:
         """Why Deltas are not a one-to-one function of auxiliary sites with its density; None if they are."""
-        n, k = len(self.x), DRAWS_OF_MAP
-        trace = run(self.guide, "guide", Batch(self.x), k)
+        n, k = len(self.batch), DRAWS_OF_MAP
+        trace = run(self.pair.guide, "guide", self.batch, k)
         sites = sample_sites(trace)
         what = f"guide site '{points[0]}' is a Delta at a function of the auxiliary site '{noise[0]}'"
         for name in noise:
@@ -503,10 +497,10 @@ class Look:
         Returns:
             Unconstrained, shape (K, N, U); log |dz/du| and the sum of log_density, each of shape (K, N).
         """
-        k, n = len(next(iter(values.values()))), len(self.x)
+        k, n = len(next(iter(values.values()))), len(self.batch)
         with At(values):
-            sites = sample_sites(run(self.guide, "guide", Batch(self.x), k))
-        parts, log_volume, log_density = [], self.x.new_zeros(()), self.x.new_zeros(())
+            sites = sample_sites(run(self.pair.guide, "guide", self.batch, k))
+        parts, log_volume, log_density = [], self.batch.x.new_zeros(()), self.batch.x.new_zeros(())
         for name in points:
             z = sites[name]["value"]
             transform = bijection(name, self.base.latents[name].prior.support)
@@ -555,12 +549,12 @@ def automatic(guide: Callable) -> list[AutoGuide]:
     return list(dict.fromkeys(found))
 
 
-def set_up(guide: Callable, x: Tensor) -> None:
-    """Have automatic guides look at their model for x, without the plate of particles that they are run in later."""
+def set_up(guide: Callable, batch: Batch) -> None:
+    """Have automatic guides look at their model for data, without the plate of particles that they are run in later."""
     for auto in automatic(guide):
         if auto.prototype_trace is None:
             with pyro.poutine.block():
-                auto(x)
+                auto(*batch.tensors)
 
 
 def check_automatic(guide: Callable) -> None:
@@ -575,13 +569,14 @@ def check_automatic(guide: Callable) -> None:
 
 
 @contextmanager
-def undone(model: Callable, guide: Callable) -> Iterator[None]:
+def undone(pair: Pair) -> Iterator[None]:
     """Restore buffers; after an error, also what was declared to Pyro, and automatic guides."""
-    modules = {m for program in (model, guide) for _, f in modules_of(program) for m in f.modules()}
-    buffers = [(buffer, buffer.detach().clone()) for module in modules for buffer in module.buffers(recurse=False)]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in pair.buffers()]
     store = pyro.get_param_store()
     declared = set(store.keys())
-    inside = {m: shallow(vars(m)) for auto in automatic(guide) if auto.prototype_trace is None for m in auto.modules()}
+    inside = {
+        m: shallow(vars(m)) for auto in automatic(pair.guide) if auto.prototype_trace is None for m in auto.modules()
+    }
     try:
         yield
     except BaseException:

@@ -142,9 +142,11 @@ def by_simulation(result: LogMarginal, check: Simulated | None) -> Verdict:
         try:
             if origin.whole:
                 raise PairError(WHOLE)
+            others = like(origin.batch)
             check = simulated(
-                *(origin.model, origin.guide, like(origin.x), result.num_particles),
+                *(origin.pair.model, origin.pair.guide, others.x, result.num_particles),
                 *(origin.proposal, origin.seed, origin.chunk_size, origin.repair),
+                given=others.given,
             )
         except (PyrovaeError, ValueError, RuntimeError) as error:
             why = str(error).strip().split("\n")[0]

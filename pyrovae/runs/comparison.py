@@ -123,7 +123,8 @@ def table(scored: Sequence[Scored], seed: int = 0) -> "pd.DataFrame":
     import torch
 
     from pyrovae.inference.bootstrap import ends, means
-    from pyrovae.inference.marginal import FROM_GUIDE, standard_error
+    from pyrovae.inference.estimate import standard_error
+    from pyrovae.inference.marginal import FROM_GUIDE
 
     ranked = sorted(scored, key=lambda s: s.estimate.mean().nan_to_num(nan=-float("inf")).item(), reverse=True)
     estimates = torch.stack([entry.estimate for entry in ranked])

@@ -43,13 +43,15 @@ def report(
     from pyrovae.inference.annealed import Sandwich
     from pyrovae.inference.batch import Batch
     from pyrovae.inference.bootstrap import interval
-    from pyrovae.inference.diagnostics import KL_SHARE, kl_dimensions, measure
+    from pyrovae.inference.diagnostics import measure
+    from pyrovae.inference.estimate import standard_error
     from pyrovae.inference.kl import kl_terms
-    from pyrovae.inference.marginal import FROM_GUIDE, standard_error
+    from pyrovae.inference.marginal import FROM_GUIDE
     from pyrovae.inference.modules import evaluating
     from pyrovae.inference.pair import Pair
     from pyrovae.inference.simulation import Simulated
     from pyrovae.inference.tracing.draws import Compiled
+    from pyrovae.inference.units import KL_SHARE, kl_dimensions
     from pyrovae.inference.verdicts import verdict, worst_rows
     from pyrovae.inference.weights import draw
     from pyrovae.seeding import seeded

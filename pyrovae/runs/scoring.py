@@ -121,6 +121,7 @@ def check_of(
     import torch
 
     from pyrovae.inference.annealed import Annealed, Sandwich, sandwich
+    from pyrovae.inference.batch import Batch
     from pyrovae.inference.marginal import FROM_GUIDE
     from pyrovae.inference.simulation import SIMULATED_ROWS, Simulated, like, simulated
     from pyrovae.models.mixture import Mixture
@@ -130,13 +131,13 @@ def check_of(
     pair = (model.model, model.guide)
     if isinstance(proposal, Annealed):
         count, names = CHECKED_ROWS, ("forward", "reverse", "acceptance")
-        make: Callable[[], Any] = partial(sandwich, *pair, like(x, count), num_particles, proposal, seed)
+        make: Callable[[], Any] = partial(sandwich, *pair, like(Batch(x), count).x, num_particles, proposal, seed)
         build: Callable[..., Any] = partial(Sandwich, x=torch.empty(0), num_particles=num_particles, annealed=proposal)
     else:
         # The weights of rows are not kept: of the models that runs hold, all latents are continuous.
         count, names = SIMULATED_ROWS, ("lower", "upper", "jackknife")
         drawn_from = proposal or FROM_GUIDE
-        make = partial(simulated, *pair, like(x, count), num_particles, drawn_from, seed, chunk_size, repair)
+        make = partial(simulated, *pair, like(Batch(x), count).x, num_particles, drawn_from, seed, chunk_size, repair)
         build = partial(Simulated, num_particles=num_particles, estimator=drawn_from.name)
 
     def checked() -> Any:

@@ -67,8 +67,8 @@ def analyse(
 
 def report(result: "Gaps", rows: "Rows", split: str, seed: int, device: str) -> Report:
     """Everything that is said of the gaps, as plain values. Nats per datum."""
-    from pyrovae.inference.diagnostics import KL_SHARE
     from pyrovae.inference.suboptimality import QUANTITIES
+    from pyrovae.inference.units import KL_SHARE
     from pyrovae.inference.verdicts import verdict
     from pyrovae.version import __version__
 

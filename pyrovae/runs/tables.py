@@ -36,7 +36,7 @@ def in_words(forms: dict[str, str]) -> str:
 
 def units_in_words(values: Report) -> list[tuple[str, str, str]]:
     """How many latent dimensions are used at all, and how few carry the KL: label, number and note of each line."""
-    from pyrovae.inference.diagnostics import ACTIVE_VARIANCE
+    from pyrovae.inference.units import ACTIVE_VARIANCE
 
     total, carrying = values["latent_dimensions"], values["kl_dimensions"]
     lines = [("active units", f"{values['active_units']} of {total}", f"variance of E[z|x] over {ACTIVE_VARIANCE}")]

@@ -1,9 +1,9 @@
 r"""Compiled: a pair's draws for log p(x) as one graph of tensor operations, run for every block of data.
 
-The graph (see `graphs`) is (parameters and buffers, x) -> log w of shape (k, n). What does not depend on the particles
-(the encoder, a prior's components) is computed once for each block of rows; the rest is compiled and run on tiles, of
-as many rows and particles as stay in the processor's cache. Tiles at the edges are filled up with copies of a row, or
-with draws that are thrown away, so that one shape serves all.
+The graph (see `graphs`) is (parameters and buffers, x, *given) -> log w of shape (k, n). What does not depend on the
+particles (the encoder, a prior's components) is computed once for each block of rows; the rest is compiled and run on
+tiles, of as many rows and particles as stay in the processor's cache. Tiles at the edges are filled up with copies of a
+row, or with draws that are thrown away, so that one shape serves all.
 
 A graph would freeze whatever Python decides from numbers other than tensors (Python's random, a changed global). So
 the first tile of *every* block is computed by the pair itself as well, with the same noise. Where that does not agree,
@@ -12,7 +12,7 @@ or the pair cannot be traced, the pair itself is run, and one warning says why.
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -55,15 +55,15 @@ TOLERANCE_BF16 = (1e-2, 1.0)
 
 
 class Draws(nn.Module):
-    """Log-weights of a fixed number of draws, as a torch module of x."""
+    """Log-weights of a fixed number of draws, as a torch module of x and what is given."""
 
     def __init__(self, proposal: Proposal, pair: Pair, num_particles: int) -> None:
         super().__init__()
         self.proposal, self.pair, self.num_particles = proposal, pair, num_particles
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Log-weights (k, n) in nats of draws for x (n, *event)."""
-        return self.proposal(self.pair.model, self.pair.guide, x)(self.num_particles)
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """Log-weights (k, n) in nats of draws for n rows of data."""
+        return self.proposal(self.pair, Batch(tensors[0], tensors[1:]))(self.num_particles)
 
 
 class Program:
@@ -71,41 +71,42 @@ class Program:
 
     Args:
         draws: The pair.
-        x: n rows of data, of which only the shape matters.
+        batch: n rows of data, of which only the shapes matter.
         half: Whether matrix products of particles are in bfloat16.
     """
 
-    def __init__(self, draws: Draws, x: Tensor, half: bool) -> None:
-        self.draws, self.rows, self.half = draws, len(x), half
-        graph = trace(draws, x)
+    def __init__(self, draws: Draws, batch: Batch, half: bool) -> None:
+        self.draws, self.rows, self.half = draws, len(batch), half
+        graph = trace(draws, *batch.tensors)
         # Checked as it was traced too where its products are rounded, which would hide a difference.
-        self.traced = trace(draws, x) if half else None
-        rewrite(graph, log_of_products, *[fast_tanh] * (x.device.type == "cpu"), *[half_products] * half)
+        self.traced = trace(draws, *batch.tensors) if half else None
+        rewrite(graph, log_of_products, *[fast_tanh] * (batch.x.device.type == "cpu"), *[half_products] * half)
         self.before, after = split(graph, (draws.num_particles, self.rows))
         self.after = compile_graph(after)
 
-    def prepare(self, x: Tensor) -> list[tuple[Tensor, ...]]:
-        """What the draws for x (N, *event) start from, for each tile of rows."""
-        tensors = [t.detach() for t in state(self.draws).values()]
-        return [self.before(*tensors, self.filled(rows)) for rows in x.split(self.rows)]
+    def prepare(self, batch: Batch) -> list[tuple[Tensor, ...]]:
+        """What the draws for N rows of data start from, for each tile of them."""
+        values = [t.detach() for t in state(self.draws).values()]
+        return [self.before(*values, *self.filled(rows)) for rows in batch.split(self.rows)]
 
-    def filled(self, x: Tensor) -> Tensor:
-        """x with its first row repeated until it fills a tile."""
-        return torch.cat([x, x[:1].expand(self.rows - len(x), *x.shape[1:])]) if len(x) < self.rows else x
+    def filled(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The tensors of a batch with its first row repeated until it fills a tile."""
+        missing = self.rows - len(batch)
+        return tuple(torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) if missing else t for t in batch.tensors)
 
-    def check(self, x: Tensor, start: tuple[Tensor, ...]) -> Tensor:
+    def check(self, batch: Batch, start: tuple[Tensor, ...]) -> Tensor:
         """Compare a tile with the pair's own on the same noise; the difference of their estimates, shape (n,).
 
         Raises:
             Refused: they differ by more than rounding.
         """
-        x = self.filled(x[: self.rows])
-        with same_noise(x.device):
-            wanted = self.draws(x)
+        tensors, device = self.filled(batch[: self.rows]), batch.x.device
+        with same_noise(device):
+            wanted = self.draws(*tensors)
         if self.traced is not None:
-            with same_noise(x.device):
-                compare(self.traced(*(t.detach() for t in state(self.draws).values()), x), wanted)
-        with same_noise(x.device):
+            with same_noise(device):
+                compare(self.traced(*(t.detach() for t in state(self.draws).values()), *tensors), wanted)
+        with same_noise(device):
             got = self.after(*start)
         compare(got, wanted, TOLERANCE_BF16 if self.half else None)
         return torch.logsumexp(got.double(), 0) - torch.logsumexp(wanted.double(), 0)
@@ -169,38 +170,38 @@ class Compiled:
         all_of_them = torch.cat([torch.zeros(0), *self.differences])
         return all_of_them.mean().item(), (all_of_them.std() / math.sqrt(max(1, len(all_of_them)))).item()
 
-    def __call__(self, model: Callable, guide: Callable, x: Tensor) -> Sampler:
-        if self.precision == "bf16" and x.dtype != torch.float32:
-            raise UsageError(f"precision: bf16 is for data and models in single precision, got x of {x.dtype}")
-        plain = cast(Sampler, self.proposal(model, guide, x))
+    def __call__(self, pair: Pair, batch: Batch) -> Sampler:
+        if self.precision == "bf16" and batch.x.dtype != torch.float32:
+            raise UsageError(f"precision: bf16 is for data and models in single precision, got x of {batch.x.dtype}")
+        plain = cast(Sampler, self.proposal(pair, batch))
         starts: list[tuple[Tensor, ...]] = []
 
         @torch.no_grad()
         def sample(k: int) -> Tensor:
-            key = (model, guide, x.shape[1:], x.dtype, x.device)
+            key = (pair.model, pair.guide, *((t.shape[1:], t.dtype, t.device) for t in batch.tensors))
             given_up = key in self.programs and self.programs[key] is None
             if not starts and not given_up:  # the first draws of this block
                 # The graph validates nothing: whatever the pair has to say about these rows, it says here.
-                with same_noise(x.device):
+                with same_noise(batch.x.device):
                     plain(1)
-                self.start(key, starts, x, k)
+                self.start(key, starts, pair, batch, k)
             program = self.programs[key]
-            return plain(k) if program is None else run(program, starts, k, len(x))
+            return plain(k) if program is None else run(program, starts, k, len(batch))
 
         return Sampler(sample, plain.at)
 
-    def start(self, key: tuple, starts: list[tuple[Tensor, ...]], x: Tensor, k: int) -> None:
+    def start(self, key: tuple, starts: list[tuple[Tensor, ...]], pair: Pair, batch: Batch, k: int) -> None:
         """Prepare a block, after compiling if it is the first, and check its first tile."""
         try:
             if key not in self.programs:
-                rows, particles = tile(x, k)
-                draws = Draws(self.proposal, Pair(*key[:2]), particles)
-                self.programs[key] = Program(draws, x[:rows], self.precision == "bf16")
+                rows, particles = tile(batch, k)
+                draws = Draws(self.proposal, pair, particles)
+                self.programs[key] = Program(draws, batch[:rows], self.precision == "bf16")
             program = self.programs[key]
             assert program is not None
-            starts.extend(program.prepare(x))
-            difference = program.check(x, starts[0])
-            self.differences.append(difference[: len(x)].cpu())
+            starts.extend(program.prepare(batch))
+            difference = program.check(batch, starts[0])
+            self.differences.append(difference[: len(batch)].cpu())
         except Exception as error:
             self.programs[key] = None
             starts.clear()
@@ -216,9 +217,9 @@ def run(program: Program, starts: list[tuple[Tensor, ...]], k: int, rows: int) -
     return torch.cat(columns, 1)[:, :rows]
 
 
-def tile(x: Tensor, k: int) -> tuple[int, int]:
+def tile(batch: Batch, k: int) -> tuple[int, int]:
     """How many of the rows and of k particles to compute at once."""
-    size = x[0].numel()
+    x, size = batch.x, sum(tensor[0].numel() for tensor in batch.tensors)
     if x.device.type == "cpu":
         most = max(1, BYTES_ON_CPU // (size * x.element_size()))
     else:
@@ -234,14 +235,16 @@ def even(total: int, most: int) -> int:
     return total if total <= most else min(sizes, key=lambda size: (math.ceil(total / size) * size, -size))
 
 
-def worth_compiling(model: Callable, guide: Callable, x: Tensor, num_particles: int) -> bool:
+def worth_compiling(
+    model: Callable, guide: Callable, x: Tensor, num_particles: int, given: Sequence[Tensor] = ()
+) -> bool:
     """Whether an evaluation is long enough to repay compiling, by its floating-point operations."""
-    few = x[:100]
+    pair, few = Pair(model, guide), Batch.of(x, given)[:100]
     counts = []
     with torch.no_grad(), same_noise(x.device):
         for k in (1, 2):
             with FlopCounterMode(display=False) as counter:
-                draw(Pair(model, guide), Batch(few), k)
+                draw(pair, few, k)
             counts.append(counter.get_total_flops())
     work = (counts[1] - counts[0]) * num_particles * len(x) / len(few)
     return work >= (WORTH_ON_CPU if x.device.type == "cpu" else WORTH_ON_GPU)

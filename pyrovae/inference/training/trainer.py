@@ -463,7 +463,7 @@ class Trainer:
                 f"{tuple(self.validation.x.shape[1:])}"
             )
         of_particles = self.objective.of_particles
-        with undone(self.pair.model, self.pair.guide), self.diagnosing(batch, rows):
+        with undone(self.pair), self.diagnosing(batch, rows):
             self.examine(batch)
             # Fewer rows than a step has, for the memory of all particles at once.
             self.probe(batch[:2] if of_particles and not self.whole else batch)
@@ -481,18 +481,18 @@ class Trainer:
 
     def examine(self, batch: Batch) -> None:
         """Refuse a pair that cannot be trained, on a batch as steps have them."""
-        model, guide, total = self.pair.model, self.pair.guide, len(self.data)
+        guide, total = self.pair.guide, len(self.data)
         per_row = bool(automatic(guide))
         declared = poutine.trace(param_only=True)
         try:
             if not per_row or self.settings.batch_size == total:
                 if self.objective.of_particles:
                     check_automatic(guide)
-                set_up(guide, batch.x)
+                set_up(guide, batch)
                 with declared:
-                    findings = examine(model, guide, batch.x, total=total) if self.objective.of_particles else None
+                    findings = examine(self.pair, batch, total=total) if self.objective.of_particles else None
                 self.whole = per_row or (findings is not None and findings.whole)
-                self.no_density = findings.no_density if findings else why_no_density(model, guide, batch.x)
+                self.no_density = findings.no_density if findings else why_no_density(self.pair, batch)
         except Exception as error:
             stored = [site["value"] for site in declared.trace.nodes.values() if site["type"] == "param"]
             per_row = any(total in p.shape[:1] for p in (*self.pair.parameters(), *stored))
@@ -767,7 +767,7 @@ class Trainer:
         """What `measure` finds on the validation rows."""
         assert self.validation is not None
         reseed(derive_seed(self.settings.seed, "validation"), self.device)
-        batches = (batch.x for batch in self.validation.split(max(self.settings.batch_size, 100)))
+        batches = self.validation.split(max(self.settings.batch_size, 100))
         with evaluating(self.pair.model, self.pair.guide):
             try:
                 return measure(self.pair.model, self.pair.guide, batches, self.objective, self.settings.particle_chunk)

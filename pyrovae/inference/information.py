@@ -1,0 +1,100 @@
+r"""What the latents say of the data: the KL of a pair split by the aggregate posterior.
+
+With the aggregate posterior of N data, q(z) = (1/N) sum_n q(z|x_n), the KL splits into what z says about which datum
+it was drawn for, and how far the aggregate posterior is from the prior:
+
+    E KL(q(z|x) || p(z)) = I(x; z) + KL(q(z) || p(z))
+    I(x; z)              = E log q(z|x) - log q(z)             at most log N
+    KL(q(z) || p(z))     = E log q(z) - log p(z)
+
+A row that is given a label y has q(z|x, y) and p(z|y) for q(z|x) and p(z): z is then also told what the row was given.
+
+References:
+    Hoffman and Johnson 2016, ELBO surgery, http://approximateinference.org/2016/accepted/HoffmanJohnson2016.pdf
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from pyrovae.checks import check_count
+from pyrovae.errors import PairError
+from pyrovae.inference.batch import Batch
+from pyrovae.inference.estimate import Estimate, of_draws
+from pyrovae.inference.modules import evaluating
+from pyrovae.inference.pair import Pair
+from pyrovae.inference.precision import in_single_precision
+from pyrovae.inference.proposals import density
+from pyrovae.inference.weights import draw
+
+# Elements of latents whose densities under the guide are taken at once: 64 MiB in single precision.
+LATENTS_AT_ONCE = 2**24
+
+
+@dataclass(frozen=True)
+class Information:
+    """E KL(q(z|x) || p(z)) split by the aggregate posterior of N rows.
+
+    Attributes:
+        mutual_information: log q(z|x_n) - log q(z): its mean is I(x; z).
+        aggregate_kl: log q(z) - log p(z): its mean is KL(q(z) || p(z)), the distance to the prior.
+        kl: log q(z|x_n) - log p(z), the sum of the two, draw by draw.
+    """
+
+    mutual_information: Estimate
+    aggregate_kl: Estimate
+    kl: Estimate
+
+    @property
+    def limit(self) -> float:
+        """log N, which the mutual information of N rows cannot exceed."""
+        return math.log(len(self.kl.values))
+
+    @property
+    def at_limit(self) -> bool:
+        """Within a nat of its limit: it says little more than that the rows can be told apart by z."""
+        return self.mutual_information.mean > self.limit - 1
+
+
+@torch.no_grad()
+@in_single_precision
+def split_kl(pair: Pair, batch: Batch, num_particles: int = 10) -> Information:
+    """I(x; z) under the guide and KL(q(z) || p(z)), with q(z) the aggregate posterior of all the rows.
+
+    Both are plug-in estimates: for data of the kind at large, I(x; z) is too low on average and KL(q(z) || p(z)) too
+    high, the more the closer I(x; z) is to log N. The influence of a row on either is its own value, so that
+    `error_over_rows` holds although q(z) is made of the same rows.
+
+    Args:
+        pair: The pair.
+        batch: N rows.
+        num_particles: Draws for each row; at least 2, for an error.
+
+    Raises:
+        UsageError: num_particles < 2.
+        PairError: the guide has auxiliary sites, so that q(z|x) is not known.
+    """
+    check_count("num_particles", num_particles, 2)
+    own, aggregate, log_prior = [], [], []
+    with evaluating(pair):
+        for _ in range(num_particles):
+            blocks = [draw(pair, block, 1) for block in batch.split(200)]
+            latents = blocks[0].latents
+            if auxiliary := set(blocks[0].log_guides) - set(latents):
+                raise PairError(f"guide site '{min(auxiliary)}' is auxiliary, so that q(z|x) alone is not known")
+            # Every row's draw as a particle, which is then evaluated at every row: log q(z_k|x_j) for all (k, j).
+            z = {site: torch.cat([b.latents[site].value[0] for b in blocks])[:, None] for site in latents}
+            size = sum(values[0].numel() * max(1, values.shape[-1]) for values in z.values())  # of a covariance
+            pieces = []
+            for rows in torch.arange(len(batch), device=batch.x.device).split(
+                max(1, LATENTS_AT_ONCE // (size * len(batch)))
+            ):
+                values = {site: v[rows].expand(-1, len(batch), *v.shape[2:]) for site, v in z.items()}
+                pieces.append(density(pair, batch, values).double())
+            log_q = torch.cat(pieces)
+            own.append(log_q.diagonal())
+            aggregate.append(torch.logsumexp(log_q, 1) - math.log(len(batch)))
+            log_prior.append(torch.cat([b.log_prior[0] for b in blocks]).double())
+    q, mean_q, p = torch.stack(own), torch.stack(aggregate), torch.stack(log_prior)
+    return Information(of_draws(q - mean_q), of_draws(mean_q - p), of_draws(q - p))
