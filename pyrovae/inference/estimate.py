@@ -1,8 +1,10 @@
 """Estimates: a value for each datum with its Monte Carlo error, in nats."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -43,3 +45,8 @@ def of_draws(values: Tensor) -> Estimate:
     """The mean of independent draws (K, N), for each datum."""
     values = values.double().cpu()
     return Estimate(values.mean(0), values.std(0) / math.sqrt(len(values)))
+
+
+def joined(parts: Sequence[Estimate]) -> Estimate:
+    """Estimates of several blocks of rows as one."""
+    return Estimate(torch.cat([part.values for part in parts]), torch.cat([part.errors for part in parts]))

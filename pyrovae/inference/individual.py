@@ -37,13 +37,13 @@ from torch import Tensor
 from pyrovae.checks import check_count
 from pyrovae.errors import UsageError
 from pyrovae.inference.batch import Batch
+from pyrovae.inference.gaussians import FAMILIES
 from pyrovae.inference.modules import evaluating
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.proposals import Sampler, is_positive, particles_in
 from pyrovae.inference.unconstrained import Unconstrained
 from pyrovae.inference.weights import draw
 
-FAMILIES = ("diagonal", "full")
 RATE = 0.3
 # For "full", RATE is at most this times sqrt(draws / U): each step multiplies L by a noise of relative variance
 # rate^2 U / draws, and a walk of several hundred steps diverges when that is above about 0.15.

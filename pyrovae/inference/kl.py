@@ -1,12 +1,11 @@
 """KL(q || p) of the latent sites of a pair: in closed form where there is one, else at the draws."""
 
-from typing import Any
-
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyrovae.inference.gaussians import with_covariance
 from pyrovae.inference.weights import Latent, Particles
 
 
@@ -46,12 +45,3 @@ def analytic_kl(latent: Latent) -> Tensor | None:
         return kl_divergence(q, with_covariance(latent.prior, q))
     except NotImplementedError:
         return None
-
-
-def with_covariance(p: Any, q: Any) -> Any:
-    """A factorised Gaussian p as a multivariate one when q is, since torch has no KL between the two classes."""
-    correlated = isinstance(q, dist.MultivariateNormal | dist.LowRankMultivariateNormal)
-    factorised = isinstance(p, dist.Independent) and isinstance(p.base_dist, dist.Normal)
-    if correlated and factorised and p.event_dim == 1:
-        return dist.MultivariateNormal(p.mean, scale_tril=torch.diag_embed(p.stddev))
-    return p

@@ -189,7 +189,13 @@ class Inflate(Messenger):
 
     def _pyro_sample(self, msg: dict) -> None:
         if self.factor != 1 and not msg["is_observed"] and type(msg["fn"]).__name__ != "_Subsample":
-            msg["fn"] = inflated(msg["fn"], self.factor, msg["name"])
+            try:
+                msg["fn"] = inflated(msg["fn"], self.factor)
+            except NotImplementedError as error:
+                raise PairError(
+                    f"guide site '{msg['name']}': {error} cannot be widened, since it is no Gaussian; use "
+                    "Widened(scales=(1,)), which mixes the guide as it is with the prior"
+                ) from None
 
 
 def particles_in(values: dict[str, Tensor]) -> int:

@@ -32,15 +32,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from pyrovae.checks import check_count
 from pyrovae.errors import UsageError
 from pyrovae.inference.batch import Batch
-from pyrovae.inference.estimate import Estimate
-from pyrovae.inference.individual import FAMILIES, Individual
+from pyrovae.inference.estimate import Estimate, joined
+from pyrovae.inference.gaussians import FAMILIES, family
+from pyrovae.inference.individual import Individual
 from pyrovae.inference.information import Information, split_kl
 from pyrovae.inference.marginal import LogMarginal, block_of, join, summarise
 from pyrovae.inference.modules import evaluating
@@ -52,11 +52,6 @@ from pyrovae.inference.validity import check_pair
 from pyrovae.inference.weights import draw
 from pyrovae.seeding import seeded
 
-WRAPPERS = (
-    dist.ExpandedDistribution,
-    torch.distributions.Independent,
-    torch.distributions.TransformedDistribution,
-)
 # Each quantity as a sum of log p(x), taken so many times, and of the ELBOs of proposals, taken so many times.
 QUANTITIES: dict[str, tuple[float, dict[str, float]]] = {
     "gap": (1, {"guide": -1}),
@@ -84,7 +79,10 @@ class Gaps:
         elbo: Of the guide.
         best_elbo: Of the best Gaussian of the guide's family.
         full_elbo: Of the best full-covariance Gaussian.
-        family: Of the guide, "diagonal" or "full".
+        family: Of the Gaussians that the guide is compared with, "diagonal" or "full".
+        guide_family: Of the guide itself: "diagonal", "full", or "other" where it is not known to be a Gaussian, as a
+            flow or a hierarchy is not. It is compared with full-covariance Gaussians then, of which it is none: it may
+            be better than the best of them, and the amortisation gap below 0.
         num_particles: K, of each proposal.
         units: KL and variance of each latent dimension.
         information: I(x; z), and the distance of the aggregate posterior from the prior.
@@ -100,6 +98,7 @@ class Gaps:
     best_elbo: Estimate
     full_elbo: Estimate
     family: str
+    guide_family: str
     num_particles: int
     units: Units
     information: Information
@@ -125,8 +124,8 @@ def gaps(
         guide: Pyro guide, called as guide(x, *given).
         x: Data, shape (N, *event).
         num_particles: K, drawn from the guide and from each fitted Gaussian.
-        family: Of the Gaussians that the guide is compared with, "diagonal" or "full"; None: the guide's own, see
-            `family_of`.
+        family: Of the Gaussians that the guide is compared with, "diagonal" or "full"; None: the guide's own, or
+            "full" where it has none, see `family_of`.
         individual: How Gaussians are fitted; its family and widening are not used.
         chunk_size: Particles evaluated at once, for a block of rows. None: as many as fit in a fixed memory.
         progress: Called with the number of rows done after each block of rows.
@@ -149,39 +148,39 @@ def gaps(
 
     rows, chunk = block_of(batch, num_particles, chunk_size)
     check_pair(pair, batch, rows).by_parts("gaps")
-    with random("family"), evaluating(pair):
-        family = family or family_of(pair, batch[:1])
-    method = individual or Individual()
-    marginals: list[LogMarginal] = []
-    estimates: dict[str, list[Estimate]] = {name: [] for name in QUANTITIES}
+    blocks: list[tuple[LogMarginal, dict[str, Estimate]]] = []
     with evaluating(pair):
+        # To name the guide's family takes draws, which move the caller's random state only where they decide something.
+        with random("family") if family is None else seeded("family", device=x.device):
+            guide_family = family_of(pair, batch[:1])
+        family = family or ("full" if guide_family == "other" else guide_family)
+        method = replace(individual or Individual(), family=family)
         for start in range(0, len(batch), rows):
             with random("rows", start):
-                marginal, parts = of_block(pair, batch[start : start + rows], num_particles, family, method, chunk)
-            marginals.append(marginal)
-            for name, part in parts.items():
-                estimates[name].append(part)
+                blocks.append(of_block(pair, batch[start : start + rows], num_particles, method, chunk))
             if progress is not None:
                 progress(min(start + rows, len(batch)))
         with random("units"):
             about_units, about_x = use_of_units(pair, batch), split_kl(pair, batch)
-    joined = {
-        name: Estimate(torch.cat([p.values for p in parts]), torch.cat([p.errors for p in parts]))
-        for name, parts in estimates.items()
-    }
     return Gaps(
-        join(marginals), **joined, family=family, num_particles=num_particles, units=about_units, information=about_x
+        join([marginal for marginal, _ in blocks]),
+        **{name: joined([parts[name] for _, parts in blocks]) for name in QUANTITIES},
+        family=family,
+        guide_family=guide_family,
+        num_particles=num_particles,
+        units=about_units,
+        information=about_x,
     )
 
 
 @torch.no_grad()
 def of_block(
-    pair: Pair, batch: Batch, num_particles: int, family: str, method: Individual, chunk: int
+    pair: Pair, batch: Batch, num_particles: int, method: Individual, chunk: int
 ) -> tuple[LogMarginal, dict[str, Estimate]]:
     """log p(x) and every quantity of some rows."""
     space = Unconstrained(pair, batch)
-    fitted = {"own": replace(method, family=family).fit(pair, batch)}
-    if family != "full":
+    fitted = {"own": method.fit(pair, batch)}
+    if method.family != "full":
         fitted["full"] = replace(method, family="full").fit(pair, batch)
     proposals = ["guide", *fitted]
     log_w: dict[str, Tensor] = {}  # of each proposal's draws, by itself and in the mixture
@@ -227,17 +226,16 @@ def of_block(
 
 @torch.no_grad()
 def family_of(pair: Pair, batch: Batch) -> str:
-    """The family of a guide over all its latents together: "diagonal", or "full" for everything beyond.
+    """The family of a guide over all its latents together: "diagonal", "full", or "other" where that is not known.
 
-    It is diagonal where every site is a factorised Gaussian (or a transformed one) that depends on no other site.
+    It is a Gaussian where every site is one (or a transformed one) that depends on no other site, and diagonal where
+    every site is.
     """
-    for latent in draw(pair, batch, 2).latents.values():
-        q = latent.guide
-        while isinstance(q, WRAPPERS):
-            q = q.base_dist
-        if not isinstance(q, torch.distributions.Normal):
-            return "full"
-        for parameter in (q.loc, q.scale):
-            if not torch.equal(parameter, parameter[:1].expand_as(parameter)):
-                return "full"
-    return "diagonal"
+    latents = draw(pair, batch, 2).latents.values()
+    for latent in latents:
+        # A site that depends on others has another density for each particle.
+        log_q = latent.guide.log_prob(latent.value[:1].expand_as(latent.value))
+        if not torch.allclose(log_q[0], log_q[1]):
+            return "other"
+    families = {family(latent.guide) for latent in latents}
+    return "other" if "other" in families else "full" if "full" in families else "diagonal"

@@ -90,6 +90,7 @@ def report(result: "Gaps", rows: "Rows", split: str, seed: int, device: str) -> 
         "rows_in_split": len(getattr(rows, split)),
         "K": result.num_particles,
         "family": result.family,
+        "guide_family": result.guide_family,
         "estimator": p.estimator,
         "draws": p.num_particles,
         "verdict": judgement.kind,
@@ -162,6 +163,11 @@ def describe(name: str, values: Report) -> str:
         lines.append(f"  {label:<34}{shown:>24}{'':>23}{note}")
     lines.append("")
     remark(f"log p(x): {values['verdict']}, {values['reason']}. {values['draws']} draws, by {values['estimator']}.")
+    if values["guide_family"] == "other":
+        remark(
+            f"The guide is not known to be a Gaussian: it is compared with {family} ones, and may be better than the "
+            "best of them, with an amortisation gap below 0."
+        )
     if values["mutual_information_at_limit"]:
         remark(
             f"I(x; z) is at its limit, the log of the number of rows: all that it says is that z tells these "
