@@ -4,11 +4,14 @@ from pyrovae.models.conditional import AmortisedPrior as AmortisedPrior
 from pyrovae.models.conditional import ConditionalPrior as ConditionalPrior
 from pyrovae.models.conditional import ConditionalVAE as ConditionalVAE
 from pyrovae.models.conditional import UnconditionalPrior as UnconditionalPrior
+from pyrovae.models.exact import PPCA as PPCA
+from pyrovae.models.exact import Exact as Exact
 from pyrovae.models.guides import FullCovarianceNormal as FullCovarianceNormal
 from pyrovae.models.guides import Guide as Guide
 from pyrovae.models.guides import LowRankNormal as LowRankNormal
 from pyrovae.models.guides import MeanFieldNormal as MeanFieldNormal
 from pyrovae.models.likelihoods import Bernoulli as Bernoulli
+from pyrovae.models.likelihoods import ContinuousBernoulli as ContinuousBernoulli
 from pyrovae.models.likelihoods import Gaussian as Gaussian
 from pyrovae.models.likelihoods import Likelihood as Likelihood
 from pyrovae.models.mixture import BernoulliMixture as BernoulliMixture
@@ -17,6 +20,7 @@ from pyrovae.models.networks import MLP as MLP
 from pyrovae.models.networks import ConvDecoder as ConvDecoder
 from pyrovae.models.networks import ConvEncoder as ConvEncoder
 from pyrovae.models.networks import Network as Network
+from pyrovae.models.priors import FlowPrior as FlowPrior
 from pyrovae.models.priors import MixtureOfGaussians as MixtureOfGaussians
 from pyrovae.models.priors import Prior as Prior
 from pyrovae.models.priors import StandardNormal as StandardNormal

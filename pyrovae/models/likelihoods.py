@@ -19,6 +19,7 @@ from torch.nn.functional import softplus
 from pyrovae.errors import DataError, UsageError
 from pyrovae.models.networks import Network
 from pyrovae.models.priors import inverse_softplus
+from pyrovae.models.tilted_uniform import TiltedUniform, eta_of
 
 
 class Likelihood(nn.Module, ABC):
@@ -175,6 +176,38 @@ class Gaussian(Likelihood):
         if not isinstance(self.scale, str) or self.floor == 0:
             return 0.0
         return (self.loc_and_scale(z)[1] < 1.01 * self.floor * self.unit).double().mean().item()
+
+
+class ContinuousBernoulli(Likelihood):
+    """A density on [0,1]^D: independent pixels with p(x) proportional to exp(output * x).
+
+    For grey levels, which are dequantised as for a Gaussian: its log p(x) is of the same rows and the same measure, and
+    may share a column with a Gaussian's.
+
+    References:
+        Loaiza-Ganem and Cunningham 2019, The continuous Bernoulli, https://arxiv.org/abs/1907.06845
+    """
+
+    measure = "density"
+
+    def __init__(self, decoder: Network) -> None:
+        super().__init__(decoder, decoder.out_shape)
+
+    def forward(self, z: Tensor) -> dist.Distribution:
+        return TiltedUniform(self.decoder(z), validate_args=False).to_event(len(self.event_shape))
+
+    def initialise(self, x: Tensor) -> None:
+        """Start each pixel at the mean of x, clipped to [0.001, 0.999]."""
+        set_output_bias(self.decoder, eta_of(x.mean(0).clamp(1e-3, 1 - 1e-3)))
+
+    def check_support(self, x: Tensor) -> None:
+        wrong = ~((x >= 0) & (x <= 1))  # NaN too
+        if wrong.any():
+            low, high = x.min().item(), x.max().item()
+            raise DataError(
+                f"x: a continuous Bernoulli likelihood has support [0, 1], got values from {low:g} to {high:g} with "
+                f"{int(wrong.sum())} elements outside; rescale them or use a Gaussian likelihood"
+            )
 
 
 def set_output_bias(network: Network, value: Tensor) -> None:

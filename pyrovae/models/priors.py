@@ -6,14 +6,19 @@ one, subclass `Prior`, call `super().__init__(latent_dim)`, and return the distr
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import partial
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.transforms import AffineCoupling, Permute
 from torch import Tensor, nn
+from torch.distributions.transforms import Transform
 from torch.nn.functional import softplus
 
 from pyrovae.errors import UsageError
 from pyrovae.models.guides import Guide
+from pyrovae.models.networks import MLP, Network
 
 
 class Prior(nn.Module, ABC):
@@ -117,6 +122,56 @@ class VampPrior(Prior):
             self.pseudo_inputs.copy_(x[rows])
             # A repeated row would stay a copy of itself for ever: break the tie.
             self.pseudo_inputs.add_(0.01 * torch.randn_like(self.pseudo_inputs))
+
+
+class FlowPrior(Prior):
+    r"""A RealNVP flow from N(0, I), with its exact density.
+
+    z = f_L ... f_1(u), u ~ N(0, I). Each f is affine in half of the elements, with a shift and a scale that a network
+    computes from the other half, so that its inverse and Jacobian are as cheap as f; the order of the elements is
+    reversed in between:
+
+        f(u) = [u_1, m(u_1) + exp(s(u_1)) u_2]      log p(z) = log N(u; 0, I) - sum_l sum_d s_l
+
+    m and s are a tenth of what the networks put out, so that the prior starts near the standard normal.
+
+    Args:
+        latent_dim: Z, at least 2.
+        layers: Number of couplings, L.
+        hidden: Width of the two hidden layers of each coupling's network.
+
+    References:
+        Dinh, Sohl-Dickstein and Bengio 2017, Density estimation using Real NVP, https://arxiv.org/abs/1605.08803
+    """
+
+    short = ("flow", "realnvp")
+    loc: Tensor
+    backwards: Tensor
+
+    def __init__(self, latent_dim: int, layers: int = 6, hidden: int = 64) -> None:
+        super().__init__(latent_dim)
+        if latent_dim < 2:
+            raise UsageError(f"latent_dim: a flow couples at least 2 elements, got {latent_dim}; use another prior")
+        self.kept = latent_dim // 2  # how many elements a coupling leaves as they are
+        moved = latent_dim - self.kept
+        networks = [MLP(self.kept, (2, moved), (hidden, hidden), activation="silu") for _ in range(layers)]
+        self.networks: Sequence[Network] = nn.ModuleList(networks)  # type: ignore[assignment]
+        self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
+        self.register_buffer("backwards", torch.arange(latent_dim - 1, -1, -1), persistent=False)
+
+    def forward(self) -> dist.Distribution:
+        # Made anew at each call: Pyro's transforms keep what they last computed, which a pair must not carry along.
+        flow: list[Transform] = []
+        for network in self.networks:
+            flow += [AffineCoupling(self.kept, partial(shift_and_log_scale, network)), Permute(self.backwards)]
+        base = dist.Normal(self.loc, torch.ones_like(self.loc)).to_event(1)
+        return dist.TransformedDistribution(base, flow)
+
+
+def shift_and_log_scale(network: Network, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """m and s of an affine coupling, each (*batch, moved), for the elements that it keeps, (*batch, kept)."""
+    shift, log_scale = (0.1 * network(kept)).unbind(-2)
+    return shift, log_scale
 
 
 def check_components(components: int) -> None:

@@ -1,0 +1,175 @@
+r"""Models with an exact log p(x), the baselines of those whose log p(x) is estimated; probabilistic PCA is one.
+
+Probabilistic PCA is the linear Gaussian model of Q latent dimensions,
+
+    z ~ N(0, I_Q)      x = W z + mu + s e,  e ~ N(0, I_D)      p(x) = N(x; mu, W W^T + s^2 I)
+
+With l_1 >= ... >= l_D the eigenvalues of the rows' covariance (over N, not N - 1) and U_Q the eigenvectors of the first
+Q, its likelihood is highest at
+
+    mu = mean of x      s^2 = (l_{Q+1} + ... + l_D) / (D - Q)      W = U_Q diag(l_1 - s^2, ..., l_Q - s^2)^{1/2}
+
+which needs no iteration. A VAE with a linear decoder and a Gaussian likelihood of one scale is this model.
+
+References:
+    Tipping and Bishop 1999, Probabilistic Principal Component Analysis, JRSS B 61
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions.transforms import ReshapeTransform
+
+from pyrovae.errors import DataError, UsageError
+from pyrovae.models.networks import check_samples
+
+RELATIVE_FLOOR = 1e-6  # of the mean variance of the rows
+BLOCK = 4096  # rows whose squares are summed at a time, in double precision
+
+
+class Exact(nn.Module, ABC):
+    """A model of rows x of shape (N, *event) whose log p(x) is in closed form.
+
+    Args:
+        event_shape: Shape of one datum; an int D means (D,).
+    Attributes:
+        measure: Of p(x), "density" or "mass".
+    Raises:
+        UsageError: a size of the event shape is below 1.
+    """
+
+    measure: ClassVar[str]
+
+    def __init__(self, event_shape: int | Sequence[int]) -> None:
+        super().__init__()
+        self.event_shape = torch.Size([event_shape] if isinstance(event_shape, int) else event_shape)
+        self.event_numel = self.event_shape.numel()
+        if not self.event_shape or min(self.event_shape) < 1:
+            raise UsageError(f"event_shape: expected positive sizes, got {tuple(self.event_shape)}; pass D for vectors")
+
+    @abstractmethod
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Exact log p(x) in nats, shape (N,); differentiable.
+
+        Raises:
+            UsageError: x does not have the model's event shape.
+            DataError: x is outside the support.
+        """
+
+    @abstractmethod
+    def sample(self, num_samples: int, mean: bool = False) -> Tensor:
+        """Draws of x from p(x), or of the means of p(x | z), shape (num_samples, *event)."""
+
+    @abstractmethod
+    def fit(self, x: Tensor, seed: int = 0) -> int:
+        """Maximise log p(x) over x of shape (N, *event) without a gradient; returns the iterations it took."""
+
+
+class PPCA(Exact):
+    """Exact baseline: probabilistic PCA, for densities.
+
+    Args:
+        event_shape: Shape of one datum; an int D means (D,).
+        components: Number of latent dimensions, Q, below D.
+    Raises:
+        UsageError: an argument is out of its range.
+    Example:
+        >>> x = torch.randn(100, 5) @ torch.randn(5, 5)
+        >>> model = PPCA(5, components=2)
+        >>> model.fit(x)
+        1
+        >>> model.log_prob(x).shape
+        torch.Size([100])
+    """
+
+    word = "ppca"
+    measure = "density"
+
+    def __init__(self, event_shape: int | Sequence[int], components: int = 10) -> None:
+        super().__init__(event_shape)
+        if not 1 <= components < self.event_numel:
+            raise UsageError(
+                f"components: expected a whole number from 1 to {self.event_numel - 1}, one below the elements of x, "
+                f"got {components}"
+            )
+        self.components = components
+        self.loc = nn.Parameter(torch.zeros(self.event_numel))
+        self.weight = nn.Parameter(torch.randn(self.event_numel, components) / math.sqrt(components))
+        self.log_scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self) -> dist.Distribution:
+        """p(x), batch shape (), the event shape of x."""
+        variances = (2 * self.log_scale).exp().expand(self.event_numel)
+        flat = dist.LowRankMultivariateNormal(self.loc, self.weight, variances)
+        return dist.TransformedDistribution(flat, [ReshapeTransform(flat.event_shape, self.event_shape)])
+
+    def model(self, x: Tensor) -> None:
+        """Pyro model: the site `x`, observed, in the plate `data`; z is integrated out."""
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", self(), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        """Pyro guide: empty, because there is nothing to infer."""
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        self._check(x)
+        return self().log_prob(x.to(self.loc))
+
+    @torch.no_grad()
+    def sample(self, num_samples: int, mean: bool = False) -> Tensor:
+        check_samples(num_samples)
+        z = torch.randn(num_samples, self.components, dtype=self.loc.dtype, device=self.loc.device)
+        x = self.loc + z @ self.weight.T
+        if not mean:
+            x = x + self.log_scale.exp() * torch.randn_like(x)
+        return x.unflatten(1, self.event_shape)
+
+    @torch.no_grad()
+    def fit(self, x: Tensor, seed: int = 0) -> int:
+        """Maximise log p(x) over x of shape (N, *event), in closed form; `seed` is not used.
+
+        s^2 is at least a millionth of the mean variance of the rows: constant elements would drive it to 0.
+
+        Returns:
+            1, for the one step that it takes.
+        Raises:
+            UsageError: x does not have the model's event shape, or no more rows than components.
+            DataError: x has values that are not finite, or no variance.
+        """
+        self._check(x)
+        if len(x) <= self.components:
+            raise UsageError(f"x: expected more rows than the {self.components} components, got {len(x)}; pass more")
+        mean, covariance = _moments(x.flatten(1))
+        values, vectors = torch.linalg.eigh(covariance)  # rising
+        floor = RELATIVE_FLOOR * values.mean().item()
+        if not floor > 0:
+            raise DataError("x: expected rows that differ, got variance 0; there is nothing to model")
+        noise = max(values[: -self.components].mean().item(), floor)
+        lengths = (values[-self.components :] - noise).clamp(min=0).sqrt()
+        self.loc.copy_(mean)
+        self.weight.copy_(vectors[:, -self.components :] * lengths)
+        self.log_scale.fill_(math.log(noise) / 2)
+        return 1
+
+    def _check(self, x: Tensor) -> None:
+        """Refuse x of another event shape, or that is not finite."""
+        if x.shape[1:] != self.event_shape or x.dim() == 0:
+            raise UsageError(f"x: expected event shape {tuple(self.event_shape)}, got a tensor of {tuple(x.shape)}")
+        if not x.isfinite().all():
+            raise DataError(f"x: expected finite values, got {int((~x.isfinite()).sum())} that are not")
+
+    def extra_repr(self) -> str:
+        return f"event_shape={tuple(self.event_shape)}, components={self.components}"
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean (D,) and covariance (D, D) of rows x (N, D), in double precision."""
+    mean = sum((rows.double().sum(0) for rows in x.split(BLOCK)), start=torch.zeros(())) / len(x)
+    centred = (rows.double() - mean for rows in x.split(BLOCK))
+    return mean, sum((rows.T @ rows for rows in centred), start=torch.zeros(())) / len(x)

@@ -1,0 +1,109 @@
+"""Probabilistic PCA: its log p(x) is exact, and its closed form is the maximum of the likelihood."""
+
+import math
+
+import pytest
+import torch
+from conftest import assert_mean
+from sklearn.decomposition import PCA
+from torch import Tensor
+from torch.distributions import MultivariateNormal
+from torch.testing import assert_close
+
+from pyrovae.errors import DataError, UsageError
+from pyrovae.models import PPCA
+
+D, Q = 6, 2
+
+
+def rows(count: int = 200, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Rows of an anisotropic Gaussian far from the origin."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(D, D, generator=generator, dtype=dtype) * torch.tensor(
+        [3.0, 2.0, 1.0, 0.5, 0.3, 0.2], dtype=dtype
+    )
+    return torch.randn(count, D, generator=generator, dtype=dtype) @ mixing.T + 5
+
+
+def fitted(x: Tensor, components: int = Q) -> PPCA:
+    model = PPCA(x.shape[1:], components).to(x.dtype)
+    assert model.fit(x) == 1
+    return model
+
+
+def test_log_prob_is_that_of_its_gaussian_written_out() -> None:
+    """N(x; mu, W W' + s^2 I) with the covariance inverted by brute force, also for images."""
+    x = rows()
+    model = fitted(x)
+    covariance = model.weight @ model.weight.T + (2 * model.log_scale).exp() * torch.eye(D, dtype=x.dtype)
+    assert_close(model.log_prob(x), MultivariateNormal(model.loc, covariance).log_prob(x))
+    images = x.unflatten(1, (1, 2, 3))
+    assert_close(fitted(images).log_prob(images), model.log_prob(x))
+
+
+@pytest.mark.parametrize("components", [1, 2, 5])
+def test_it_is_the_pca_of_scikit_learn(components: int) -> None:
+    """Row by row, once the variances are over N - 1, as scikit-learn has them."""
+    x = rows()
+    model = fitted(x, components)
+    with torch.no_grad():
+        model.weight.mul_(math.sqrt(len(x) / (len(x) - 1)))
+        model.log_scale.add_(0.5 * math.log(len(x) / (len(x) - 1)))
+    wanted = PCA(components, svd_solver="full").fit(x.numpy()).score_samples(x.numpy())
+    assert_close(model.log_prob(x), torch.from_numpy(wanted))
+
+
+def test_the_closed_form_is_the_maximum() -> None:
+    """The gradient vanishes there, other parameters are worse, and more components are better on the same rows."""
+    x = rows()
+    model = fitted(x)
+    best = model.log_prob(x).mean()
+    gradients = torch.autograd.grad(best, list(model.parameters()))
+    assert max(gradient.abs().max().item() for gradient in gradients) < 1e-9
+    for seed in range(5):
+        other = fitted(x)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        assert other.log_prob(x).mean() < best
+    values = [fitted(x, components).log_prob(x).mean().item() for components in range(1, D)]
+    assert values == sorted(values)
+
+
+def test_samples_are_of_its_density() -> None:
+    model = fitted(rows())
+    torch.manual_seed(0)
+    x, means = model.sample(20_000), model.sample(20_000, mean=True)
+    with torch.no_grad():
+        noise = (2 * model.log_scale).exp() * torch.eye(D, dtype=x.dtype)
+        for drawn, covariance in ((x, model.weight @ model.weight.T + noise), (means, model.weight @ model.weight.T)):
+            assert_mean(drawn, model.loc)
+            centred = drawn - model.loc
+            assert_mean((centred.unsqueeze(2) * centred.unsqueeze(1)).flatten(1), covariance.flatten())
+
+
+def test_single_precision_rows_and_constant_elements() -> None:
+    """Moments are summed in double precision; a constant element has the least variance and not none."""
+    x = rows(dtype=torch.float32)
+    assert_close(fitted(x).double().log_prob(x), fitted(x.double()).log_prob(x.double()), rtol=1e-5, atol=1e-5)
+    flat = torch.cat([rows()[:, :2], torch.ones(200, 4, dtype=torch.float64)], 1)
+    assert fitted(flat).log_prob(flat).isfinite().all()
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"components: expected a whole number from 1 to 5, .* got 6"):
+        PPCA(D, D)
+    with pytest.raises(UsageError, match="event_shape: expected positive sizes"):
+        PPCA(0)
+    model = PPCA(D, Q).double()
+    with pytest.raises(UsageError, match=r"x: expected event shape \(6,\), got a tensor of \(4, 5\)"):
+        model.log_prob(torch.zeros(4, 5))
+    with pytest.raises(UsageError, match="x: expected more rows than the 2 components, got 2"):
+        model.fit(rows(2))
+    with pytest.raises(DataError, match="x: expected finite values, got 1 that"):
+        model.log_prob(torch.full((1, D), 0.0).index_fill(1, torch.tensor([0]), math.nan))
+    with pytest.raises(DataError, match="variance 0"):
+        model.fit(torch.ones(10, D))
+    with pytest.raises(UsageError, match="num_samples"):
+        model.sample(0)
