@@ -1,8 +1,8 @@
 """Deep latent variable models in Pyro: declared pairs, bounds, and log p(x) that can be believed.
 
 The public names below are imported when they are first used, so that `import pyrovae` is cheap; it changes no global
-state. The commands own the names `pyrovae.fit`, `pyrovae.evaluate` and `pyrovae.compare`: the training loop is
-`pyrovae.inference.fit`.
+state. `train` makes a run of a `Recipe`, as the command does. The commands own the names `pyrovae.fit`,
+`pyrovae.evaluate` and `pyrovae.compare`: the training loop, for any pair, is `pyrovae.inference.fit`.
 """
 
 from importlib import import_module
@@ -34,10 +34,14 @@ if TYPE_CHECKING:
     from pyrovae.models import StandardNormal as StandardNormal
     from pyrovae.models import VampPrior as VampPrior
     from pyrovae.runs.directory import load as load
+    from pyrovae.runs.recipe import Recipe as Recipe
+    from pyrovae.runs.training import train as train
 
 # Public name -> the module that defines it.
 _HOME = {
     "load": "pyrovae.runs.directory",
+    "Recipe": "pyrovae.runs.recipe",
+    "train": "pyrovae.runs.training",
     "load_data": "pyrovae.data",
     **dict.fromkeys(("ELBO", "IWAE", "Renyi", "log_marginal", "log_weights"), "pyrovae.inference"),
     **dict.fromkeys(

@@ -9,9 +9,9 @@ from typing import Any
 from pyrovae.command import Stop, add_choices, add_option, given, main, parser, say, stop_waiting
 from pyrovae.data import SOURCES
 from pyrovae.errors import Interrupted, UsageError
-from pyrovae.processes import check_processes, several
+from pyrovae.processes import check_processes
 from pyrovae.runs.options import DERIVED, OPTIONS, PARTS, option, text
-from pyrovae.runs.recipe import Options, Recipe, overlaid
+from pyrovae.runs.recipe import Options, overlaid
 
 
 def options_parser() -> Any:
@@ -52,24 +52,15 @@ def command(words: Sequence[str]) -> int:
     output = {key: options.pop(key, None) for key in ("out", "resume", "overwrite", "no_plots", "debug")}
     for derived in DERIVED:
         options.pop(derived, None)
-    directory: str | None
-    if output["resume"]:
-        from pyrovae.runs.training import continued
-
-        directory = resumed_directory(output)
-        recipe = continued(directory, options)
-    else:
-        if "seed" not in options and several():
-            raise UsageError("--seed: several processes must be given one, so that they agree")
-        recipe = Recipe(**options)
-        directory = None if output["out"] is None else text("out", output["out"])
+    out = None if output["out"] is None else text("out", output["out"])
+    directory = resumed_directory(output) if output["resume"] else out
 
     from pyrovae.runs.training import train
 
     stop = Stop()
     try:
         train(
-            recipe,
+            options,
             directory,
             resume=bool(output["resume"]),
             overwrite=bool(output["overwrite"]),

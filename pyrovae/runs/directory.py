@@ -10,10 +10,12 @@ gaps.json            where the bound is lost
 plots/
 """
 
+import io
+import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pyrovae.errors import CheckpointError, DataError, OutputError, UsageError, one_line
-from pyrovae.files import inside, is_writable, read_yaml, refuse_links, write_atomically, write_json
+from pyrovae.files import inside, is_writable, read_bytes, read_yaml, refuse_links, write_atomically, write_json
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.training import checkpoint as checkpoints
 from pyrovae.runs import build
@@ -32,6 +34,7 @@ from pyrovae.runs.recipe import Recipe
 from pyrovae.seeding import seeded
 
 if TYPE_CHECKING:
+    import pandas as pd
     import torch
 
     from pyrovae.data import Rows
@@ -83,6 +86,35 @@ class Run:
             write_json(self.directory / name, values)
         elif say is not None:
             say(f"note: {self.directory} cannot be written to, so that neither {name} nor scores and figures are kept")
+
+    @property
+    def evaluation(self) -> dict[str, Any] | None:
+        """What evaluation.json says of the test rows, in nats per datum; None before there is one.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        return self.stored("evaluation.json", json.loads)
+
+    @property
+    def history(self) -> "pd.DataFrame | None":
+        """One row of measurements for each epoch, as in metrics.csv; None before there is one.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        import pandas as pd
+
+        return self.stored("metrics.csv", lambda content: pd.read_csv(io.BytesIO(content)))
+
+    def stored(self, name: str, parse: Callable[[bytes], Any]) -> Any:
+        """The content of one of its files; None if there is none."""
+        try:
+            return parse(read_bytes(inside(self.directory, name)))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.directory / name}: cannot be read ({error})") from error
 
     def rows(self) -> "Rows":
         """The rows it was trained on and is scored on, which are here already: nothing is downloaded.
@@ -235,8 +267,10 @@ def claim(directory: Path, recipe: Recipe, overwrite: bool) -> None:
         raise UsageError(f"--out {directory}: {error}; choose another --out") from error
     if overwrite:
         return
-    keys = differences(theirs, recipe)
-    what = f"a run of another configuration ({'; '.join(keys)})" if keys else "a run of this configuration"
+    # A seed that was drawn differs by itself.
+    keys = [key for key in theirs.plain() | recipe.plain() if key != "seed" or "seed" in recipe.given]
+    other = differences(theirs, recipe, keys)
+    what = f"a run of another configuration ({'; '.join(other)})" if other else "a run of this configuration"
     raise UsageError(
         f"--out {directory}: holds {what}; continue it with --resume {directory}, replace it with --overwrite, or "
         "choose another --out"
@@ -287,14 +321,29 @@ def clear(directory: Path) -> None:
         raise OutputError(f"--overwrite: {error.filename} cannot be removed ({error.strerror})") from error
 
 
-def differences(theirs: Recipe, ours: Recipe) -> list[str]:
-    """Options whose values differ, with both."""
-    there, here = theirs.plain(), ours.plain()
+def differences(
+    theirs: Recipe, ours: Recipe, keys: Iterable[str], there: str = "there", here: str = "here"
+) -> list[str]:
+    """What differs between two recipes in some fields, by the names of options, with both values."""
+    old, new = theirs.options(), ours.options()
+    changed = [name for name in old | new if old.get(name) != new.get(name)]
     return [
-        f"{option(key)}: {there.get(key)} there, {here.get(key)} here"
-        for key in dict.fromkeys([*there, *here])
-        if there.get(key) != here.get(key)
+        f"{option(name)}: {old.get(name)} {there}, {new.get(name)} {here}"
+        for name in changed
+        # The settings of another choice are no difference of their own.
+        if (part := name.split(".")[0]) in keys and (name == part or part not in changed)
     ]
+
+
+def check_folders(directory: Path) -> None:
+    """Refuse a directory in which a file has the name of a folder of runs.
+
+    Raises:
+        UsageError: there is one.
+    """
+    for name in FOLDERS:
+        if os.path.lexists(directory / name) and not (directory / name).is_dir():
+            raise UsageError(f"{directory / name}: is a file, and runs have a folder of that name; move it away")
 
 
 def fresh_directory(name: str, parent: Path = Path("runs")) -> Path:

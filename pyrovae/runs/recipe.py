@@ -94,6 +94,14 @@ class Recipe:
         """Whether the model is a mixture, with its exact log p(x)."""
         return self.model.name == "mixture"
 
+    def options(self) -> Options:
+        """All of it by the names of options: `prior`, `prior.components`, ..."""
+        flat: Options = {}
+        for key, value in self.plain().items():
+            settings = dict(value) if isinstance(value, dict) else {"name": value}
+            flat |= {key: settings.pop("name"), **{f"{key}.{name}": item for name, item in settings.items()}}
+        return flat
+
     def replace(self, **options: Any) -> "Recipe":
         """The recipe with other options, as if all of it had been given; without what is known of its rows."""
         return Recipe(**overlaid(self.plain(), options))

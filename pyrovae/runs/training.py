@@ -15,10 +15,20 @@ from pyrovae.inference.training.checkpoint import load_latest, lock, steps
 from pyrovae.inference.training.steps import check_precision
 from pyrovae.inference.training.trainer import Fit, fit
 from pyrovae.models import Gaussian, HierarchicalVAE
-from pyrovae.processes import leading
+from pyrovae.processes import leading, several
 from pyrovae.processors import pick_device, threads
 from pyrovae.runs.build import build_model, build_objective, build_optimizer, build_rows, build_schedule, settle
-from pyrovae.runs.directory import Run, claim, clear, fresh_directory, open_run, position, write_recipe
+from pyrovae.runs.directory import (
+    Run,
+    check_folders,
+    claim,
+    clear,
+    differences,
+    fresh_directory,
+    open_run,
+    position,
+    write_recipe,
+)
 from pyrovae.runs.figures import write_plots
 from pyrovae.runs.options import RESUMABLE, option
 from pyrovae.runs.progress import Say, silent
@@ -54,7 +64,7 @@ class Prepared:
 
 
 def train(
-    recipe: Recipe,
+    recipe: Recipe | Options,
     directory: str | Path | None = None,
     *,
     resume: bool = False,
@@ -66,21 +76,21 @@ def train(
     """Train a model, score its test rows, and keep all of it in a run directory.
 
     Args:
-        recipe: What to train, on what, how.
+        recipe: What to train, on what, how: a recipe, or options as one is made of.
         directory: Where; None: a new one, runs/NAME.
-        resume: Continue the run of that directory.
+        resume: Continue the run of that directory, with its own recipe but for what is given here.
         overwrite: Replace the run of that directory.
         plots: Draw its figures.
         say: Called with each line that a user should read; a progress bar goes with it. None: quietly.
-        stopping: Entered while steps are taken; what it yields is asked after each whether to stop.
+        stopping: Entered while steps are taken; what it yields is asked after each whether to stop. None: never.
 
     Returns:
-        The run, with its evaluation and history.
+        The run: its `model()`, `rows()`, `recipe`, `evaluation` (in nats per datum) and `history`.
 
     Raises:
-        UsageError: the directory holds something else, or the configuration makes no sense for these rows.
+        UsageError: the directory holds something else, or the recipe makes no sense, alone or for these rows.
         DataError: the data is missing, damaged, unfit for the likelihood, or has changed since a run was started.
-        CheckpointError: there is no run to resume.
+        CheckpointError: there is no run to resume, or it is one of another recipe.
         NumericalError: a loss, a gradient or the estimate of a row is not a number.
         OutputError: the directory cannot be written.
         Interrupted: stopped, with everything saved.
@@ -88,10 +98,19 @@ def train(
     started = time.perf_counter()
     progress = say if leading() else None
     tell = progress or silent
+    options = dict(recipe.given) if isinstance(recipe, Recipe) else recipe
+    if resume:
+        recipe = continued(directory, options)
+    else:
+        if several() and options.get("seed") is None:
+            raise UsageError("--seed: several processes must be given one, so that they agree")
+        recipe = recipe.settled(data_hash="") if isinstance(recipe, Recipe) else Recipe(**options)
     prepared = prepare(recipe, directory, resume, tell)
     run = prepared.run
-    if leading() and not resume:
-        claim(run.directory, run.recipe, overwrite)
+    if leading():
+        check_folders(run.directory)
+        if not resume:
+            claim(run.directory, run.recipe, overwrite)
     with lock(run.directory) if leading() else nullcontext() as notice:
         if notice:
             tell(f"note: {notice}")
@@ -287,20 +306,21 @@ def has_checkpoints(directory: Path) -> bool:
     return bool(steps(directory))
 
 
-def continued(directory: str | Path, options: Options) -> Recipe:
+def continued(directory: str | Path | None, options: Options) -> Recipe:
     """The recipe of the run to continue, with options that may differ from its own.
 
     Raises:
         CheckpointError: there is none, or the options given are not its own.
     """
+    if directory is None:
+        raise UsageError("resume: name the directory of the run to continue")
     run = open_run(str(directory))
     if has_checkpoints(run.directory):
         run.pair_with(load_latest(run.directory))  # sizes that its weights do not have are refused here
     stored, changed = run.recipe, run.recipe.replace(**options)
     asked = [key for key in options if getattr(changed, key) != getattr(stored, key)]
-    before, now = stored.plain(), changed.plain()
-    forbidden = [f"{option(key)}: {before.get(key)} then, {now.get(key)} now" for key in asked if key not in RESUMABLE]
-    if forbidden:
+    other = [key for key in asked if key not in RESUMABLE]
+    if forbidden := differences(stored, changed, other, "then", "now"):
         raise CheckpointError(
             f"{directory}: cannot resume with another configuration ({'; '.join(forbidden)}); only "
             f"{', '.join('--' + option(key) for key in RESUMABLE)} may differ. Start a new run with another --out"
