@@ -45,7 +45,7 @@ def command(words: Sequence[str]) -> int:
     from pyrovae.processors import pick_device, threads
     from pyrovae.runs.baseline import COMPONENTS, fit_baseline
     from pyrovae.runs.comparison import Scored, score_run, table
-    from pyrovae.runs.comparison_tables import present
+    from pyrovae.runs.comparison_tables import check_replaced, present
     from pyrovae.runs.directory import Run
     from pyrovae.runs.grouping import check_same_rows, load_rows, measure_of, name_pools, pools, run_around, usable
     from pyrovae.runs.scoring import default_draws, score
@@ -72,8 +72,9 @@ def command(words: Sequence[str]) -> int:
     by_measure: dict[str, list[Run]] = {}
     for run in runs:
         by_measure.setdefault(measure_of(run), []).append(run)
-    for members in by_measure.values():
+    for kind, members in by_measure.items():
         check_same_rows(members)
+        check_replaced(out, kind)
     together = pools(runs, not options.get("no_pool"))
     names = name_pools(together)
     rows_of = load_rows(runs)

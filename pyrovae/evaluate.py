@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pyrovae.command import add_choices, add_option, given, main, parser, say, whole_option
-from pyrovae.errors import UsageError
+from pyrovae.command import add_choices, add_option, given, main, parser, say, stop_waiting, whole_option
+from pyrovae.errors import Interrupted, UsageError
 from pyrovae.runs.build import build_proposal
 from pyrovae.runs.options import PROPOSALS, SETTINGS, one_of, thread_count, when
 from pyrovae.runs.recipe import refuse
@@ -70,10 +70,16 @@ def command(words: Sequence[str]) -> int:
     precision = one_of("fp32", "bf16")("precision", options.get("precision", "fp32"))
     anew, repair = bool(options.get("anew")), bool(options.get("repair"))
     number = thread_count("threads", options.get("threads", "auto"))
-    with threads(number, lambda text: say(f"note: {text}")):
-        evaluate(
-            *(run, k, limit, split, seed, chunk_size, device, proposal, anew, netcdf, mode, precision, repair), say=say
-        )
+    try:
+        with threads(number, lambda text: say(f"note: {text}")):
+            evaluate(
+                *(run, k, limit, split, seed, chunk_size, device, proposal, anew, netcdf, mode, precision, repair),
+                say=say,
+            )
+    except Interrupted as interrupted:
+        stop_waiting()  # for whoever reads the output
+        say(str(interrupted))
+        return 130
     return 0
 
 

@@ -1,6 +1,7 @@
 """Runs from Python: `pyrovae.train` is what the command does, quietly; what a run says of itself; what is refused."""
 
 import os
+import shlex
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -12,9 +13,9 @@ import torch
 import pyrovae
 from pyrovae import Recipe, compare, evaluate, fit
 from pyrovae.command import main
-from pyrovae.errors import CheckpointError, Interrupted, OutputError, PyrovaeError, UsageError
+from pyrovae.errors import CheckpointError, Interrupted, NumericalError, PyrovaeError, UsageError
 from pyrovae.inference.training.checkpoint import load_latest
-from pyrovae.runs import evaluation, training
+from pyrovae.runs import report, training
 from pyrovae.runs.directory import Run, differences, open_run
 
 SMALL = {
@@ -23,15 +24,15 @@ SMALL = {
     "network": {"hidden": 8},
     "batch_size": 1000,
     "epochs": 2,
-    "eval_K": 50,
-    "eval_rows": 150,
+    "eval_K": 20,
+    "eval_rows": 50,
     "seed": 3,
     "device": "cpu",
 }
-WORDS = (
-    "--data three-gaussians --latent-dim 2 --network.hidden 8 --batch-size 1000 --epochs 2 --eval-K 50 --eval-rows 150 "
+WORDS = shlex.split(
+    "--data three-gaussians --latent-dim 2 --network.hidden 8 --batch-size 1000 --epochs 2 --eval-K 20 --eval-rows 50 "
     "--seed 3 --device cpu --no-plots"
-).split()
+)
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +75,7 @@ def test_the_function_does_what_the_command_does_and_prints_nothing(
 def test_a_run_tells_its_evaluation_history_rows_and_model(run: Run) -> None:
     assert run.evaluation is not None
     assert run.history is not None
-    assert run.evaluation["rows"] == 150
+    assert run.evaluation["rows"] == 50
     assert list(run.history["epoch"]) == [1, 2]
     assert run.recipe.likelihood.name == "Gaussian"
     assert run.recipe.event_shape == (2,)
@@ -91,7 +92,7 @@ def test_what_is_said_is_what_the_command_prints(capsys: pytest.CaptureFixture[s
     lines = "\n".join(said)
     assert lines.startswith("data   three-gaussians: ")
     assert "epoch    1  train" in lines
-    assert "log p(x), K = 50" in lines
+    assert "log p(x), K = 20" in lines
 
 
 def test_a_run_is_continued_from_python_with_what_may_differ(run: Run) -> None:
@@ -116,7 +117,7 @@ def test_a_run_is_continued_from_python_with_what_may_differ(run: Run) -> None:
 
 
 def test_errors_are_the_library_s_own(run: Run) -> None:
-    with pytest.raises(UsageError, match="'epoch' is none of .* did you mean epochs"):
+    with pytest.raises(UsageError, match=r"'epoch' is none of .* did you mean epochs"):
         pyrovae.train({"epoch": 3})
     with pytest.raises(CheckpointError, match="nowhere: no such run directory"):
         pyrovae.train({}, "nowhere", resume=True)
@@ -133,11 +134,11 @@ def test_a_stopped_evaluation_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "report", stopped)
-    with pytest.raises(Interrupted, match="stopped while evaluating; the training is saved") as caught:
-        pyrovae.train(SMALL, "run", plots=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "report", stopped)
+        with pytest.raises(Interrupted, match="stopped while evaluating; the training is saved") as caught:
+            pyrovae.train(SMALL, "run", plots=False)
     assert caught.value.trained
-    monkeypatch.undo()
     assert pyrovae.train({}, "run", resume=True, plots=False).evaluation is not None
 
 
@@ -145,7 +146,7 @@ def test_a_stopped_evaluation_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_differs_is_named_as_it_is_typed() -> None:
-    """Settings by their options, not whole dictionaries; of another choice, the choice alone; no seed that was drawn."""
+    """Settings by their options, not whole dictionaries; of another choice, the choice alone."""
     old = Recipe(prior={"name": "VampPrior", "components": 4}, seed=1)
     keys = old.plain()
     assert differences(old, Recipe(prior="VampPrior", seed=1), keys) == ["prior.components: 4 there, 500 here"]
@@ -178,19 +179,17 @@ def test_a_file_in_the_place_of_a_folder_is_refused_before_training(name: str) -
 def test_an_interrupted_evaluation_says_that_it_goes_on(
     run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = evaluation.report.__globals__["check_of"]
-
     def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     words = [str(run.directory), "--K", "30", "--rows", "120", "--device", "cpu"]
-    monkeypatch.setitem(evaluation.report.__globals__, "check_of", stopped)
-    with pytest.raises(SystemExit) as caught:
-        main("evaluate", evaluate.command, words)
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "check_of", stopped)
+        with pytest.raises(SystemExit) as caught:
+            main("evaluate", evaluate.command, words)
     assert caught.value.code == 130
-    out, err = capsys.readouterr()
+    out = capsys.readouterr().out
     assert "stopped; the scores of 120 of 120 rows are kept, and the same command goes on from there" in out
-    monkeypatch.setitem(evaluation.report.__globals__, "check_of", check)
     assert evaluate.command(words) == 0
     assert "120 rows were scored before" in capsys.readouterr().out
 
@@ -199,10 +198,16 @@ def test_a_comparison_replaces_only_what_it_wrote(run: Run) -> None:
     words = [str(run.directory), "--K", "5", "--rows", "9", "--no-baseline", "--device", "cpu", "--out", "out"]
     assert compare.command(words) == 0
     assert compare.command(words) == 0
-    for name, theirs in (("density.csv", "height,weight\n1,2\n"), ("density.tex", "\\documentclass"), ("density.png", "?")):
+    for name, theirs in (
+        ("density.csv", "height,weight\n1,2\n"),
+        ("density.tex", "\\documentclass"),
+        ("density.png", "?"),
+    ):
         ours = Path("out", name).read_bytes()
         Path("out", name).write_text(theirs)
-        with pytest.raises(UsageError, match=f"--out out: out/{name} was not written by pyrovae.compare; choose another"):
+        with pytest.raises(
+            UsageError, match=f"--out out: out/{name} was not written by pyrovae.compare; choose another"
+        ):
             compare.command(words)
         assert Path("out", name).read_text() == theirs
         Path("out", name).write_bytes(ours)
@@ -248,8 +253,7 @@ def test_interrupted_in_the_evaluation_while_the_output_waits() -> None:
     assert "--resume run\n" in done.stderr
 
 
-def test_no_checkpoint_is_called_intact_before_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(PyrovaeError, match="") as caught:
-        pyrovae.train({**SMALL, "lr": 1e36, "epochs": 1, "optimizer": "SGD"}, "run", plots=False)
-    assert not isinstance(caught.value, OutputError)
+def test_no_checkpoint_is_called_intact_before_there_is_one() -> None:
+    with pytest.raises(NumericalError, match="the last good step is") as caught:
+        pyrovae.train({**SMALL, "lr": 1e36, "optimizer": "SGD"}, "run", plots=False)
     assert "intact" not in str(caught.value)

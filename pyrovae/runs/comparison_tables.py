@@ -1,12 +1,16 @@
 """A comparison to read: as text, LaTeX, CSV and a figure."""
 
 import math
+import os
 import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyrovae.errors import UsageError
+from pyrovae.runs.comparison import COLUMNS
+from pyrovae.runs.directory import begins
 from pyrovae.runs.figures import save_figure
 from pyrovae.runs.progress import Say, silent
 
@@ -21,6 +25,7 @@ DIFFERENCES = {
     "at most": "the highest number is a lower bound: the model may be further below",
     "open": "both numbers are lower bounds: either model may be the better",
 }
+RULES = "% needs \\usepackage{booktabs}"  # the first line of a table for LaTeX
 WIDTH = 26  # of a name in a printed table
 
 
@@ -55,6 +60,22 @@ def present(
     write_atomically(out / f"{kind}.tex", latex(strings, caption, label, best, notes))
     figure = plots.comparison(frame, title=f"{data}, {count} test rows, {rows.measure.description}")
     save_figure(figure, out, kind)
+
+
+def check_replaced(out: Path, kind: str) -> None:
+    """Refuse a directory in which a file has the name of a table or figure, and is none of ours.
+
+    Raises:
+        UsageError: there is one.
+    """
+    table = out / f"{kind}.csv"
+    # A figure is known by the table beside it: others draw as well.
+    heads = {".csv": f"{','.join(COLUMNS[:2])},".encode(), ".tex": RULES.encode(), ".png": b"\x89PNG"}
+    for suffix, head in heads.items():
+        path = table.with_suffix(suffix)
+        ours = path.is_file() and begins(path, head) and (suffix != ".png" or table.is_file())
+        if os.path.lexists(path) and not ours:
+            raise UsageError(f"--out {out}: {path} was not written by pyrovae.compare; choose another")
 
 
 def readable(frame: "pd.DataFrame") -> "pd.DataFrame":
@@ -176,7 +197,7 @@ def latex(
     bold_means = " Bold: the best, whatever the rows leave open." if any(best) else ""
     about = "nats per datum, larger is better, with 95 % intervals by bootstrap over rows."
     lines = [
-        "% needs \\usepackage{booktabs}",
+        RULES,
         "\\begin{table}",
         "\\centering",
         f"\\caption{{{for_latex(caption)}; {for_latex('log p(x) in ' + about + bold_means)}}}",

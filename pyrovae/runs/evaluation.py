@@ -6,13 +6,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyrovae.errors import OutputError, UsageError
+from pyrovae.errors import Interrupted, OutputError, UsageError
 from pyrovae.processors import pick_device
 from pyrovae.runs.build import build_objective
 from pyrovae.runs.directory import Run, begins
 from pyrovae.runs.figures import save_curve
 from pyrovae.runs.progress import Say, silent
 from pyrovae.runs.report import Report, refuse_invalid, report
+from pyrovae.runs.scores import Scores
 from pyrovae.runs.scoring import compile_draws, open_scores, rows_of
 from pyrovae.runs.tables import describe
 
@@ -62,21 +63,27 @@ def evaluate(
         say(f"note: {scores.path}: has scores that another user or a version before wrote; they are not used")
     if scores is not None and scores.found:
         say(f"note: {scores.found} rows were scored before with these settings, see {scores.path}; --anew repeats it")
-    values = report(
-        model,
-        x,
-        rows,
-        num_particles=num_particles,
-        objective=build_objective(run.recipe),
-        split=split,
-        seed=seed,
-        chunk_size=chunk_size,
-        say=say,
-        proposal=drawn_from,
-        store=scores,
-        particle_chunk=run.recipe.particle_chunk,
-        repair=repair,
-    ) | {"notices": run.notices}
+    try:
+        values = report(
+            model,
+            x,
+            rows,
+            num_particles=num_particles,
+            objective=build_objective(run.recipe),
+            split=split,
+            seed=seed,
+            chunk_size=chunk_size,
+            say=say,
+            proposal=drawn_from,
+            store=scores,
+            particle_chunk=run.recipe.particle_chunk,
+            repair=repair,
+        ) | {"notices": run.notices}
+    except KeyboardInterrupt:
+        if scores is None or not (kept := Scores(run.directory, scores.settings).found):
+            raise
+        message = f"stopped; the scores of {kept} of {len(x)} rows are kept, and the same command goes on from there"
+        raise Interrupted(message, run.directory, trained=True) from None
     name = "evaluation.json" if split == "test" else f"evaluation-{split}.json"
     run.keep(name, values, say)
     refuse_invalid(values)

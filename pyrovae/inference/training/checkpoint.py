@@ -71,6 +71,7 @@ def save(run: Path, checkpoint: Checkpoint, best: Iterable[int | None] = ()) -> 
     target = folder / name_of(checkpoint.step)
     temporary = folder / f".{target.name}.{os.getpid()}"
     tensors: dict[str, Tensor] = {}
+    earlier = "; earlier checkpoints are intact" if steps(run) else ""
     try:
         for leftover in folder.glob(".step-*"):  # of a process that was killed while writing
             shutil.rmtree(leftover, ignore_errors=True)
@@ -91,15 +92,15 @@ def save(run: Path, checkpoint: Checkpoint, best: Iterable[int | None] = ()) -> 
         flush(folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OutputError(
-            f"checkpoint {target}: could not be written ({error.strerror or error}); earlier checkpoints are intact. "
-            "Free space and continue with --resume"
-        ) from error
+        blocked = os.path.lexists(folder) and not folder.is_dir()
+        remedy = f"{folder} is a file; move it away" if blocked else "Free space and continue with --resume"
+        why = f"({error.strerror or error}){earlier}"
+        raise OutputError(f"checkpoint {target}: could not be written {why}. {remedy}") from error
     except Exception as error:  # safetensors reports a full disk by an exception of its own
         shutil.rmtree(temporary, ignore_errors=True)
         if type(error).__name__ != "SafetensorError":
             raise
-        raise OutputError(f"checkpoint {target}: could not be written ({error}); earlier ones are intact") from error
+        raise OutputError(f"checkpoint {target}: could not be written ({error}){earlier}") from error
     # Newer ones than this are torn: training went on from before them.
     whole = [step for step in steps(run) if step <= checkpoint.step and is_whole(folder / name_of(step))]
     kept = {*whole[:2], *best}

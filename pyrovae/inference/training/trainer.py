@@ -266,7 +266,8 @@ def fit(
         except RuntimeError as error:
             if trainer.world == 1 or isinstance(error, PyrovaeError) or not is_of_the_network(error):
                 raise
-            kept = f"; the checkpoints in {directory} are intact: continue with resume" if directory else ""
+            saved = directory is not None and checkpoints.steps(Path(directory))
+            kept = f"; the checkpoints in {directory} are intact: continue with resume" if saved else ""
             raise OutputError(f"process {trainer.rank}: another process of this run cannot be reached{kept}") from error
 
 
@@ -692,7 +693,8 @@ class Trainer:
             shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             where += f", {kind} {shown}" if names else ""
         last = f"the last good step is {state.step - 1}" if state.step else "no step has been taken"
-        kept = f"; the checkpoints in {self.directory} are intact" if self.directory else ""
+        saved = self.directory is not None and checkpoints.steps(self.directory)
+        kept = f"; the checkpoints in {self.directory} are intact" if saved else ""
         return (
             f"epoch {state.epoch + 1}, step {state.step}: {what}{where}; {last}{kept}. "
             "Lower the learning rate, or look at these rows"
