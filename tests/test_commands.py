@@ -500,9 +500,12 @@ def test_debug_shows_the_traceback():
         (MemoryError(), 4, "fit --particle-chunk"),
         (RuntimeError("CUDA out of memory. Tried to"), 4, "fit --particle-chunk"),
         (
-            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to "
+                "allocate 4000000000000 bytes. Error code 12 (Cannot allocate memory)"
+            ),
             4,
-            "can't allocate memory",
+            "out of memory: can't allocate memory: you tried to allocate 4000000000000 bytes. Draw fewer",
         ),
         (OSError(errno.ENOSPC, "No space left on device"), 6, "No space left"),
         (KeyError("x"), 1, "KeyError: 'x' (a defect; --debug shows where)"),

@@ -24,6 +24,7 @@ import pyrovae
 from pyrovae import compare, evaluate, fit, gaps
 from pyrovae.command import main
 from pyrovae.errors import CheckpointError, PairError, UsageError
+from pyrovae.files import read_yaml
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.training.checkpoint import FILES, Checkpoint, fingerprint, name_of, save, steps
 from pyrovae.runs.directory import PLOTS, Run, claim, clear, open_run
@@ -320,6 +321,28 @@ def test_a_configuration_is_read_within_bounds(run: Path, capsys, name: str) -> 
     assert contents(run) == before
 
 
+def test_names_are_bounded_as_words_are(tmp_path: Path) -> None:
+    for name in ("\\e[31mred", "a\\0b", "\\x9b2J"):
+        (tmp_path / "options.yaml").write_text(f'"{name}": 1')
+        with pytest.raises(ValueError, match="control characters, or without end"):
+            read_yaml(tmp_path / "options.yaml")
+
+
+def test_a_date_is_a_word(tmp_path: Path) -> None:
+    """A data set or a directory may be called so, and no option takes a date."""
+    (tmp_path / "options.yaml").write_text("data: 2020-01-01\nout: 2020-01-01 10:00:00")
+    assert read_yaml(tmp_path / "options.yaml") == {"data": "2020-01-01", "out": "2020-01-01 10:00:00"}
+
+
+def test_a_directory_of_more_files_than_any_run_is_refused(run: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(pyrovae.files, "MOST_FILES", 20)
+    for i in range(20):
+        (run / "plots").mkdir(exist_ok=True)
+        (run / "plots" / f"{i}.png").touch()
+    code, message = ends(capsys, EVALUATE)
+    assert (code, "run: has more than 20 files, which no run has" in message) == (5, True)
+
+
 @pytest.mark.parametrize("device", ["/dev/zero", "/dev/stdin", "fifo", "/"])
 def test_options_come_from_ordinary_files(capsys, tmp_path: Path, monkeypatch, device: str) -> None:
     monkeypatch.chdir(tmp_path)
@@ -335,6 +358,14 @@ def test_messages_are_bounded_and_change_no_terminal() -> None:
         assert text.isprintable()
         assert text.endswith("say --help")
     assert str(UsageError("é, ≥ and 日本")) == "é, ≥ and 日本"
+
+
+def test_an_option_without_end_is_named_by_its_beginning(capsys) -> None:
+    for words in ("fit --" + "x" * 4000, "fit " + "x" * 4000, "evaluate --" + "x" * 4000):
+        code, message = ends(capsys, words)
+        assert code == 2
+        assert len(message) < 500
+        assert "xxx" in message
 
 
 # -------------------------------------------------------------------------------------------------------------- sizes
