@@ -48,7 +48,7 @@ def command(words: Sequence[str]) -> int:
     from pyrovae.runs.comparison_tables import check_replaced, present
     from pyrovae.runs.directory import Run
     from pyrovae.runs.grouping import check_same_rows, load_rows, measure_of, name_pools, pools, run_around, usable
-    from pyrovae.runs.scoring import default_draws, score
+    from pyrovae.runs.scoring import default_draws, rows_of, score
 
     number = thread_count("threads", options.get("threads", "auto"))
     proposal = build_proposal(options.get("proposal"))
@@ -77,22 +77,22 @@ def command(words: Sequence[str]) -> int:
         check_replaced(out, kind)
     together = pools(runs, not options.get("no_pool"))
     names = name_pools(together)
-    rows_of = load_rows(runs)
+    loaded = load_rows(runs)
     invalid = []
     with threads(number, lambda text: say(f"note: {text}")):
         for kind, members in by_measure.items():
-            rows = rows_of[members[0].directory]
-            x = rows.test[:limit].to(device)
+            rows = loaded[members[0].directory]
+            batch = rows_of(rows, "test", limit).to(device)
             scored = [
-                Scored(name, *zip(*(score_run(run, rows, x, k, seed, proposal, say) for run in pool), strict=True))
+                Scored(name, *zip(*(score_run(run, rows, batch, k, seed, proposal, say) for run in pool), strict=True))
                 for name, pool in zip(names, together, strict=True)
                 if measure_of(pool[0]) == kind
             ]
             if not options.get("no_baseline"):
                 counts = (components,) if components else COMPONENTS
                 name, mixture = fit_baseline(rows, counts, seed, device, say)
-                scored.append(Scored(name, [score(mixture, x, k)]))
-            present(table(scored, seed), rows, kind, len(x), members[0].recipe.data, out, say)
+                scored.append(Scored(name, [score(mixture, batch, k)]))
+            present(table(scored, seed), rows, kind, len(batch), members[0].recipe.data, out, say)
             invalid += [entry for entry in scored if entry.verdict.kind == "invalid"]
     say(f"tables and figures in {out}")
     if invalid:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -682,7 +683,7 @@ def test_an_evaluation_is_kept_row_by_row_and_not_repeated(capsys, monkeypatch):
     capsys.readouterr()
     module = sys.modules["pyrovae.inference.proposals"]
     with monkeypatch.context() as patch:
-        patch.setattr(module, "log_weights", None)  # a draw would be an error
+        patch.setattr(module, "draw", None)  # a draw would be an error
         assert scored(run, "--K 40 --rows 250") == first
     assert "note: 250 rows were scored before with these settings" in capsys.readouterr().out
     assert scored(run, "--K 40 --rows 250 --anew") == first
@@ -807,9 +808,10 @@ def test_a_row_without_a_number_is_named_and_nothing_is_averaged(capsys, monkeyp
     rows_of = evaluation.rows_of
 
     def far(*arguments):
-        x = rows_of(*arguments).clone()
+        batch = rows_of(*arguments)
+        x = batch.x.clone()
         x[7] = 1e30
-        return x
+        return replace(batch, x=x)
 
     monkeypatch.setattr(evaluation, "rows_of", far)
     code, message = fails(capsys, "run --K 40 --rows 20", evaluate.command, "evaluate")

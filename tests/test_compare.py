@@ -16,6 +16,7 @@ import torch
 from pyrovae import compare, fit, load_data
 from pyrovae.command import main
 from pyrovae.errors import UsageError
+from pyrovae.inference.batch import Batch
 from pyrovae.inference.marginal import LogMarginal, exact, summarise
 from pyrovae.inference.simulation import Simulated
 from pyrovae.models import BernoulliMixture, GaussianMixture
@@ -364,12 +365,12 @@ def test_the_baseline_has_the_log_p_of_scikit_learn(count):
     oracle.covariances_ = mixture.covariances.detach().numpy()
     oracle.precisions_cholesky_ = np.linalg.cholesky(np.linalg.inv(oracle.covariances_))
     expected = oracle.score_samples(rows.test.double().numpy())
-    np.testing.assert_allclose(score(mixture, rows.test, 1).estimate.numpy(), expected, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(score(mixture, Batch(rows.test), 1).estimate.numpy(), expected, rtol=0, atol=1e-10)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fitted = Oracle(count, tol=1e-6, max_iter=500, reg_covar=1e-9, random_state=0).fit(rows.train.double().numpy())
     theirs = fitted.score(rows.test.double().numpy())
-    assert score(mixture, rows.test, 1).mean == pytest.approx(theirs, abs=0.01)
+    assert score(mixture, Batch(rows.test), 1).mean == pytest.approx(theirs, abs=0.01)
 
 
 def test_the_baseline_is_chosen_on_the_validation_rows():
@@ -406,7 +407,7 @@ def test_the_baseline_of_a_mass_is_of_bernoullis():
     flat, p = x.flatten(1), means.flatten(1)
     log_p = flat @ p.log().T + (1 - flat) @ (1 - p).log().T
     torch.testing.assert_close(
-        score(mixture, rows.test, 1).estimate, torch.logsumexp(weights.log() + log_p, 1), rtol=0, atol=1e-10
+        score(mixture, Batch(rows.test), 1).estimate, torch.logsumexp(weights.log() + log_p, 1), rtol=0, atol=1e-10
     )
 
 
@@ -458,7 +459,7 @@ def test_numbers_of_the_table_are_those_of_the_runs(runs):
     assert set(frame.index) == {"a", "mixture"}
     a, b = open_run(runs / "a"), open_run(runs / "mixture")
     x = a.rows().test
-    theirs, exactly = score(a.model(), x, 30), score(b.model(), x, 30)
+    theirs, exactly = score(a.model(), Batch(x), 30), score(b.model(), Batch(x), 30)
     assert frame["log_marginal"]["a"] == pytest.approx(theirs.mean, abs=1e-12)
     assert frame["log_marginal"]["mixture"] == pytest.approx(exactly.mean, abs=1e-12)
     difference = theirs.estimate - exactly.estimate

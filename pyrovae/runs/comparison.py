@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from pyrovae.data import Rows
     from pyrovae.inference.annealed import Sandwich
+    from pyrovae.inference.batch import Batch
     from pyrovae.inference.marginal import LogMarginal
     from pyrovae.inference.proposals import Proposal
     from pyrovae.inference.simulation import Simulated
@@ -184,19 +185,25 @@ def bound_of(slack: float, slack_of_best: float) -> str:
 
 
 def score_run(
-    run: Run, rows: "Rows", x: "Tensor", num_particles: int, seed: int, proposal: "Proposal | None", say: Say = silent
+    run: Run,
+    rows: "Rows",
+    batch: "Batch",
+    num_particles: int,
+    seed: int,
+    proposal: "Proposal | None",
+    say: Say = silent,
 ) -> "tuple[LogMarginal, Sandwich | Simulated | None]":
     """The log p(x) of a trained run, after saying what was found in its directory; kept there as it is made.
 
     With it, the check on simulated data.
     """
-    model = run.model(x.device)
+    model = run.model(batch.x.device)
     for notice in run.notices:
         say(f"note: {notice}")
-    proposal = compile_draws(model, x, num_particles, proposal, "auto", "fp32")
+    proposal = compile_draws(model, batch, num_particles, proposal, "auto", "fp32")
     say(f"scoring {run.name}")
     if not run.writable:
         say(f"note: {run.directory} cannot be written to, so that its scores are not kept")
-    store = open_scores(run, model, rows, x, num_particles, seed, proposal=proposal)
-    result = score(model, x, num_particles, seed, say=say, proposal=proposal, store=store)
-    return result, check_of(model, x, num_particles, seed, proposal, store)
+    store = open_scores(run, model, rows, batch, num_particles, seed, proposal=proposal)
+    result = score(model, batch, num_particles, seed, say=say, proposal=proposal, store=store)
+    return result, check_of(model, batch, num_particles, seed, proposal, store)

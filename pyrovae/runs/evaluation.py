@@ -18,9 +18,8 @@ from pyrovae.runs.scoring import compile_draws, open_scores, rows_of
 from pyrovae.runs.tables import describe
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from pyrovae.data import Rows
+    from pyrovae.inference.batch import Batch
     from pyrovae.inference.proposals import Proposal
     from pyrovae.runs.build import Model
 
@@ -49,12 +48,12 @@ def evaluate(
     started = time.perf_counter()
     place = pick_device(device)
     rows = run.rows()
-    x = rows_of(rows, split, limit).to(place)
+    batch = rows_of(rows, split, limit).to(place)
     model = run.model(place)
     if netcdf is not None:
-        check_netcdf(netcdf, model, x, num_particles, proposal)
-    drawn_from = compile_draws(model, x, num_particles, proposal, compile_mode, precision)
-    scores = open_scores(run, model, rows, x, num_particles, seed, chunk_size, drawn_from, split)
+        check_netcdf(netcdf, model, batch, num_particles, proposal)
+    drawn_from = compile_draws(model, batch, num_particles, proposal, compile_mode, precision)
+    scores = open_scores(run, model, rows, batch, num_particles, seed, chunk_size, drawn_from, split)
     if scores is not None and anew:
         scores.clear()
     for notice in run.notices:
@@ -66,7 +65,7 @@ def evaluate(
     try:
         values = report(
             model,
-            x,
+            batch,
             rows,
             num_particles=num_particles,
             objective=build_objective(run.recipe),
@@ -82,7 +81,9 @@ def evaluate(
     except KeyboardInterrupt:
         if scores is None or not (kept := Scores(run.directory, scores.settings).found):
             raise
-        message = f"stopped; the scores of {kept} of {len(x)} rows are kept, and the same command goes on from there"
+        message = (
+            f"stopped; the scores of {kept} of {len(batch)} rows are kept, and the same command goes on from there"
+        )
         raise Interrupted(message, run.directory, trained=True) from None
     name = "evaluation.json" if split == "test" else f"evaluation-{split}.json"
     run.keep(name, values, say)
@@ -92,17 +93,16 @@ def evaluate(
     if values["K"] is not None and run.writable:
         save_curve(run, values)
     if netcdf is not None:
-        save_draws(netcdf, model, x, rows, num_particles, seed, proposal, say)
+        save_draws(netcdf, model, batch, rows, num_particles, seed, proposal, say)
     return values
 
 
-def check_netcdf(path: Path, model: "Model", x: "Tensor", num_particles: int, proposal: "Proposal | None") -> None:
+def check_netcdf(path: Path, model: "Model", batch: "Batch", num_particles: int, proposal: "Proposal | None") -> None:
     """Refuse draws for ArviZ that cannot be made or saved, before anything is.
 
     Raises:
         UsageError: another proposal, no such directory, another file of that name, or too many rows for memory.
     """
-    from pyrovae.inference.batch import Batch
     from pyrovae.inference.individual import Individual
     from pyrovae.inference.pair import Pair
     from pyrovae.inference.weights import draw
@@ -114,25 +114,25 @@ def check_netcdf(path: Path, model: "Model", x: "Tensor", num_particles: int, pr
     if os.path.lexists(path) and not (path.is_file() and begins(path, b"\x89HDF")):
         raise UsageError(f"--netcdf {path}: is there already and holds no saved draws; choose another name")
     latents = sum(
-        latent.value[0, 0].numel() for latent in draw(Pair(model.model, model.guide), Batch(x[:1])).latents.values()
+        latent.value[0, 0].numel() for latent in draw(Pair(model.model, model.guide), batch[:1]).latents.values()
     )
-    each = 2 * (x[0].numel() + latents) * x.element_size() * SAVED_DRAWS + 8 * num_particles
+    each = 2 * (batch.x[0].numel() + latents) * batch.x.element_size() * SAVED_DRAWS + 8 * num_particles
     free = shutil.disk_usage(path.resolve().parent).free
-    if (size := each * len(x)) > free:
+    if (size := each * len(batch)) > free:
         raise UsageError(
             f"--netcdf {path}: takes {size / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB; give --rows"
         )
     if size > MOST_SAVED:
         raise UsageError(
-            f"--netcdf: {SAVED_DRAWS} draws for each of {len(x)} rows take {size / 1e9:.1f} GB of memory; give --rows "
-            f"{max(1, MOST_SAVED // each)} or fewer"
+            f"--netcdf: {SAVED_DRAWS} draws for each of {len(batch)} rows take {size / 1e9:.1f} GB of memory; give "
+            f"--rows {max(1, MOST_SAVED // each)} or fewer"
         )
 
 
 def save_draws(
     path: Path,
     model: "Model",
-    x: "Tensor",
+    batch: "Batch",
     rows: "Rows",
     num_particles: int,
     seed: int,
@@ -147,14 +147,15 @@ def save_draws(
     from pyrovae.inference.individual import Individual
     from pyrovae.inference.inference_data import to_inference_data
 
-    say(f"drawing {SAVED_DRAWS} times from p(z|x) and p(x|z) for each of {len(x)} rows")
+    say(f"drawing {SAVED_DRAWS} times from p(z|x) and p(x|z) for each of {len(batch)} rows")
     data = to_inference_data(
         model.model,
         model.guide,
-        x,
+        batch.x,
         SAVED_DRAWS,
         num_particles,
         seed=seed,
+        given=batch.given,
         measure=rows.measure.description,
         proposal=proposal if isinstance(proposal, Individual) else None,
     )

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pyrovae.data import Rows
+    from pyrovae.inference.batch import Batch
     from pyrovae.inference.proposals import Proposal
     from pyrovae.runs.build import Model
     from pyrovae.runs.scores import Scores
@@ -22,7 +23,7 @@ Report = dict[str, Any]
 
 def report(
     model: "Model",
-    x: "Tensor",
+    batch: "Batch",
     rows: "Rows",
     *,
     num_particles: int,
@@ -41,7 +42,6 @@ def report(
     import torch
 
     from pyrovae.inference.annealed import Sandwich
-    from pyrovae.inference.batch import Batch
     from pyrovae.inference.bootstrap import interval
     from pyrovae.inference.diagnostics import measure
     from pyrovae.inference.estimate import standard_error
@@ -57,16 +57,16 @@ def report(
     from pyrovae.seeding import seeded
     from pyrovae.version import __version__
 
-    result = score(model, x, num_particles, seed, chunk_size, say, proposal, store)
+    result = score(model, batch, num_particles, seed, chunk_size, say, proposal, store)
     exact = result.num_particles == 0
     if repair:
-        result = repaired(model, x, result, say)
+        result = repaired(model, batch, result, say)
     better = None if result.origin is None else result.origin.repair
-    check = check_of(model, x, num_particles, seed, proposal, store, chunk_size, better, say)
+    check = check_of(model, batch, num_particles, seed, proposal, store, chunk_size, better, say)
     judgement = verdict(result, check)
-    with seeded(seed, "terms", device=x.device), evaluating(model.model, model.guide):
-        terms = measure(model.model, model.guide, x.split(200), objective, particle_chunk)
-        forms = {} if exact else kl_terms(draw(Pair(model.model, model.guide), Batch(x[:1])))[1]
+    with seeded(seed, "terms", device=batch.x.device), evaluating(model.model, model.guide):
+        terms = measure(model.model, model.guide, batch.split(200), objective, particle_chunk)
+        forms = {} if exact else kl_terms(draw(Pair(model.model, model.guide), batch[:1]))[1]
     values: Report = {
         "verdict": judgement.kind,
         "reason": judgement.reason,
@@ -76,7 +76,7 @@ def report(
         "measure": rows.measure.description,
         "binarize": rows.binarize,
         "split": split,
-        "rows": len(x),
+        "rows": len(batch),
         "rows_in_split": len(getattr(rows, split)),
         "log_marginal": result.mean,
         "error_over_rows": result.error_over_rows,
@@ -174,10 +174,12 @@ def report(
         }
     values |= {
         "seed": seed,
-        "dtype": str(x.dtype).removeprefix("torch."),
-        "device": x.device.type,
+        "dtype": str(batch.x.dtype).removeprefix("torch."),
+        "device": batch.x.device.type,
         "data_hash": rows.hash,
-        "rows_hash": hashlib.sha256(x.cpu().contiguous().numpy().tobytes()).hexdigest(),
+        "rows_hash": hashlib.sha256(
+            b"".join(t.cpu().contiguous().numpy().tobytes() for t in batch.tensors)
+        ).hexdigest(),
         "model_hash": hash_of(model),
         "versions": {
             "pyrovae": __version__,

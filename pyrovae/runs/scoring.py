@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from pyrovae.data import Rows
     from pyrovae.inference.annealed import Sandwich
+    from pyrovae.inference.batch import Batch
     from pyrovae.inference.marginal import LogMarginal
     from pyrovae.inference.proposals import Proposal
     from pyrovae.inference.simulation import Simulated
@@ -27,23 +28,25 @@ CHECKED_ROWS = 50
 SPLITS = ("test", "validation", "train")
 
 
-def rows_of(rows: "Rows", split: str, limit: int | None = None) -> "Tensor":
-    """The first rows of a split as x; training rows are transformed with fixed noise."""
+def rows_of(rows: "Rows", split: str, limit: int | None = None) -> "Batch":
+    """The first rows of a split, with what they are given; training rows are transformed with fixed noise."""
     from torch import Tensor
 
+    from pyrovae.inference.batch import Batch
     from pyrovae.seeding import seeded
 
+    given = tuple(value[:limit] for value in rows.given[split])
     if split != "train":
-        return getattr(rows, split)[:limit]
+        return Batch(getattr(rows, split)[:limit], given)
     if limit is None and not isinstance(rows.train, Tensor):
         raise UsageError("--rows: say how many of the training rows, which are streamed from a file; all may not fit")
     with seeded("training rows for evaluation"):
-        return rows.transform(rows.train[:limit])
+        return Batch(rows.transform(rows.train[:limit]), given)
 
 
 def score(
     model: "Model",
-    x: "Tensor",
+    batch: "Batch",
     num_particles: int,
     seed: int = 0,
     chunk_size: int | None = None,
@@ -65,30 +68,31 @@ def score(
         # In double precision, which costs little here: rows far from every component lose digits in single.
         model = copy.deepcopy(model).double()
         values: list[Tensor] = []
-        with torch.no_grad(), rows_done(len(x), "log p(x) in closed form", say) as done:
-            for block in x.split(1000):
-                values.append(model.log_prob(block))
-                done(min(1000 * len(values), len(x)))
+        with torch.no_grad(), rows_done(len(batch), "log p(x) in closed form", say) as done:
+            for block in batch.split(1000):
+                values.append(model.log_prob(block.x))
+                done(min(1000 * len(values), len(batch)))
         return exact(torch.cat(values))
     proposal = proposal or FROM_GUIDE
     with (
         warnings.catch_warnings(record=True) as caught,
-        rows_done(len(x), f"log p(x) by {proposal.name}, K = {num_particles}", say) as done,
+        rows_done(len(batch), f"log p(x) by {proposal.name}, K = {num_particles}", say) as done,
     ):
         warnings.simplefilter("always", CompileWarning)
         result = log_marginal(
             model.model,
             model.guide,
-            x,
+            batch.x,
             num_particles,
             chunk_size,
             progress=done,
             proposal=proposal,
             seed=seed,
             store=store,
+            given=batch.given,
         )
     if store is not None:
-        store.tidy(len(x))
+        store.tidy(len(batch))
     for warning in caught:
         if say is not None and issubclass(warning.category, CompileWarning):
             say(f"note: {warning.message}")
@@ -97,18 +101,18 @@ def score(
     return result
 
 
-def repaired(model: "Model", x: "Tensor", result: "LogMarginal", say: Say | None = None) -> "LogMarginal":
+def repaired(model: "Model", batch: "Batch", result: "LogMarginal", say: Say | None = None) -> "LogMarginal":
     """The estimate with its unreliable rows scored again from a better proposal."""
     from pyrovae.inference.repairs import repair
 
     bad = int(result.unreliable.sum())
     with rows_done(bad, "unreliable rows again", say if bad else None) as done:
-        return repair(model.model, model.guide, x, result, progress=done)
+        return repair(model.model, model.guide, batch.x, result, progress=done, given=batch.given)
 
 
 def check_of(
     model: "Model",
-    x: "Tensor",
+    batch: "Batch",
     num_particles: int,
     seed: int,
     proposal: "Proposal | None",
@@ -121,7 +125,6 @@ def check_of(
     import torch
 
     from pyrovae.inference.annealed import Annealed, Sandwich, sandwich
-    from pyrovae.inference.batch import Batch
     from pyrovae.inference.marginal import FROM_GUIDE
     from pyrovae.inference.simulation import SIMULATED_ROWS, Simulated, like, simulated
     from pyrovae.models.mixture import Mixture
@@ -131,13 +134,15 @@ def check_of(
     pair = (model.model, model.guide)
     if isinstance(proposal, Annealed):
         count, names = CHECKED_ROWS, ("forward", "reverse", "acceptance")
-        make: Callable[[], Any] = partial(sandwich, *pair, like(Batch(x), count).x, num_particles, proposal, seed)
+        few = like(batch, count)
+        make: Callable[[], Any] = partial(sandwich, *pair, few.x, num_particles, proposal, seed, few.given)
         build: Callable[..., Any] = partial(Sandwich, x=torch.empty(0), num_particles=num_particles, annealed=proposal)
     else:
         # The weights of rows are not kept: of the models that runs hold, all latents are continuous.
         count, names = SIMULATED_ROWS, ("lower", "upper", "jackknife")
         drawn_from = proposal or FROM_GUIDE
-        make = partial(simulated, *pair, like(Batch(x), count).x, num_particles, drawn_from, seed, chunk_size, repair)
+        few = like(batch, count)
+        make = partial(simulated, *pair, few.x, num_particles, drawn_from, seed, chunk_size, repair, few.given)
         build = partial(Simulated, num_particles=num_particles, estimator=drawn_from.name)
 
     def checked() -> Any:
@@ -149,7 +154,7 @@ def check_of(
 
 
 def compile_draws(
-    model: "Model", x: "Tensor", num_particles: int, proposal: "Proposal | None", mode: str, precision: str
+    model: "Model", batch: "Batch", num_particles: int, proposal: "Proposal | None", mode: str, precision: str
 ) -> "Proposal | None":
     """The proposal with its draws compiled, where that is asked for, or pays.
 
@@ -172,14 +177,18 @@ def compile_draws(
             raise UsageError(f"{asked}: {error}") from None
         return proposal
     forced = mode == "on" or precision == "bf16"
-    return compiled if forced or worth_compiling(model.model, model.guide, x, num_particles) else proposal
+    return (
+        compiled
+        if forced or worth_compiling(model.model, model.guide, batch.x, num_particles, batch.given)
+        else proposal
+    )
 
 
 def open_scores(
     run: Run,
     model: "Model",
     rows: "Rows",
-    x: "Tensor",
+    batch: "Batch",
     num_particles: int,
     seed: int = 0,
     chunk_size: int | None = None,
@@ -207,7 +216,7 @@ def open_scores(
         "seed": seed,
         "chunk_size": chunk_size,
         "split": split,
-        "device": x.device.type,
+        "device": batch.x.device.type,
         "data": rows.hash,
         "model": hash_of(model),
         "versions": [__version__, torch.__version__, pyro.__version__],

@@ -38,26 +38,27 @@ def analyse(
 
     place = pick_device(device)
     rows = run.rows()
-    x = rows_of(rows, split, limit).to(place)
+    batch = rows_of(rows, split, limit).to(place)
     model = run.model(place)
     for notice in run.notices:
         (say or silent)(f"note: {notice}")
-    with rows_done(len(x), f"log p(x) and the best Gaussian of each row, K = {num_particles}", say) as done:
+    with rows_done(len(batch), f"log p(x) and the best Gaussian of each row, K = {num_particles}", say) as done:
         result = gaps(
             model.model,
             model.guide,
-            x,
+            batch.x,
             num_particles,
             family,
             chunk_size=chunk_size,
             progress=done,
             seed=seed,
+            given=batch.given,
         )
     finite = torch.stack([getattr(result, name).values.isfinite() for name in QUANTITIES]).all(0)
     bad = (~finite).nonzero().flatten().tolist()
     if bad:
         raise NumericalError(
-            f"invalid: log p(x) or an ELBO is not a finite number for {len(bad)} of {len(x)} rows, the first being "
+            f"invalid: log p(x) or an ELBO is not a finite number for {len(bad)} of {len(batch)} rows, the first being "
             f"{', '.join(map(str, bad[:5]))}: some weights are zero, NaN or infinite under this model"
         )
     values = report(result, rows, split, seed, place.type) | {"notices": run.notices}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyrovae.errors import CheckpointError, DataError, Interrupted, UsageError
 from pyrovae.files import write_json
@@ -34,6 +34,7 @@ from pyrovae.runs.options import RESUMABLE, option
 from pyrovae.runs.progress import Say, silent
 from pyrovae.runs.recipe import Options, Recipe, title, warnings
 from pyrovae.runs.report import Report, refuse_invalid, report
+from pyrovae.runs.scoring import rows_of
 from pyrovae.runs.tables import describe_bound, describe_model, short_table
 from pyrovae.seeding import seeded
 
@@ -172,7 +173,8 @@ def initialised_model(recipe: Recipe, rows: "Rows") -> "Model":
     with seeded(recipe.seed, "model"):
         model = build_model(recipe, rows.event_shape)
         spread = max(1, len(rows.train) // INITIAL_ROWS)
-        model.initialise(rows.transform(rows.train[::spread]))
+        given: Any = (value[::spread] for value in rows.given["train"])  # nothing, but for what takes it
+        model.initialise(rows.transform(rows.train[::spread]), *given)
     return model
 
 
@@ -234,6 +236,8 @@ def take_steps(prepared: Prepared, begin: Callable[[], None], say: Say | None, s
             optimizer=build_optimizer(recipe),
             schedule=build_schedule(recipe),
             validation=rows.validation,
+            given=rows.given["train"],
+            validation_given=rows.given["validation"],
             transform=rows.transform,
             patience=recipe.patience,
             seed=recipe.seed,
@@ -260,7 +264,7 @@ def conclude(prepared: Prepared, fitted: Fit, seconds: dict[str, float], plots: 
     model.eval()
     values = report(
         model,
-        rows.test[: run.recipe.eval_rows].to(device),
+        rows_of(rows, "test", run.recipe.eval_rows).to(device),
         rows,
         num_particles=run.recipe.eval_K,
         objective=build_objective(run.recipe),
