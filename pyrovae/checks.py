@@ -1,6 +1,5 @@
 """What arguments are checked for, in one place, so that wrong ones read alike everywhere."""
 
-import difflib
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -8,20 +7,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyrovae.errors import UsageError
+from pyrovae.settings import Whole, Words, check
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
     """Refuse what is no whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UsageError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+    check(name, value, Whole(least))
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Refuse what is none of some words, and name the nearest."""
-    if value not in choices:
-        nearest = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise UsageError(f"{name}: expected one of {', '.join(choices)}, got {value!r}{hint}")
+    check(name, value, Words(tuple(choices)))
 
 
 def check_rows(name: str, x: object) -> None:

@@ -25,9 +25,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pyrovae.errors import OutputError, PyrovaeError, UsageError, one_line
 from pyrovae.processes import leading, several
+from pyrovae.runs.parts import option, shown
+from pyrovae.settings import Whole, read
 
 if TYPE_CHECKING:
-    from pyrovae.runs.options import Choice
+    from pyrovae.runs.parts import Choice
 
 
 def parser(command: str, description: str, usage: str = "[options]") -> Any:
@@ -105,15 +107,13 @@ def add_choices(group: Any, part: str, choices: "Mapping[str, Choice]") -> None:
     )
     add_option(group, f"--{part}.name", names, "NAME")
     for key in dict.fromkeys(key for choice in choices.values() for key in choice.settings):
-        having = {name: choice.settings[key] for name, choice in choices.items() if key in choice.settings}
-        first = next(iter(having.values()))
-        defaults = "; ".join(f"{shown(setting.default)} for {name}" for name, setting in having.items())
-        add_option(group, f"--{part}.{key}", f"{first.help} (default: {defaults})", first.metavar)
-
-
-def shown(value: Any) -> str:
-    """A default as it would be typed."""
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        having = [found for name, choice in choices.items() for found in choice.having(key, name)]
+        told: dict[str, list[str]] = {}
+        for name, setting in having:
+            default = "" if setting.default is None else f"{shown(setting.default)} "
+            told.setdefault(setting.help, []).append(f"{default}for {name}")
+        sentences = "; ".join(f"{words} (default: {', '.join(names)})" for words, names in told.items())
+        add_option(group, f"--{part}.{option(key)}", sentences.replace("(default: for", "(for"), having[0][1].metavar)
 
 
 def given(namespace: Any) -> dict[str, Any]:
@@ -128,9 +128,8 @@ def given(namespace: Any) -> dict[str, Any]:
 
 def whole_option(options: dict[str, Any], key: str, default: int | None) -> Any:
     """An option that is a whole number: at least 0 for the seed, 1 for all others."""
-    from pyrovae.runs.options import option, whole
-
-    return default if key not in options else whole(0 if key == "seed" else 1)(option(key), options[key])
+    kind = Whole(0 if key == "seed" else 1)
+    return default if key not in options else read(f"--{option(key)}", options[key], kind)
 
 
 def main(command: str, run: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:

@@ -12,7 +12,8 @@ from pathlib import Path
 from pyrovae.command import add_choices, add_option, given, main, parser, say, whole_option
 from pyrovae.errors import NumericalError, UsageError
 from pyrovae.runs.build import build_proposal
-from pyrovae.runs.options import PROPOSALS, SETTINGS, thread_count
+from pyrovae.runs.options import PROPOSALS, SETTINGS, THREADS
+from pyrovae.settings import read
 
 
 def command(words: Sequence[str]) -> int:
@@ -50,7 +51,7 @@ def command(words: Sequence[str]) -> int:
     from pyrovae.runs.grouping import check_same_rows, load_rows, measure_of, name_pools, pools, run_around, usable
     from pyrovae.runs.scoring import default_draws, rows_of, score
 
-    number = thread_count("threads", options.get("threads", "auto"))
+    number = read("--threads", options.get("threads", "auto"), THREADS)
     proposal = build_proposal(options.get("proposal"))
     k, seed = whole_option(options, "K", default_draws(proposal, 1000)), whole_option(options, "seed", 0)
     limit, components = whole_option(options, "rows", None), whole_option(options, "components", None)

@@ -10,8 +10,9 @@ from pathlib import Path
 from pyrovae.command import add_choices, add_option, given, main, parser, say, stop_waiting, whole_option
 from pyrovae.errors import Interrupted, UsageError
 from pyrovae.runs.build import build_proposal
-from pyrovae.runs.options import PROPOSALS, SETTINGS, one_of, thread_count, when
+from pyrovae.runs.options import PROPOSALS, SETTINGS, SWITCH, THREADS
 from pyrovae.runs.recipe import refuse
+from pyrovae.settings import Words, read
 
 
 def command(words: Sequence[str]) -> int:
@@ -59,17 +60,17 @@ def command(words: Sequence[str]) -> int:
     if split not in SPLITS:
         raise UsageError(f"--split: expected one of {', '.join(SPLITS)}, got {split}")
     run = open_run(options["run"])
-    if run.recipe.is_mixture:
+    if run.recipe.is_exact:
         unused = ("K", "chunk_size", "proposal", "repair", "compile", "precision", "netcdf", "anew")
-        refuse(options, unused, "the log p(x) of a mixture is exact")
+        refuse(options, unused, f"the log p(x) of a {run.recipe.model.name} is exact")
     netcdf = Path(str(options["netcdf"])) if "netcdf" in options else None
     device = str(options.get("device", "auto"))
     if "repair" in options and isinstance(proposal, Annealed | Individual):
         raise UsageError("--repair: is for draws from guide, widened or prior; these are made for each row already")
-    mode = when("compile", options.get("compile", "auto"))
-    precision = one_of("fp32", "bf16")("precision", options.get("precision", "fp32"))
+    mode = read("--compile", options.get("compile", "auto"), SWITCH)
+    precision = read("--precision", options.get("precision", "fp32"), Words(("fp32", "bf16")))
     anew, repair = bool(options.get("anew")), bool(options.get("repair"))
-    number = thread_count("threads", options.get("threads", "auto"))
+    number = read("--threads", options.get("threads", "auto"), THREADS)
     try:
         with threads(number, lambda text: say(f"note: {text}")):
             evaluate(

@@ -10,8 +10,10 @@ from pyrovae.command import Stop, add_choices, add_option, given, main, parser, 
 from pyrovae.data import SOURCES
 from pyrovae.errors import Interrupted, UsageError
 from pyrovae.processes import check_processes
-from pyrovae.runs.options import DERIVED, OPTIONS, PARTS, option, text
+from pyrovae.runs.options import DERIVED, OPTIONS, PARTS
+from pyrovae.runs.parts import option
 from pyrovae.runs.recipe import Options, overlaid
+from pyrovae.settings import Text, read
 
 
 def options_parser() -> Any:
@@ -52,7 +54,7 @@ def command(words: Sequence[str]) -> int:
     output = {key: options.pop(key, None) for key in ("out", "resume", "overwrite", "no_plots", "debug")}
     for derived in DERIVED:
         options.pop(derived, None)
-    out = None if output["out"] is None else text("out", output["out"])
+    out = None if output["out"] is None else read("--out", output["out"], Text())
     directory = resumed_directory(output) if output["resume"] else out
 
     from pyrovae.runs.training import train

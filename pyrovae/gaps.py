@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from pyrovae.command import add_option, given, main, parser, say, whole_option
 from pyrovae.errors import UsageError
-from pyrovae.runs.options import SETTINGS, thread_count
+from pyrovae.runs.options import SETTINGS, THREADS
+from pyrovae.settings import Words, read
 
 
 def command(words: Sequence[str]) -> int:
@@ -43,12 +44,13 @@ def command(words: Sequence[str]) -> int:
     split, family = str(options.get("split", "test")), options.get("family")
     if split not in SPLITS:
         raise UsageError(f"--split: expected one of {', '.join(SPLITS)}, got {split}")
-    if family not in (None, "diagonal", "full"):
-        raise UsageError(f"--family: expected diagonal or full, got {family}")
+    if family is not None:
+        family = read("--family", family, Words(("diagonal", "full")))
     run = open_run(options["run"])
-    if run.recipe.is_mixture:
-        raise UsageError(f"{run.directory}: holds a mixture, whose log p(x) is exact: there is no gap to split")
-    with threads(thread_count("threads", options.get("threads", "auto")), lambda text: say(f"note: {text}")):
+    if run.recipe.is_exact:
+        name = run.recipe.model.name
+        raise UsageError(f"{run.directory}: holds a {name}, whose log p(x) is exact: there is no gap to split")
+    with threads(read("--threads", options.get("threads", "auto"), THREADS), lambda text: say(f"note: {text}")):
         values = analyse(run, k, limit, split, seed, chunk_size, str(options.get("device", "auto")), family, say)
     say(describe(run.name, values))
     if run.writable:

@@ -425,7 +425,7 @@ def test_blocks_of_rows_and_chunks_of_chains(monkeypatch: pytest.MonkeyPatch) ->
         ({"leapfrog": True}, "leapfrog: .* got True"),
         ({"start": "posterior"}, "start: expected guide or prior, got 'posterior'"),
         ({"schedule": "cosine"}, "schedule: expected sigmoid or linear, got 'cosine'"),
-        ({"acceptance": 1.0}, "acceptance: expected a number between 0 and 1, got 1.0"),
+        ({"acceptance": 1.0}, "acceptance: expected a number above 0 and below 1, got 1.0"),
         ({"acceptance": math.nan}, "acceptance: .* got nan"),
     ],
 )

@@ -455,7 +455,7 @@ def test_the_command_line_wins_over_the_file():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--model mixture --model.covariance diagonal", "--model.covariance: not used by a mixture of Bernoullis"),
+        ("--model mixture --model.covariance diagonal", "--model.covariance: not used by BernoulliMixture"),
         ("--model mixture --eval-K 7", "--eval-K: not used, since the log p(x) of a mixture is exact"),
         ("--likelihood gaussian --likelihood.scale 0.1 --likelihood.floor 0.5", "--likelihood.floor: not used"),
         ("--data-root here", "--data-root: not used by --data digits"),
@@ -876,7 +876,7 @@ def test_draws_are_saved_for_arviz_on_request(trained):
         ("{run} --proposal wide", 2, "--proposal: 'wide' is none of guide, widened"),
         ("{run} --proposal.share 0.2", 2, "--proposal.share: not used by guide"),
         ("{run} --proposal widened --proposal.share 1", 2, "--proposal.share: expected a number of at least 0"),
-        ("{run} --proposal annealed --proposal.start x", 2, "--proposal.start: 'x' is none of guide, prior"),
+        ("{run} --proposal annealed --proposal.start x", 2, "--proposal.start: expected guide or prior, got x"),
         ("", 2, "RUN: name the directory of a run"),
         ("{run} nowhere", 2, "nowhere: a word too many"),
         ("{run} --threads many", 2, "--threads: expected auto or a whole number from 1 to 4096, got many"),

@@ -346,8 +346,8 @@ def test_the_pair_is_left_as_it_was():
         ({"steps": 0}, "steps: expected a whole number of at least 1, got 0"),
         ({"draws": 3}, "draws: expected an even number"),
         ({"draws": 2.0}, "draws: expected a whole number of at least 1, got 2.0"),
-        ({"widen": 0.0}, "widen: expected a positive number, got 0.0"),
-        ({"widen": math.inf}, "widen: expected a positive number, got inf"),
+        ({"widen": 0.0}, "widen: expected a number above 0, got 0.0"),
+        ({"widen": math.inf}, "widen: expected a number above 0, got inf"),
     ],
 )
 def test_options_that_make_no_sense(options, message):

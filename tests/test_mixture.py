@@ -3,7 +3,7 @@
 import copy
 import itertools
 import math
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import numpy as np
 import pyro
@@ -17,9 +17,10 @@ from torch.distributions import MultivariateNormal
 from torch.testing import assert_close
 
 from pyrovae.errors import DataError, NumericalError, UsageError
-from pyrovae.models.mixture import COVARIANCES, BernoulliMixture, GaussianMixture, Mixture
+from pyrovae.models.mixture import BernoulliMixture, Covariance, GaussianMixture, Mixture
 
 M = TypeVar("M", bound=Mixture)
+COVARIANCES = get_args(Covariance)
 EVENTS = [(2,), (1, 4, 4)]
 
 
@@ -390,9 +391,9 @@ def test_fitting_leaves_global_state_alone(build):
     ("options", "message"),
     [
         ({"covariance": "diag"}, "covariance: expected one of full, diagonal, tied, spherical, got 'diag'"),
-        ({"weights": "equal"}, "weights: expected one of trainable, uniform, got 'equal'"),
-        ({"components": 0}, "components: expected at least 1, got 0"),
-        ({"floor": -1.0}, "floor: expected a variance of at least 0"),
+        ({"weights": "equal"}, "weights: expected trainable or uniform, got 'equal'"),
+        ({"components": 0}, "components: expected a whole number of at least 1, got 0"),
+        ({"floor": -1.0}, "floor: expected a number of at least 0"),
         ({"event_shape": (2, 0)}, "event_shape: expected positive sizes"),
         ({"event_shape": ()}, "event_shape: expected positive sizes"),
     ],
@@ -404,7 +405,7 @@ def test_arguments_refused(options, message):
 
 @pytest.mark.parametrize("floor", [0.0, 0.5])
 def test_bernoulli_floor_refused(floor):
-    with pytest.raises(UsageError, match="floor: expected a probability"):
+    with pytest.raises(UsageError, match=r"floor: expected a number above 0 and below 0.5"):
         BernoulliMixture(2, floor=floor)
 
 

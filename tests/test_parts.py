@@ -647,7 +647,7 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
     "rank of x": (lambda: ConvEncoder((1, 5, 5))(torch.zeros(5, 5)), r"\(1, 5, 5\).*\(5, 5\)"),
     "pseudo-inputs": (lambda: VampPrior(MeanFieldNormal(MLP(4), 2), 5, 3)(), r"\(4,\).*\(3, 5\)"),
     "activation": (lambda: MLP(4, activation="sine"), "one of tanh, .*'sine'"),
-    "hidden": (lambda: MLP(4, hidden=(3, 0)), r"hidden.*\[3, 0\]"),
+    "hidden": (lambda: MLP(4, hidden=(3, 0)), r"hidden: expected whole numbers of at least 1, got \(3, 0\)"),
     "channels": (lambda: ConvDecoder(2, (1, 4, 4), channels=(0,)), "channels"),
     "image": (lambda: ConvEncoder(784), r"\(784,\); use an MLP"),
     "latent_dim": (lambda: StandardNormal(0), "latent_dim.*at least 1, got 0"),

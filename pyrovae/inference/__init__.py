@@ -43,3 +43,6 @@ from pyrovae.inference.training.trainer import staged as staged
 from pyrovae.inference.verdicts import Verdict as Verdict
 from pyrovae.inference.verdicts import verdict as verdict
 from pyrovae.inference.weights import log_weights as log_weights
+
+# Those that have a name on the command line.
+PROPOSALS = (FromGuide, Widened, Individual, Annealed, FromPrior)

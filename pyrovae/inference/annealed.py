@@ -42,7 +42,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pyro.distributions as dist
 import torch
@@ -51,18 +51,19 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyrovae.checks import check_count
-from pyrovae.errors import PairError, UsageError
+from pyrovae.errors import PairError
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.estimate import standard_error
 from pyrovae.inference.marginal import ELEMENTS_AT_ONCE
 from pyrovae.inference.modules import evaluating
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
-from pyrovae.inference.proposals import density, draw_prior, is_positive
+from pyrovae.inference.proposals import density, draw_prior
 from pyrovae.inference.unconstrained import Unconstrained
 from pyrovae.inference.validity import check_pair
 from pyrovae.inference.weights import At, draw, log_mean_exp, log_prob, run, sample_sites
 from pyrovae.seeding import seeded
+from pyrovae.settings import Count, Number, check_fields
 
 # Of the sigmoid schedule, as in Wu et al. 2017.
 SIGMOID_WIDTH = 4.0
@@ -83,34 +84,29 @@ VALIDATED_WIDTH = 0.1
 
 @dataclass(frozen=True)
 class Annealed:
-    """Annealed importance sampling: a proposal of `log_marginal`.
+    """Chains of Hamiltonian Monte Carlo to p(z|x): annealed importance sampling.
 
     Args:
-        temperatures: T, the steps of the path from the start to p(x, z).
-        leapfrog: L, the leapfrog steps of each transition. A chain takes (T - 1) L gradients.
+        temperatures: Steps of the path from the start to p(x, z), T.
+        leapfrog: Leapfrog steps of each transition, L. A chain takes (T - 1) L gradients.
         start: Where chains start: "guide", or "prior", which asks nothing of the guide but its sites, and takes longer
             paths.
-        schedule: Of b_t: "sigmoid" is fine at both ends of the path, "linear" even.
-        acceptance: That step sizes aim at.
+        schedule: Temperatures: "sigmoid", fine at both ends of the path, or "linear", even.
+        acceptance: Acceptance that step sizes aim at.
 
     Raises:
         UsageError: an argument out of range; named.
     """
 
-    temperatures: int = 200
-    leapfrog: int = 5
+    word: ClassVar[str] = "annealed"
+    temperatures: Count = 200
+    leapfrog: Count = 5
     start: Literal["guide", "prior"] = "guide"
     schedule: Literal["sigmoid", "linear"] = "sigmoid"
-    acceptance: float = 0.7
+    acceptance: Annotated[float, Number(above=0, below=1)] = 0.7
 
     def __post_init__(self) -> None:
-        for name in ("temperatures", "leapfrog"):
-            check_count(name, getattr(self, name))
-        for name, choices in (("start", ("guide", "prior")), ("schedule", ("sigmoid", "linear"))):
-            if getattr(self, name) not in choices:
-                raise UsageError(f"{name}: expected {' or '.join(choices)}, got {getattr(self, name)!r}")
-        if not (is_positive(self.acceptance) and self.acceptance < 1):
-            raise UsageError(f"acceptance: expected a number between 0 and 1, got {self.acceptance!r}")
+        check_fields(self)
 
     @property
     def name(self) -> str:

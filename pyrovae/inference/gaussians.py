@@ -5,6 +5,7 @@ marginals, and its family is "other". To make one known, register its class with
 """
 
 from functools import singledispatch
+from typing import Literal, get_args
 
 import pyro.distributions as dist
 import torch
@@ -20,7 +21,8 @@ from torch.distributions import (
 )
 
 # The families of Gaussians that may be fitted to a datum.
-FAMILIES = ("diagonal", "full")
+Family = Literal["diagonal", "full"]
+FAMILIES = get_args(Family)
 
 
 @singledispatch

@@ -28,21 +28,22 @@ References:
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyrovae.checks import check_count
 from pyrovae.errors import UsageError
 from pyrovae.inference.batch import Batch
-from pyrovae.inference.gaussians import FAMILIES
+from pyrovae.inference.gaussians import Family
 from pyrovae.inference.modules import evaluating
 from pyrovae.inference.pair import Pair
-from pyrovae.inference.proposals import Sampler, is_positive, particles_in
+from pyrovae.inference.proposals import Sampler, particles_in
 from pyrovae.inference.unconstrained import Unconstrained
 from pyrovae.inference.weights import draw
+from pyrovae.settings import Count, Positive, check_fields
 
 RATE = 0.3
 # For "full", RATE is at most this times sqrt(draws / U): each step multiplies L by a noise of relative variance
@@ -136,30 +137,26 @@ class FittedGaussian:
 
 @dataclass(frozen=True)
 class Individual:
-    """A proposal that is fitted to each datum: a Gaussian over its unconstrained latents.
+    """A Gaussian fitted to each datum, over its unconstrained latents.
 
     Args:
-        family: Of its covariance: "full" or "diagonal".
-        steps: Of the fit, each with `draws` evaluations of the gradient of log p(x, z) for each datum.
-        draws: An even number; more make a step less noisy, and for "full" longer.
-        widen: Factor of its standard deviations when it is weighted: Gaussians fitted by the ELBO are a little too
-            narrow, and their weights' tails a little too heavy.
+        family: Covariance of the Gaussian: "full" or "diagonal".
+        steps: Steps of the fit. Each takes `draws` evaluations of the gradient of log p(x, z) for each datum.
+        draws: Draws at each step, an even number. More make a step less noisy, and for "full" longer.
+        widen: Factor of the Gaussian's standard deviations when it is weighted. Gaussians fitted by the ELBO are a
+            little too narrow, and their weights' tails a little too heavy.
     """
 
-    family: str = "full"
-    steps: int = 200
-    draws: int = 16
-    widen: float = 1.05
+    word: ClassVar[str] = "individual"
+    family: Family = "full"
+    steps: Count = 200
+    draws: Count = 16
+    widen: Positive = 1.05
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            raise UsageError(f"family: expected {' or '.join(FAMILIES)}, got {self.family!r}")
-        for name, value in (("steps", self.steps), ("draws", self.draws)):
-            check_count(name, value)
+        check_fields(self)
         if self.draws % 2:
             raise UsageError(f"draws: expected an even number, since they come in pairs, got {self.draws}")
-        if not is_positive(self.widen):
-            raise UsageError(f"widen: expected a positive number, got {self.widen!r}")
 
     @property
     def name(self) -> str:

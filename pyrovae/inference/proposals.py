@@ -27,18 +27,19 @@ References:
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyrovae.errors import PairError, UsageError
+from pyrovae.errors import PairError
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.gaussians import inflated
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.weights import NO_LATENTS, At, draw, drawn_sites, log_prob, run, sample_sites
+from pyrovae.settings import Positive, Share, check_fields
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,6 @@ class Sampler:
         return self.draw(k)
 
 
-def is_positive(value: object) -> bool:
-    """Whether a setting is a finite number above 0."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-
-
 class Proposal(Protocol):
     """What `log_marginal` draws from."""
 
@@ -75,8 +71,9 @@ class Proposal(Protocol):
 
 @dataclass(frozen=True)
 class FromGuide:
-    """The guide, as it is."""
+    """The guide itself."""
 
+    word: ClassVar[str] = "guide"
     name = "importance sampling from the guide"
 
     def __call__(self, pair: Pair, batch: Batch) -> Sampler:
@@ -88,11 +85,12 @@ class FromGuide:
 
 @dataclass(frozen=True)
 class FromPrior:
-    """The prior: log p(x) as the log of the mean likelihood.
+    """The prior, naively: log p(x) as the log of the mean likelihood.
 
     Its K must grow like exp KL(p(z|x) || p(z)), so that it fails on all but the smallest models.
     """
 
+    word: ClassVar[str] = "prior"
     name = "naive sampling from the prior"
 
     def __call__(self, pair: Pair, batch: Batch) -> Sampler:
@@ -104,22 +102,20 @@ class FromPrior:
 
 @dataclass(frozen=True)
 class Widened:
-    """A defensive mixture: the guide at several widths, and the prior.
+    """The guide at several widths, mixed with the prior: a defensive mixture.
 
     Args:
         scales: Factors of the guide's standard deviations, with equal shares. Factors other than 1 take a guide of
             Gaussian sites (or transformed Gaussians).
-        share: Of the draws that come from the prior, from 0 to less than 1.
+        share: Share of draws from the prior, from 0 to less than 1.
     """
 
-    scales: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0)
-    share: float = 0.1
+    word: ClassVar[str] = "widened"
+    scales: tuple[Positive, ...] = (1.0, 1.25, 1.5, 2.0)
+    share: Share = 0.1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.scales, tuple) or not self.scales or not all(map(is_positive, self.scales)):
-            raise UsageError(f"scales: expected a tuple of positive numbers, got {self.scales!r}")
-        if self.share != 0 and not (is_positive(self.share) and self.share < 1):
-            raise UsageError(f"share: expected a number from 0 to less than 1, got {self.share!r}")
+        check_fields(self)
 
     @property
     def name(self) -> str:

@@ -39,7 +39,7 @@ from pyrovae.checks import check_count
 from pyrovae.errors import UsageError
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.estimate import Estimate, joined
-from pyrovae.inference.gaussians import FAMILIES, family
+from pyrovae.inference.gaussians import FAMILIES, Family, family
 from pyrovae.inference.individual import Individual
 from pyrovae.inference.information import Information, split_kl
 from pyrovae.inference.marginal import LogMarginal, block_of, join, summarise
@@ -97,7 +97,7 @@ class Gaps:
     elbo: Estimate
     best_elbo: Estimate
     full_elbo: Estimate
-    family: str
+    family: Family
     guide_family: str
     num_particles: int
     units: Units
@@ -110,7 +110,7 @@ def gaps(
     guide: Callable,
     x: Tensor,
     num_particles: int = 2000,
-    family: str | None = None,
+    family: Family | None = None,
     individual: Individual | None = None,
     chunk_size: int | None = None,
     progress: Callable[[int], object] | None = None,
@@ -153,7 +153,7 @@ def gaps(
         # To name the guide's family takes draws, which move the caller's random state only where they decide something.
         with random("family") if family is None else seeded("family", device=x.device):
             guide_family = family_of(pair, batch[:1])
-        family = family or ("full" if guide_family == "other" else guide_family)
+        family = family or ("diagonal" if guide_family == "diagonal" else "full")
         method = replace(individual or Individual(), family=family)
         for start in range(0, len(batch), rows):
             with random("rows", start):

@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from pyrovae.errors import UsageError
 from pyrovae.models.guides import Guide
 from pyrovae.models.likelihoods import Likelihood
-from pyrovae.models.networks import check_samples
 from pyrovae.models.priors import Prior
+from pyrovae.settings import Whole, check
 
 
 class ConditionalPrior(nn.Module, ABC):
@@ -191,7 +191,7 @@ class ConditionalVAE(nn.Module):
         Raises:
             UsageError: num_samples is no whole number of at least 1, or y has another shape.
         """
-        check_samples(num_samples)
+        check("num_samples", num_samples, Whole(1))
         self.check_condition(y)
         if y.ndim > 1 and y.shape != (num_samples, self.condition_dim):
             raise UsageError(

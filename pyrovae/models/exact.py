@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributions.transforms import ReshapeTransform
 
 from pyrovae.errors import DataError, UsageError
-from pyrovae.models.networks import check_samples
+from pyrovae.settings import Count, Whole, check, checked
 
 RELATIVE_FLOOR = 1e-6  # of the mean variance of the rows
 BLOCK = 4096  # rows whose squares are summed at a time, in double precision
@@ -39,11 +39,13 @@ class Exact(nn.Module, ABC):
     Args:
         event_shape: Shape of one datum; an int D means (D,).
     Attributes:
+        word: What it is called where it is chosen by name; of two of one word the measure of the data decides.
         measure: Of p(x), "density" or "mass".
     Raises:
         UsageError: a size of the event shape is below 1.
     """
 
+    word: ClassVar[str]
     measure: ClassVar[str]
 
     def __init__(self, event_shape: int | Sequence[int]) -> None:
@@ -52,6 +54,13 @@ class Exact(nn.Module, ABC):
         self.event_numel = self.event_shape.numel()
         if not self.event_shape or min(self.event_shape) < 1:
             raise UsageError(f"event_shape: expected positive sizes, got {tuple(self.event_shape)}; pass D for vectors")
+
+    @abstractmethod
+    def model(self, x: Tensor) -> None:
+        """p(x) as a Pyro model: the site `x`, observed, in the plate `data`; its latents are summed out."""
+
+    def guide(self, x: Tensor) -> None:
+        """Pyro guide: empty, because there is nothing to infer."""
 
     @abstractmethod
     def log_prob(self, x: Tensor) -> Tensor:
@@ -67,12 +76,16 @@ class Exact(nn.Module, ABC):
         """Draws of x from p(x), or of the means of p(x | z), shape (num_samples, *event)."""
 
     @abstractmethod
+    def initialise(self, x: Tensor) -> None:
+        """Start at training data x of shape (N, *event), for training by gradient."""
+
+    @abstractmethod
     def fit(self, x: Tensor, seed: int = 0) -> int:
         """Maximise log p(x) over x of shape (N, *event) without a gradient; returns the iterations it took."""
 
 
 class PPCA(Exact):
-    """Exact baseline: probabilistic PCA, for densities.
+    """Probabilistic PCA, an exact baseline for densities.
 
     Args:
         event_shape: Shape of one datum; an int D means (D,).
@@ -91,9 +104,10 @@ class PPCA(Exact):
     word = "ppca"
     measure = "density"
 
-    def __init__(self, event_shape: int | Sequence[int], components: int = 10) -> None:
+    @checked
+    def __init__(self, event_shape: int | Sequence[int], components: Count = 10) -> None:
         super().__init__(event_shape)
-        if not 1 <= components < self.event_numel:
+        if components >= self.event_numel:
             raise UsageError(
                 f"components: expected a whole number from 1 to {self.event_numel - 1}, one below the elements of x, "
                 f"got {components}"
@@ -114,21 +128,22 @@ class PPCA(Exact):
         with pyro.plate("data", len(x)):
             pyro.sample("x", self(), obs=x)
 
-    def guide(self, x: Tensor) -> None:
-        """Pyro guide: empty, because there is nothing to infer."""
-
     def log_prob(self, x: Tensor) -> Tensor:
         self._check(x)
         return self().log_prob(x.to(self.loc))
 
     @torch.no_grad()
     def sample(self, num_samples: int, mean: bool = False) -> Tensor:
-        check_samples(num_samples)
+        check("num_samples", num_samples, Whole(1))
         z = torch.randn(num_samples, self.components, dtype=self.loc.dtype, device=self.loc.device)
         x = self.loc + z @ self.weight.T
         if not mean:
             x = x + self.log_scale.exp() * torch.randn_like(x)
         return x.unflatten(1, self.event_shape)
+
+    def initialise(self, x: Tensor) -> None:
+        """Start where `fit` ends: a gradient has nothing to add but to another part of the data."""
+        self.fit(x)
 
     @torch.no_grad()
     def fit(self, x: Tensor, seed: int = 0) -> int:

@@ -4,11 +4,12 @@ A guide is a module whose `forward(x)` maps (*batch, *event) to a distribution o
 (Z,). Its encoder turns x into features; a linear head turns features into the distribution's parameters. Swapping one
 guide for another is swapping the class name. The same classes serve as the conditionals p(z1|z2) of a hierarchy.
 
-To write a new one, subclass `Guide`, name the number of head outputs in `super().__init__`, and return the
-distribution from `forward`.
+To write a new one, subclass `Guide`, name the number of head outputs in `super().__init__`, return the distribution
+from `forward`, and name the class in `GUIDES`. Parameters with a default are its settings, on the command line too.
 """
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -17,6 +18,7 @@ from torch.nn.functional import softplus
 
 from pyrovae.errors import UsageError
 from pyrovae.models.networks import Network, check_event
+from pyrovae.settings import Count, checked
 
 # Added to every scale: far below any scale that matters, it keeps 1/scale finite in single precision.
 SCALE_FLOOR = 1e-6
@@ -29,15 +31,18 @@ class Guide(nn.Module, ABC):
         encoder: Maps an event to a vector of features.
         latent_dim: Z.
         outputs: Number of parameters of the distribution, the width of the head.
+
+    Attributes:
+        short: Other names that the class goes by where it is chosen by name.
     """
 
+    short: ClassVar[tuple[str, ...]] = ()
     shift: Tensor
     rescale: Tensor
 
-    def __init__(self, encoder: Network, latent_dim: int, outputs: int) -> None:
+    @checked
+    def __init__(self, encoder: Network, latent_dim: Count, outputs: int) -> None:
         super().__init__()
-        if latent_dim < 1:
-            raise UsageError(f"latent_dim: expected a whole number of at least 1, got {latent_dim}")
         if len(encoder.out_shape) != 1:
             raise UsageError(f"encoder: expected a vector of features as output, got shape {encoder.out_shape}")
         self.latent_dim = latent_dim
@@ -70,7 +75,9 @@ class Guide(nn.Module, ABC):
 
 
 class MeanFieldNormal(Guide):
-    """N(m(x), diag s(x)^2)."""
+    """Diagonal covariance: N(m(x), diag s(x)^2)."""
+
+    short = ("mean-field", "diagonal")
 
     def __init__(self, encoder: Network, latent_dim: int) -> None:
         super().__init__(encoder, latent_dim, 2 * latent_dim)
@@ -81,8 +88,9 @@ class MeanFieldNormal(Guide):
 
 
 class FullCovarianceNormal(Guide):
-    """N(m(x), L(x) L(x)') with a lower-triangular L of positive diagonal."""
+    """Full covariance by its Cholesky factor: N(m(x), L(x) L(x)')."""
 
+    short = ("full", "full-covariance")
     rows: Tensor
     columns: Tensor
 
@@ -102,7 +110,7 @@ class FullCovarianceNormal(Guide):
 
 
 class LowRankNormal(Guide):
-    """N(m(x), F(x) F(x)' + diag s(x)^2) with F of shape (Z, rank).
+    """Low rank plus diagonal: N(m(x), F(x) F(x)' + diag s(x)^2), F of shape (Z, rank).
 
     Args:
         encoder: Maps an event to a vector of features.
@@ -110,8 +118,11 @@ class LowRankNormal(Guide):
         rank: Number of columns of F, from 1 to Z.
     """
 
-    def __init__(self, encoder: Network, latent_dim: int, rank: int = 2) -> None:
-        if not 1 <= rank <= latent_dim:
+    short = ("low-rank",)
+
+    @checked
+    def __init__(self, encoder: Network, latent_dim: Count, rank: Count = 2) -> None:
+        if rank > latent_dim:
             raise UsageError(f"rank: expected a whole number from 1 to latent_dim = {latent_dim}, got {rank}")
         super().__init__(encoder, latent_dim, (2 + rank) * latent_dim)
         self.rank = rank
@@ -124,3 +135,6 @@ class LowRankNormal(Guide):
         factor = 0.1 * factor.unflatten(-1, (self.latent_dim, self.rank))
         variance = (softplus(raw_scale) + SCALE_FLOOR).square()
         return dist.LowRankMultivariateNormal(loc, factor, variance)
+
+
+GUIDES = (MeanFieldNormal, FullCovarianceNormal, LowRankNormal)

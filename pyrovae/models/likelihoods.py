@@ -2,14 +2,16 @@
 
 A likelihood is a module whose `forward(z)` maps (*batch, Z) to a distribution of batch shape `batch` and the event
 shape of x. It says its `measure`: a "mass" on {0,1}^D or a "density"; the two never share a column of a table.
-To write a new one, subclass `Likelihood` and return the distribution.
+To write a new one, subclass `Likelihood`, return the distribution, say what the decoder has to put out
+(`decoder_shape`), and name the class in `LIKELIHOODS`. Parameters with a default are its settings, on the command line
+too.
 
 The distributions do not validate their arguments, which would read (K, N, *event) numbers once more at every step;
 the pair checks x, which is K times smaller, by `check_support`.
 """
 
-import math
 from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal
 
 import pyro.distributions as dist
 import torch
@@ -20,6 +22,9 @@ from pyrovae.errors import DataError, UsageError
 from pyrovae.models.networks import Network
 from pyrovae.models.priors import inverse_softplus
 from pyrovae.models.tilted_uniform import TiltedUniform, eta_of
+from pyrovae.settings import NotNegative, Positive, checked
+
+RELATIVE_FLOOR = 1e-3  # of a Gaussian's scale that is not fixed
 
 
 class Likelihood(nn.Module, ABC):
@@ -28,9 +33,14 @@ class Likelihood(nn.Module, ABC):
     Args:
         decoder: Maps z to what the distribution needs.
         event_shape: Event shape of x.
+
+    Attributes:
+        measure: Of p(x): "mass" or "density".
+        short: Other names that the class goes by where it is chosen by name.
     """
 
-    measure: str  # "mass" or "density"
+    measure: ClassVar[str]
+    short: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, decoder: Network, event_shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -41,6 +51,11 @@ class Likelihood(nn.Module, ABC):
     def latent_shape(self) -> tuple[int, ...]:
         """Event shape of z."""
         return self.decoder.in_shape
+
+    @classmethod
+    @abstractmethod
+    def decoder_shape(cls, event_shape: tuple[int, ...], **settings: Any) -> tuple[int, ...]:
+        """Event shape of the decoder's output for that of x, with the settings that the constructor is given."""
 
     @abstractmethod
     def forward(self, z: Tensor) -> dist.Distribution:
@@ -60,12 +75,16 @@ class Likelihood(nn.Module, ABC):
 
 
 class Bernoulli(Likelihood):
-    """Independent Bernoulli pixels, x in {0,1}^D, with the decoder's output as logits. A mass."""
+    """A mass on {0,1}^D: independent pixels, with the decoder's output as logits."""
 
     measure = "mass"
 
     def __init__(self, decoder: Network) -> None:
         super().__init__(decoder, decoder.out_shape)
+
+    @classmethod
+    def decoder_shape(cls, event_shape: tuple[int, ...], **settings: Any) -> tuple[int, ...]:
+        return event_shape
 
     def forward(self, z: Tensor) -> dist.Distribution:
         return dist.Bernoulli(logits=self.decoder(z), validate_args=False).to_event(len(self.event_shape))
@@ -86,7 +105,7 @@ class Bernoulli(Likelihood):
 
 
 class Gaussian(Likelihood):
-    """Independent Gaussian elements with the decoder's output as mean. A density.
+    """A density: independent Gaussian elements, with the decoder's output as mean.
 
     The decoder speaks in `unit`, the standard deviation of the training data (over all elements; 1 until `initialise`),
     so that a pair learns data of any scale alike: mean = unit * output, scale = unit * (floor + softplus(parameter)).
@@ -96,14 +115,21 @@ class Gaussian(Likelihood):
     Args:
         decoder: Maps z to the event of x; with scale="predicted", to (2, *event): mean and scale.
         scale: A number, fixed, in the data's own units; "learned", one for all elements; "per-dimension", one for each
-            element; "predicted", by the decoder.
-        floor: Least scale that is not fixed, as a share of `unit`.
+            element; or "predicted", by the decoder.
+        floor: Least scale that is not fixed, as a share of the data's standard deviation; 0.001 unless given. A fixed
+            scale has none.
     """
 
     measure = "density"
     unit: Tensor
 
-    def __init__(self, decoder: Network, scale: float | str = "learned", floor: float = 1e-3) -> None:
+    @checked
+    def __init__(
+        self,
+        decoder: Network,
+        scale: Positive | Literal["learned", "per-dimension", "predicted"] = "learned",
+        floor: NotNegative | None = None,
+    ) -> None:
         out_shape = decoder.out_shape
         if scale == "predicted":
             if out_shape[:1] != (2,) or len(out_shape) < 2:
@@ -113,21 +139,18 @@ class Gaussian(Likelihood):
                 )
             out_shape = out_shape[1:]
         super().__init__(decoder, out_shape)
-        if not (isinstance(floor, float | int) and math.isfinite(floor) and floor >= 0):
-            raise UsageError(f"floor: expected a number of at least 0, got {floor!r}")
-        self.floor = float(floor)
-        if isinstance(scale, str):
-            if scale not in ("learned", "per-dimension", "predicted"):
-                raise UsageError(
-                    f"scale: expected a positive number, learned, per-dimension or predicted, got {scale!r}"
-                )
-        elif not (math.isfinite(scale) and scale > 0):
-            raise UsageError(f"scale: expected a positive number, got {scale!r}")
+        if floor is not None and not isinstance(scale, str):
+            raise UsageError(f"floor: not used, since the scale is fixed to {scale}; leave it out")
+        self.floor = RELATIVE_FLOOR if floor is None else float(floor)
         self.scale = scale
         self.register_buffer("unit", torch.ones(()))
         if scale in ("learned", "per-dimension"):
             shape = out_shape if scale == "per-dimension" else ()
             self.raw_scale = nn.Parameter(torch.full(shape, inverse_softplus(1.0)))
+
+    @classmethod
+    def decoder_shape(cls, event_shape: tuple[int, ...], **settings: Any) -> tuple[int, ...]:
+        return (2, *event_shape) if settings.get("scale") == "predicted" else event_shape
 
     def loc_and_scale(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and scale of p(x|z), both of shape (*batch, *event)."""
@@ -189,9 +212,14 @@ class ContinuousBernoulli(Likelihood):
     """
 
     measure = "density"
+    short = ("continuous-bernoulli",)
 
     def __init__(self, decoder: Network) -> None:
         super().__init__(decoder, decoder.out_shape)
+
+    @classmethod
+    def decoder_shape(cls, event_shape: tuple[int, ...], **settings: Any) -> tuple[int, ...]:
+        return event_shape
 
     def forward(self, z: Tensor) -> dist.Distribution:
         return TiltedUniform(self.decoder(z), validate_args=False).to_event(len(self.event_shape))
@@ -215,3 +243,6 @@ def set_output_bias(network: Network, value: Tensor) -> None:
     if network.output_bias is not None:
         with torch.no_grad():
             network.output_bias.copy_(value.reshape(network.output_bias.shape))
+
+
+LIKELIHOODS = (Bernoulli, Gaussian, ContinuousBernoulli)

@@ -32,9 +32,9 @@ References:
 
 import copy
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -45,11 +45,12 @@ from torch.distributions.transforms import ReshapeTransform
 from torch.nn import functional as F
 
 from pyrovae.errors import DataError, NumericalError, UsageError
-from pyrovae.models.networks import check_samples
+from pyrovae.models.exact import PPCA, Exact
+from pyrovae.settings import Count, NotNegative, Number, Whole, check, checked
 
 RELATIVE_FLOOR = 1e-6  # of the mean variance of the rows
-COVARIANCES = ("full", "diagonal", "tied", "spherical")
-WEIGHTS = ("trainable", "uniform")
+Covariance = Literal["full", "diagonal", "tied", "spherical"]
+Weights = Literal["trainable", "uniform"]
 
 # A component responsible for less than this many rows is empty: its mean would be noise.
 EMPTY = 1e-12
@@ -57,7 +58,7 @@ EMPTY = 1e-12
 CHUNK = 2**20
 
 
-class Mixture(nn.Module, ABC):
+class Mixture(Exact):
     """C components on one event shape, with weights that are trained or held equal.
 
     A subclass gives the components (`component`, `component_log_prob`) and their M step (`_fit_components`); the
@@ -65,27 +66,22 @@ class Mixture(nn.Module, ABC):
 
     Args:
         event_shape: Shape of one datum; an int D means (D,).
-        components: C, at least 1.
-        weights: "trainable", or "uniform" to hold every weight at 1/C.
+        components: Number of components, C.
+        weights: Mixing weights: "trainable", or "uniform" to hold each at 1/C.
     Raises:
         UsageError: An argument outside its range or choices; the message names them.
     """
 
-    measure: ClassVar[str]  # of p(x): "density" or "mass"
+    word = "mixture"
+    tolerance: ClassVar[float]  # of `fit`: least gain of an iteration in nats per datum and dimension
     support: ClassVar[constraints.Constraint]  # of one number of x
     mixing_logits: Tensor
     means: Tensor  # of p(x | c), shape (C, *event)
 
-    def __init__(self, event_shape: int | Sequence[int], components: int, weights: str) -> None:
-        super().__init__()
-        self.event_shape = torch.Size([event_shape] if isinstance(event_shape, int) else event_shape)
-        self.event_numel = self.event_shape.numel()
+    @checked
+    def __init__(self, event_shape: int | Sequence[int], components: Count, weights: Weights) -> None:
+        super().__init__(event_shape)
         self.components = components
-        if not self.event_shape or min(self.event_shape) < 1:
-            raise UsageError(f"event_shape: expected positive sizes, got {tuple(self.event_shape)}; pass D for vectors")
-        if components < 1:
-            raise UsageError(f"components: expected at least 1, got {components}; pass 1 for a single component")
-        _one_of("weights", weights, WEIGHTS)
         equal = torch.zeros(components)
         if weights == "trainable":
             self.mixing_logits = nn.Parameter(equal)
@@ -116,9 +112,6 @@ class Mixture(nn.Module, ABC):
             assignment = dist.Categorical(logits=self.mixing_logits)
             c = pyro.sample("c", assignment, infer={"enumerate": "parallel"})
             pyro.sample("x", self.component(c), obs=x)
-
-    def guide(self, x: Tensor) -> None:
-        """Pyro guide: empty, because the one latent site is summed out exactly."""
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Exact log p(x); differentiable.
@@ -155,7 +148,7 @@ class Mixture(nn.Module, ABC):
         Raises:
             UsageError: num_samples is no whole number of at least 1.
         """
-        check_samples(num_samples)
+        check("num_samples", num_samples, Whole(1))
         c = dist.Categorical(logits=self.mixing_logits).sample((num_samples,))
         if mean:
             return self.means[c]
@@ -190,6 +183,17 @@ class Mixture(nn.Module, ABC):
         exact = copy.deepcopy(self).double()
         exact._maximise(x, hard.to(exact.mixing_logits), self._chunk(None))
         self.load_state_dict(exact.state_dict())
+
+    def fit(self, x: Tensor, seed: int = 0) -> int:
+        """Start from k-means and climb by EM until an iteration gains far less than models differ by, or 50 of them.
+
+        Arguments and errors as those of `initialise` and `em`.
+
+        Returns:
+            How many iterations it took.
+        """
+        self.initialise(x, seed)
+        return len(self.em(x, max_iterations=50, tolerance=self.event_numel * self.tolerance)) - 1
 
     @torch.no_grad()
     def em(
@@ -304,18 +308,18 @@ class Mixture(nn.Module, ABC):
 
 
 class GaussianMixture(Mixture):
-    """Mixture of C Gaussians on real data; p(x) is a density.
+    """A mixture of Gaussians, an exact baseline for densities.
 
     Components start at standard normal means (drawn as torch draws any layer's parameters) with unit covariance.
 
     Args:
         event_shape: Shape of one datum; an int D means (D,).
-        components: C, at least 1.
-        covariance: "full", "diagonal", "tied" (one full matrix for all components) or "spherical".
-        weights: "trainable", or "uniform" to hold every weight at 1/C.
-        floor: Variance added to each dimension in the M step, in squared units of x; scikit-learn's `reg_covar`. It
-            keeps a component that collapses onto few rows positive definite. None: a millionth of the mean variance of
-            the rows, whatever their units.
+        components: Number of components, C.
+        covariance: Covariance of each component: "full", "diagonal", "tied" (one full matrix for all) or "spherical".
+        weights: Mixing weights: "trainable", or "uniform" to hold each at 1/C.
+        floor: Variance added to each dimension in the M step, in squared units of x; a millionth of the mean variance
+            of the rows unless given. It is scikit-learn's `reg_covar`, and keeps a component that collapses onto few
+            rows positive definite.
     Raises:
         UsageError: An argument outside its range or choices; the message names them.
     Example:
@@ -327,21 +331,21 @@ class GaussianMixture(Mixture):
         torch.Size([100])
     """
 
+    word = "mixture"
     measure = "density"
+    tolerance = 1e-4  # iterations of full covariances are dear, and densities spread more widely than masses
     support = constraints.real
 
+    @checked
     def __init__(
         self,
         event_shape: int | Sequence[int],
-        components: int = 10,
-        covariance: str = "full",
-        weights: str = "trainable",
-        floor: float | None = None,
+        components: Count = 10,
+        covariance: Covariance = "full",
+        weights: Weights = "trainable",
+        floor: NotNegative | None = None,
     ) -> None:
         super().__init__(event_shape, components, weights)
-        _one_of("covariance", covariance, COVARIANCES)
-        if floor is not None and not 0 <= floor < math.inf:
-            raise UsageError(f"floor: expected a variance of at least 0, got {floor}; None sets it by the data")
         self.covariance, self.floor = covariance, floor
         C, D = components, self.event_numel
         self.means = nn.Parameter(torch.randn(C, *self.event_shape))
@@ -438,33 +442,34 @@ class GaussianMixture(Mixture):
 
 
 class BernoulliMixture(Mixture):
-    """Mixture of C products of Bernoullis on binary data; p(x) is a probability mass on {0, 1}^D.
+    """A mixture of products of Bernoullis, an exact baseline for masses on {0, 1}^D.
 
     Components start at probabilities near 1/2, told apart by a little noise.
 
     Args:
         event_shape: Shape of one datum; an int D means (D,).
-        components: C, at least 1.
-        weights: "trainable", or "uniform" to hold every weight at 1/C.
-        floor: The M step keeps probabilities in [floor, 1 - floor], in (0, 1/2), which is the constrained maximum. It
-            decides what a pixel costs that was never on in training: -log(floor), 6.9 nats by default.
+        components: Number of components, C.
+        weights: Mixing weights: "trainable", or "uniform" to hold each at 1/C.
+        floor: The M step keeps probabilities from floor to 1 - floor, which is the constrained maximum. It decides
+            what a pixel costs that was never on in training: -log(floor), 6.9 nats by default.
     Raises:
         UsageError: An argument outside its range or choices; the message names them.
     """
 
+    word = "mixture"
     measure = "mass"
+    tolerance = 1e-5
     support = constraints.boolean
 
+    @checked
     def __init__(
         self,
         event_shape: int | Sequence[int],
-        components: int = 10,
-        weights: str = "trainable",
-        floor: float = 1e-3,
+        components: Count = 10,
+        weights: Weights = "trainable",
+        floor: Annotated[float, Number(above=0, below=0.5)] = 1e-3,
     ) -> None:
         super().__init__(event_shape, components, weights)
-        if not 0 < floor < 0.5:
-            raise UsageError(f"floor: expected a probability between 0 and 0.5, got {floor}; the default is 1e-3")
         self.floor = floor
         self.logits = nn.Parameter(0.1 * torch.randn(components, *self.event_shape))
 
@@ -500,10 +505,9 @@ def _overwrite(parameter: Tensor, value: Tensor, live: Tensor) -> None:
     parameter.copy_(torch.where(live.view(-1, *[1] * (value.dim() - 1)), value, parameter))
 
 
-def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise UsageError(f"{name}: expected one of {', '.join(choices)}, got {value!r}; pass one of those names")
-
-
 def _describe(support: constraints.Constraint) -> str:
     return "{0, 1}" if support is constraints.boolean else "the real numbers"
+
+
+# Models with an exact log p(x): `log_prob(x)`, their `measure`, a pair that has nothing to estimate.
+BASELINES = (GaussianMixture, BernoulliMixture, PPCA)

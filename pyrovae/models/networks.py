@@ -2,27 +2,24 @@
 
 Every network maps one event to one event, and carries any number of leading (batch, particle) dimensions along:
 they are flattened into one before the layers and restored after them, so that a convolution never sees a particle
-dimension. Wrap a module of your own in `Network` to give it the same manners.
+dimension. Wrap a module of your own in `Network` to give it the same manners. `NETWORKS` are the architectures that go
+by a name: an encoder and a decoder, with the same settings.
 """
 
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from pyrovae.errors import UsageError
+from pyrovae.settings import Count, Share, checked
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "tanh": nn.Tanh,
-    "relu": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,
-    "elu": nn.ELU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "softplus": nn.Softplus,
-}
+Activation = Literal["tanh", "relu", "leaky_relu", "elu", "gelu", "silu", "softplus"]
+MODULES = (nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Softplus)
+ACTIVATIONS: dict[str, type[nn.Module]] = dict(zip(get_args(Activation), MODULES, strict=True))
 
 Shape = int | Sequence[int]
 
@@ -32,24 +29,6 @@ def as_shape(shape: Shape) -> tuple[int, ...]:
     return (shape,) if isinstance(shape, int) else tuple(shape)
 
 
-def make_activation(name: str) -> nn.Module:
-    """The activation of that name.
-
-    Raises:
-        UsageError: the name is not in `ACTIVATIONS`.
-    """
-    if name not in ACTIVATIONS:
-        raise UsageError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {name!r}")
-    return ACTIVATIONS[name]()
-
-
-def check_widths(name: str, widths: Sequence[int]) -> tuple[int, ...]:
-    """Widths or channels as a tuple of positive whole numbers."""
-    if any(width < 1 for width in widths):
-        raise UsageError(f"{name}: expected whole numbers of at least 1, got {list(widths)}")
-    return tuple(widths)
-
-
 class Network(nn.Module):
     """A module of one batch dimension, extended to any leading dimensions.
 
@@ -57,7 +36,12 @@ class Network(nn.Module):
         body: Maps (B, *in_shape) to (B, *out_shape).
         in_shape: Event shape of the input.
         out_shape: Event shape of the output.
+
+    Attributes:
+        word: What the architecture is called where it is chosen by name.
     """
+
+    word: ClassVar[str]
 
     def __init__(self, body: nn.Module, in_shape: Shape, out_shape: Shape) -> None:
         super().__init__()
@@ -95,30 +79,32 @@ class Network(nn.Module):
 
 
 class MLP(Network):
-    """A multilayer perceptron between any two event shapes.
+    """Dense layers: a multilayer perceptron between any two event shapes.
 
     Args:
         in_shape: Event shape of the input; flattened.
         out_shape: Event shape of the output. None: the last hidden layer is the output, as an encoder's features.
         hidden: Widths of the hidden layers.
-        activation: A name in `ACTIVATIONS`.
+        activation: Activation of the hidden layers.
         dropout: Probability of dropping a hidden unit while training.
     """
 
+    word = "mlp"
+
+    @checked
     def __init__(
         self,
         in_shape: Shape,
         out_shape: Shape | None = None,
-        hidden: Sequence[int] = (200, 200),
-        activation: str = "tanh",
-        dropout: float = 0.0,
+        hidden: Sequence[Count] = (200, 200),
+        activation: Activation = "tanh",
+        dropout: Share = 0.0,
     ) -> None:
-        hidden = check_widths("hidden", hidden)
         in_shape = as_shape(in_shape)
         widths = [math.prod(in_shape), *hidden]
         layers: list[nn.Module] = [nn.Flatten()]
         for before, after in pairwise(widths):
-            layers += [nn.Linear(before, after), make_activation(activation)]
+            layers += [nn.Linear(before, after), ACTIVATIONS[activation]()]
             if dropout:
                 layers.append(nn.Dropout(dropout))
         if out_shape is None:
@@ -136,32 +122,35 @@ class MLP(Network):
 
 
 class ConvEncoder(Network):
-    """Strided convolutions from an image of any shape (C, H, W) to a vector of features.
+    """Strided convolutions, for images: from any shape (C, H, W) to a vector of features.
 
     Args:
         in_shape: (C, H, W), or (H, W) for a single channel.
-        channels: Channels of the convolutions; each halves height and width (rounded up).
-        hidden: Width of the dense layer after them, the number of features.
-        activation: A name in `ACTIVATIONS`.
+        channels: Channels of the convolutions, from the image inwards; each halves height and width (rounded up).
+        hidden: Width of the dense layer, the number of features.
+        activation: Activation of the hidden layers.
     """
 
+    word = "conv"
+
+    @checked
     def __init__(
         self,
         in_shape: Shape,
-        channels: Sequence[int] = (32, 64),
-        hidden: int = 256,
-        activation: str = "relu",
+        channels: Sequence[Count] = (32, 64),
+        hidden: Count = 256,
+        activation: Activation = "relu",
     ) -> None:
-        in_shape, channels = as_shape(in_shape), check_widths("channels", channels)
+        in_shape, channels = as_shape(in_shape), tuple(channels)
         depth, height, width = image_shape(in_shape)
         layers: list[nn.Module] = [nn.Flatten(), nn.Unflatten(1, (depth, height, width))]
         for before, after in zip((depth, *channels[:-1]), channels, strict=True):
-            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), make_activation(activation)]
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), ACTIVATIONS[activation]()]
             height, width = (height + 1) // 2, (width + 1) // 2
         layers += [
             nn.Flatten(),
             nn.Linear(channels[-1] * height * width, hidden),
-            make_activation(activation),
+            ACTIVATIONS[activation](),
         ]
         super().__init__(nn.Sequential(*layers), in_shape, hidden)
 
@@ -175,20 +164,20 @@ class ConvDecoder(Network):
         in_shape: Event shape of the input, e.g. the number of latent dimensions; flattened.
         out_shape: (..., H, W); all dimensions before the last two are channels.
         channels: Channels of the convolutions, from the image inwards, as for `ConvEncoder`.
-        hidden: Width of the dense layer before them.
-        activation: A name in `ACTIVATIONS`.
+        hidden: Width of the dense layer.
+        activation: Activation of the hidden layers.
     """
 
+    @checked
     def __init__(
         self,
         in_shape: Shape,
         out_shape: Shape,
-        channels: Sequence[int] = (32, 64),
-        hidden: int = 256,
-        activation: str = "relu",
+        channels: Sequence[Count] = (32, 64),
+        hidden: Count = 256,
+        activation: Activation = "relu",
     ) -> None:
-        in_shape, out_shape = as_shape(in_shape), as_shape(out_shape)
-        channels = check_widths("channels", channels)
+        in_shape, out_shape, channels = as_shape(in_shape), as_shape(out_shape), tuple(channels)
         depth, height, width = image_shape(out_shape)
         sizes = [(height, width)]
         for _ in channels:
@@ -197,9 +186,9 @@ class ConvDecoder(Network):
         layers: list[nn.Module] = [
             nn.Flatten(),
             nn.Linear(math.prod(in_shape), hidden),
-            make_activation(activation),
+            ACTIVATIONS[activation](),
             nn.Linear(hidden, math.prod(small)),
-            make_activation(activation),
+            ACTIVATIONS[activation](),
             nn.Unflatten(1, small),
         ]
         stages = zip(channels[::-1], (*channels[-2::-1], depth), sizes[-2::-1], strict=True)
@@ -207,7 +196,7 @@ class ConvDecoder(Network):
             last = i == len(channels) - 1
             layers += [nn.Upsample(size=size), nn.Conv2d(before, after, 3, padding=1, bias=not last)]
             if not last:
-                layers.append(make_activation(activation))
+                layers.append(ACTIVATIONS[activation]())
         super().__init__(nn.Sequential(*layers, nn.Flatten(), nn.Unflatten(1, out_shape)), in_shape, out_shape)
         # One bias per pixel, not per channel: the mean image of the data is then where the decoder starts.
         self.bias = nn.Parameter(torch.zeros(out_shape))
@@ -218,6 +207,10 @@ class ConvDecoder(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + self.bias
+
+
+# Each an encoder and a decoder.
+NETWORKS = ((MLP, MLP), (ConvEncoder, ConvDecoder))
 
 
 def check_event(x: Tensor, shape: tuple[int, ...]) -> None:
@@ -233,12 +226,6 @@ def check_event(x: Tensor, shape: tuple[int, ...]) -> None:
         )
     if not x.is_floating_point():
         raise UsageError(f"x: expected floating-point numbers, got {x.dtype}; pass x.float(), or fit(transform=...)")
-
-
-def check_samples(num_samples: object) -> None:
-    """Refuse a number of samples that is no whole number of at least 1."""
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-        raise UsageError(f"num_samples: expected a whole number of at least 1, got {num_samples!r}")
 
 
 def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:

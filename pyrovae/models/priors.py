@@ -1,13 +1,16 @@
 """Priors p(z) over the latent vector.
 
 A prior is a module whose `forward()` returns a distribution of batch shape () and event shape (Z,). To write a new
-one, subclass `Prior`, call `super().__init__(latent_dim)`, and return the distribution; nothing else is asked.
+one, subclass `Prior`, call `super().__init__(latent_dim)`, return the distribution, and name the class in `PRIORS`;
+nothing else is asked. What its constructor needs it finds by name: `latent_dim`, the pair's `guide`, the `event_shape`
+of x. Parameters with a default are its settings, on the command line too, with the sentences of its docstring.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
+from typing import Annotated, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -19,15 +22,21 @@ from torch.nn.functional import softplus
 from pyrovae.errors import UsageError
 from pyrovae.models.guides import Guide
 from pyrovae.models.networks import MLP, Network
+from pyrovae.settings import Count, Number, checked
 
 
 class Prior(nn.Module, ABC):
-    """p(z), a distribution over vectors of `latent_dim` elements."""
+    """p(z), a distribution over vectors of `latent_dim` elements.
 
-    def __init__(self, latent_dim: int) -> None:
+    Attributes:
+        short: Other names that the class goes by where it is chosen by name.
+    """
+
+    short: ClassVar[tuple[str, ...]] = ()
+
+    @checked
+    def __init__(self, latent_dim: Count) -> None:
         super().__init__()
-        if latent_dim < 1:
-            raise UsageError(f"latent_dim: expected a whole number of at least 1, got {latent_dim}")
         self.latent_dim = latent_dim
 
     @abstractmethod
@@ -41,6 +50,7 @@ class Prior(nn.Module, ABC):
 class StandardNormal(Prior):
     """N(0, I)."""
 
+    short = ("standard", "normal")
     loc: Tensor
 
     def __init__(self, latent_dim: int) -> None:
@@ -52,7 +62,7 @@ class StandardNormal(Prior):
         return dist.Normal(self.loc, torch.ones_like(self.loc)).to_event(1)
 
 
-class Mixture(dist.MixtureSameFamily):
+class SharedComponents(dist.MixtureSameFamily):
     """A mixture that plates expand without expanding its components.
 
     torch would give every particle and datum a copy of every component's parameters: for a full-covariance VampPrior
@@ -64,17 +74,21 @@ class Mixture(dist.MixtureSameFamily):
 
 
 class MixtureOfGaussians(Prior):
-    """sum_c pi_c N(m_c, diag s_c^2) with learned weights, means and scales.
+    """Learned weights, means and scales: sum_c pi_c N(m_c, diag s_c^2).
 
     Args:
         latent_dim: Z.
         components: Number of components.
-        floor: Least scale of a component, so that no component can collapse to a point.
+        floor: Least scale of a component, so that none collapses to a point.
     """
 
-    def __init__(self, latent_dim: int, components: int = 10, floor: float = 1e-3) -> None:
+    short = ("mixture", "mog")
+
+    @checked
+    def __init__(
+        self, latent_dim: Count, components: Count = 10, floor: Annotated[float, Number(least=0, below=0.7)] = 1e-3
+    ) -> None:
         super().__init__(latent_dim)
-        check_components(components)
         self.components, self.floor = components, floor
         self.logits = nn.Parameter(torch.zeros(components))
         # Spread as draws of N(0, I), with scales so that the mixture starts with about unit variance everywhere.
@@ -83,26 +97,28 @@ class MixtureOfGaussians(Prior):
 
     def forward(self) -> dist.Distribution:
         components = dist.Normal(self.loc, self.floor + softplus(self.raw_scale)).to_event(1)
-        return Mixture(dist.Categorical(logits=self.logits), components)
+        return SharedComponents(dist.Categorical(logits=self.logits), components)
 
 
 class VampPrior(Prior):
-    """(1/C) sum_c q(z | u_c): the guide's average over learned pseudo-inputs u_c.
+    """The guide averaged over learned pseudo-inputs u_c: (1/C) sum_c q(z | u_c).
 
     The guide is the pair's own, shared and not copied, so its parameters belong to the pair and not to this module.
 
     Args:
         guide: The guide q(z|x) of the pair.
         event_shape: Event shape of x.
-        components: C, the number of pseudo-inputs.
+        components: Number of pseudo-inputs, C.
 
     References:
         Tomczak and Welling 2018, VAE with a VampPrior, https://arxiv.org/abs/1705.07120
     """
 
-    def __init__(self, guide: Guide, event_shape: int | tuple[int, ...], components: int = 500) -> None:
+    short = ("vamp",)
+
+    @checked
+    def __init__(self, guide: Guide, event_shape: int | tuple[int, ...], components: Count = 500) -> None:
         super().__init__(guide.latent_dim)
-        check_components(components)
         self.components = components
         # In a tuple, so that torch does not register it: each parameter has one name in the pair.
         self._guide = (guide,)
@@ -112,7 +128,7 @@ class VampPrior(Prior):
     def forward(self) -> dist.Distribution:
         components = self._guide[0](self.pseudo_inputs)
         weights = dist.Categorical(logits=self.pseudo_inputs.new_zeros(self.components))
-        return Mixture(weights, components)
+        return SharedComponents(weights, components)
 
     def initialise(self, x: Tensor) -> None:
         """Start the pseudo-inputs at rows of x (N, *event) drawn without replacement while they last."""
@@ -148,7 +164,8 @@ class FlowPrior(Prior):
     loc: Tensor
     backwards: Tensor
 
-    def __init__(self, latent_dim: int, layers: int = 6, hidden: int = 64) -> None:
+    @checked
+    def __init__(self, latent_dim: Count, layers: Count = 6, hidden: Count = 64) -> None:
         super().__init__(latent_dim)
         if latent_dim < 2:
             raise UsageError(f"latent_dim: a flow couples at least 2 elements, got {latent_dim}; use another prior")
@@ -174,12 +191,9 @@ def shift_and_log_scale(network: Network, kept: Tensor) -> tuple[Tensor, Tensor]
     return shift, log_scale
 
 
-def check_components(components: int) -> None:
-    """Refuse a number of components below one."""
-    if components < 1:
-        raise UsageError(f"components: expected a whole number of at least 1, got {components}")
-
-
 def inverse_softplus(y: float) -> float:
     """The x with softplus(x) = y, for y > 0."""
     return y + math.log(-math.expm1(-y))
+
+
+PRIORS = (StandardNormal, MixtureOfGaussians, VampPrior, FlowPrior)

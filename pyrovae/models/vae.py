@@ -9,6 +9,7 @@ those of torch modules (the Pyro parameter store is not used).
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -19,12 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from pyrovae.errors import UsageError
 from pyrovae.models.guides import Guide
 from pyrovae.models.likelihoods import Likelihood
-from pyrovae.models.networks import check_samples
 from pyrovae.models.priors import Prior
+from pyrovae.settings import Whole, check
 
 
 class HierarchicalVAE(nn.Module):
-    """A VAE with any number L of stochastic layers.
+    """Several latent layers: a VAE with any number L of them.
 
     Args:
         prior: p(zL).
@@ -36,6 +37,8 @@ class HierarchicalVAE(nn.Module):
     Raises:
         UsageError: neighbouring parts disagree on the number of latent dimensions; both sides are named.
     """
+
+    word: ClassVar[str] = "hierarchical"
 
     def __init__(
         self, prior: Prior, conditionals: Sequence[Guide], likelihood: Likelihood, guides: Sequence[Guide]
@@ -159,7 +162,7 @@ class HierarchicalVAE(nn.Module):
         Raises:
             UsageError: num_samples is no whole number of at least 1.
         """
-        check_samples(num_samples)
+        check("num_samples", num_samples, Whole(1))
         with pyro.poutine.block(), pyro.plate("samples", num_samples):
             likelihood = self.likelihood(self.latent(self.latent_sites))
             return likelihood.mean if mean else likelihood.sample()
@@ -180,7 +183,7 @@ class HierarchicalVAE(nn.Module):
 
 
 class VAE(HierarchicalVAE):
-    """A variational autoencoder: one latent site "z".
+    """One latent layer: a variational autoencoder, with one latent site "z".
 
     Args:
         prior: p(z).
@@ -191,5 +194,10 @@ class VAE(HierarchicalVAE):
         Kingma and Welling 2014, Auto-Encoding Variational Bayes, https://arxiv.org/abs/1312.6114
     """
 
+    word = "vae"
+
     def __init__(self, prior: Prior, likelihood: Likelihood, guide: Guide) -> None:
         super().__init__(prior, [], likelihood, [guide])
+
+
+PAIRS = (VAE, HierarchicalVAE)

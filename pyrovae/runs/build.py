@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pyrovae.errors import UsageError
-from pyrovae.runs.options import PROPOSALS
-from pyrovae.runs.recipe import Part, Recipe, choose, choose_likelihood, choose_measure
+from pyrovae.runs.options import BASELINES, PARTS, PROPOSALS
+from pyrovae.runs.parts import Part, choose, fill
+from pyrovae.runs.recipe import Recipe, choose_likelihood, first
 
 if TYPE_CHECKING:
     import torch
@@ -15,10 +16,10 @@ if TYPE_CHECKING:
 
     from pyrovae.data import Rows
     from pyrovae.inference.proposals import Proposal
-    from pyrovae.models.mixture import Mixture
+    from pyrovae.models.exact import Exact
     from pyrovae.models.vae import HierarchicalVAE
 
-    Model = HierarchicalVAE | Mixture
+    Model = HierarchicalVAE | Exact
 
 
 def build_rows(recipe: Recipe) -> "Rows":
@@ -36,14 +37,10 @@ def build_rows(recipe: Recipe) -> "Rows":
         having = ", ".join(source.name for source in SOURCES if source.downloaded)
         raise UsageError(f"--data-root: not used by --data {recipe.data}; it is for {having}")
     data = load_data(recipe.data, recipe.data_root, not recipe.data_hash, stream=recipe.stream)
-    measure: Literal["mass", "density"]
-    if recipe.likelihood:
-        measure = "mass" if recipe.likelihood.name == "Bernoulli" else "density"
-    else:
-        measure = "mass" if recipe.binarize is not None else default_measure(data)
+    measure: Any = recipe.measure or ("mass" if recipe.binarize is not None else default_measure(data))
+    if recipe.is_exact:
+        exact(recipe, measure)
     rows = data.rows(measure, binarize=recipe.binarize, standardize=recipe.standardize)
-    if measure == "mass" and recipe.model.settings.get("covariance", "full") != "full":
-        raise UsageError("--model.covariance: not used by a mixture of Bernoullis; use --likelihood gaussian")
     if recipe.batch_size > len(rows.train):
         raise UsageError(f"--batch-size: {recipe.batch_size} is more than the {len(rows.train)} training rows")
     return rows
@@ -51,65 +48,67 @@ def build_rows(recipe: Recipe) -> "Rows":
 
 def settle(recipe: Recipe, rows: "Rows") -> Recipe:
     """The recipe with what its rows decide."""
-    likelihood, model = recipe.likelihood, recipe.model
-    if not likelihood:
-        pick = choose_measure if recipe.is_mixture else choose_likelihood
-        likelihood = pick("Bernoulli" if rows.measure.kind == "mass" else "Gaussian")
-    if rows.measure.kind == "mass":
-        # Left out, so that a saved recipe never claims what a mixture of Bernoullis does not have.
-        model = Part(model.name, {key: value for key, value in model.settings.items() if key != "covariance"})
+    suits = next(name for name, choice in PARTS["likelihood"].items() if choice.measure == rows.measure.kind)
     return recipe.settled(
-        model=model,
-        likelihood=likelihood,
+        model=exact(recipe, rows.measure.kind) if recipe.is_exact else recipe.model,
+        likelihood=recipe.likelihood or choose_likelihood(suits, recipe.model),
         binarize=rows.binarize,
         data_hash=rows.hash,
         event_shape=tuple(rows.event_shape),
     )
 
 
+def exact(recipe: Recipe, measure: str) -> Part:
+    """A model with an exact log p(x), with the settings of its class for a measure, and no others.
+
+    So a saved recipe never claims what the model does not have.
+
+    Raises:
+        UsageError: it is of another measure only, or was given a setting that it does not have there.
+    """
+    choice, model = BASELINES[recipe.model.name], recipe.model
+    cls = choice.of(measure)
+    given = {k: v for k, v in model.settings.items() if k in cls.settings or v != choice.settings[k].default}
+    return Part(model.name, fill("model", cls.name, given, cls.settings))
+
+
+def make(part: str, chosen: Part, **offered: Any) -> Any:
+    """The part that was chosen; what it is made of, it finds by name in what is offered."""
+    return PARTS[part][chosen.name].classes[0].build(part, chosen.settings, **offered)
+
+
 def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
     """The pair that a recipe declares; its parameters are drawn from torch's random state."""
-    from pyrovae import models
-    from pyrovae.models.mixture import BernoulliMixture, GaussianMixture
+    from pyrovae.models import MLP, MeanFieldNormal
 
-    if recipe.is_mixture:
-        settings = dict(recipe.model.settings)
-        if recipe.likelihood.name == "Bernoulli":
-            settings.pop("covariance", None)
-            return BernoulliMixture(event_shape, **settings)
-        return GaussianMixture(event_shape, **settings)
+    model: Model
+    if recipe.is_exact:
+        settings = exact(recipe, str(recipe.measure)).settings
+        model = BASELINES[recipe.model.name].of(str(recipe.measure)).build("model", settings, event_shape=event_shape)
+        return model
 
-    latent = recipe.latent_dim
-    conv = recipe.network.name == "conv"
-    network = recipe.network.settings
+    latent, network = recipe.latent_dim, recipe.network.settings
+    encoding, decoding = PARTS["network"][recipe.network.name].classes
     # Layers above the first map vectors to vectors, so they are dense in every architecture.
-    dense = {k: v for k, v in network.items() if k in ("activation", "dropout")}
-    if not conv:
-        dense["hidden"] = network["hidden"]
+    vectors = PARTS["network"][first("network")].settings
+    dense = {k: v for k, v in network.items() if k in vectors and vectors[k].kind == encoding.settings[k].kind}
 
-    predicted = recipe.likelihood.settings.get("scale") == "predicted"
-    out_shape = (2, *event_shape) if predicted else event_shape
-    decoder = (
-        models.ConvDecoder(latent[0], out_shape, **network) if conv else models.MLP(latent[0], out_shape, **network)
-    )
-    likelihood = getattr(models, recipe.likelihood.name)(decoder, **recipe.likelihood.settings)
+    likelihood_class = PARTS["likelihood"][recipe.likelihood.name].classes[0].load()
+    out_shape = likelihood_class.decoder_shape(event_shape, **recipe.likelihood.settings)
+    decoder = decoding.build("network", network, in_shape=latent[0], out_shape=out_shape)
+    likelihood = make("likelihood", recipe.likelihood, decoder=decoder)
 
-    make_guide, guide_settings = getattr(models, recipe.guide.name), recipe.guide.settings
-    encoder = models.ConvEncoder(event_shape, **network) if conv else models.MLP(event_shape, **network)
-    guides = [make_guide(encoder, latent[0], **guide_settings)]
+    encoder = encoding.build("network", network, in_shape=event_shape)
+    guides = [make("guide", recipe.guide, encoder=encoder, latent_dim=latent[0])]
     conditionals = []
     for below, above in pairwise(latent):
-        guides.append(make_guide(models.MLP(below, **dense), above, **guide_settings))
-        conditionals.append(models.MeanFieldNormal(models.MLP(above, **dense), below))
+        guides.append(make("guide", recipe.guide, encoder=MLP(below, **dense), latent_dim=above))
+        conditionals.append(MeanFieldNormal(MLP(above, **dense), below))
 
-    make_prior, prior_settings = getattr(models, recipe.prior.name), recipe.prior.settings
-    if make_prior is models.VampPrior:
-        prior = models.VampPrior(guides[0], event_shape, **prior_settings)
-    else:
-        prior = make_prior(latent[-1], **prior_settings)
-    if len(latent) == 1:
-        return models.VAE(prior, likelihood, guides[0])
-    return models.HierarchicalVAE(prior, conditionals, likelihood, guides)
+    prior = make("prior", recipe.prior, latent_dim=latent[-1], guide=guides[0], event_shape=event_shape)
+    parts = {"prior": prior, "likelihood": likelihood, "conditionals": conditionals}
+    model = make("model", recipe.model, **parts, guide=guides[0], guides=guides)
+    return model
 
 
 def build_objective(recipe: Recipe, steps_per_epoch: int = 1) -> "PyroELBO":
@@ -118,7 +117,7 @@ def build_objective(recipe: Recipe, steps_per_epoch: int = 1) -> "PyroELBO":
 
     from pyrovae.inference import objectives
 
-    if recipe.is_mixture:
+    if recipe.is_exact:
         return TraceEnum_ELBO(max_plate_nesting=1)
     if recipe.elbo == "iwae":
         return objectives.IWAE(num_particles=recipe.K, num_averages=recipe.M)
@@ -142,16 +141,11 @@ def build_beta(value: float | str | None, steps_per_epoch: int) -> Any:
 
 def build_proposal(value: Any) -> "Proposal | None":
     """The proposal that was asked for, as its name and settings; None for the guide itself."""
-    from pyrovae.inference.annealed import Annealed
-    from pyrovae.inference.individual import Individual
-    from pyrovae.inference.proposals import FromPrior, Widened
-
-    chosen = choose("proposal", value, "guide", PROPOSALS)
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in chosen.settings.items()}
-    if chosen.name == "guide":
+    default = next(iter(PROPOSALS))
+    chosen = choose("proposal", value, default, PROPOSALS)
+    if chosen.name == default:
         return None
-    classes = {"widened": Widened, "individual": Individual, "annealed": Annealed, "prior": FromPrior}
-    made: Proposal = classes[chosen.name](**settings)
+    made: Proposal = PROPOSALS[chosen.name].classes[0].build("proposal", chosen.settings)
     return made
 
 

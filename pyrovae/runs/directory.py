@@ -29,7 +29,8 @@ from pyrovae.files import inside, is_writable, read_bytes, read_yaml, refuse_lin
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.training import checkpoint as checkpoints
 from pyrovae.runs import build
-from pyrovae.runs.options import DERIVED, option
+from pyrovae.runs.options import DERIVED
+from pyrovae.runs.parts import option
 from pyrovae.runs.recipe import Recipe
 from pyrovae.seeding import seeded
 

@@ -88,7 +88,7 @@ def data_of(run: Run) -> tuple[object, ...]:
 
 def measure_of(run: Run) -> str:
     """Whether a run's log p(x) is of a mass or a density."""
-    return "mass" if run.recipe.likelihood.name == "Bernoulli" else "density"
+    return str(run.recipe.measure)
 
 
 def check_same_rows(runs: Sequence[Run]) -> None:

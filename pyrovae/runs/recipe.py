@@ -11,26 +11,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from pyrovae.errors import UsageError
-from pyrovae.runs.options import DERIVED, PARTS, SETTINGS, Choice, nearest, option
+from pyrovae.runs.options import BASELINES, DERIVED, PARTS, SETTINGS
+from pyrovae.runs.parts import Part, choose, nearest, option
+from pyrovae.settings import read
 
 Options = dict[str, Any]
-# What a mixture, which is fit by its exact log p(x), has no use for, with what stands for nothing there.
-NOT_OF_MIXTURES: Options = {"elbo": "", "K": 0, "M": 0, "latent_dim": (), "eval_K": 0, "precision": "fp32"}
-
-
-@dataclass(frozen=True)
-class Part:
-    """What was chosen for a part of the model, with all its settings; without a name, nothing."""
-
-    name: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def __bool__(self) -> bool:
-        return bool(self.name)
-
-    def plain(self) -> Options | None:
-        """As YAML holds it."""
-        return {"name": self.name, **self.settings} if self else None
+# What a model with an exact log p(x) has no use for, with what stands for nothing there.
+NOT_OF_EXACT: Options = {"elbo": "", "K": 0, "M": 0, "latent_dim": (), "eval_K": 0, "precision": "fp32"}
 
 
 @dataclass(frozen=True, init=False, kw_only=True)
@@ -41,9 +28,9 @@ class Recipe:
     prior={"name": "VampPrior", "components": 50})`. What is not given has its default, and a seed is drawn.
 
     Attributes:
-        prior, guide, network: Nothing for a mixture.
+        prior, guide, network: Nothing for a model with an exact log p(x).
         likelihood, binarize: Left to the data, where they were not given, until `settled`.
-        K, M, eval_K: Numbers of particles; 0 for a mixture.
+        K, M, eval_K: Numbers of particles; 0 for a model with an exact log p(x).
         data_hash, event_shape: Of the rows, once they are known.
         given: The options as they were given.
 
@@ -90,9 +77,14 @@ class Recipe:
             object.__setattr__(self, key, value)
 
     @property
-    def is_mixture(self) -> bool:
-        """Whether the model is a mixture, with its exact log p(x)."""
-        return self.model.name == "mixture"
+    def is_exact(self) -> bool:
+        """Whether the model's log p(x) is exact, so that there is no guide and nothing to estimate."""
+        return self.model.name in BASELINES
+
+    @property
+    def measure(self) -> str | None:
+        """Of log p(x), a "mass" or a "density"; None while the likelihood is left to the data."""
+        return PARTS["likelihood"][self.likelihood.name].measure if self.likelihood else None
 
     def options(self) -> Options:
         """All of it by the names of options: `prior`, `prior.components`, ..."""
@@ -122,7 +114,7 @@ class Recipe:
                 continue
             if isinstance(value, Part):
                 value = value.plain()
-            unused = key in NOT_OF_MIXTURES and self.is_mixture
+            unused = key in NOT_OF_EXACT and self.is_exact
             values[key] = None if unused else list(value) if isinstance(value, tuple) else value
         return values
 
@@ -137,48 +129,51 @@ def completed(given: Options) -> Options:
     if unknown:
         known = [*SETTINGS, *PARTS]
         raise UsageError(f"configuration: {nearest(str(unknown[0]), known)}")
-    values: Options = {"model": choose("model", given.get("model"), "vae")}
+    values: Options = {"model": choose("model", given.get("model"), first("model"), PARTS["model"])}
     for name, setting in SETTINGS.items():
         value = given.get(name)
-        values[name] = setting.default if value is None else setting.convert(option(name), value)
-    complete = complete_mixture if values["model"].name == "mixture" else complete_vae
+        values[name] = setting.default if value is None else read(f"--{option(name)}", value, setting.kind)
+    complete = complete_exact if values["model"].name in BASELINES else complete_pair
     complete(values, given)
+    values["likelihood"] = choose_likelihood(given.get("likelihood"), values["model"])
     if values["seed"] is None:
         values["seed"] = secrets.randbelow(2**31)
     check_optimizer(values["optimizer"])
     return values
 
 
-def complete_mixture(values: Options, given: Options) -> None:
-    """Fill in the rest of a mixture, and refuse what it has no use for."""
+def first(part: str) -> str:
+    """The default choice of a part."""
+    return next(iter(PARTS[part]))
+
+
+def complete_exact(values: Options, given: Options) -> None:
+    """Fill in the rest of a model with an exact log p(x), and refuse what it has no use for."""
+    name = values["model"].name
     unused = ("elbo", "K", "M", "alpha", "beta", "latent_dim", "prior", "guide", "network")
-    refuse(given, unused, "a mixture is fit by its exact log p(x)")
-    refuse(given, ("eval_K",), "the log p(x) of a mixture is exact")
-    refuse(given, ("particle_chunk",), "a mixture has no particles")
-    refuse(given, ("precision",), "a mixture is fit and scored in single precision")
-    values |= {**NOT_OF_MIXTURES, "prior": Part(), "guide": Part(), "network": Part()}
-    values["likelihood"] = choose_measure(given.get("likelihood"))
+    refuse(given, unused, f"a {name} is fit by its exact log p(x)")
+    refuse(given, ("eval_K",), f"the log p(x) of a {name} is exact")
+    refuse(given, ("particle_chunk",), f"a {name} has no particles")
+    refuse(given, ("precision",), f"a {name} is fit and scored in single precision")
+    values |= {**NOT_OF_EXACT, "prior": Part(), "guide": Part(), "network": Part()}
 
 
-def complete_vae(values: Options, given: Options) -> None:
-    """Fill in the rest of a VAE with one or several latent layers."""
+def complete_pair(values: Options, given: Options) -> None:
+    """Fill in the rest of a pair with one or several latent layers, and refuse parts that do not go together."""
     complete_bound(values, given)
-    model = values["model"].name
-    layers = 2 if model == "hierarchical" else 1
-    latent = tuple(values["latent_dim"] or [50, 25][:layers])
-    if model == "vae" and len(latent) != 1:
-        raise UsageError(f"--latent-dim: a vae has one latent layer, got {len(latent)}; use --model hierarchical")
-    if model == "hierarchical" and len(latent) < 2:
-        raise UsageError("--latent-dim: a hierarchical model needs one for each layer, such as 50,25; got one")
+    name = values["model"].name
+    layered = "guides" in PARTS["model"][name].classes[0].takes
+    latent = tuple(values["latent_dim"] or [50, 25][: 2 if layered else 1])
+    if not layered and len(latent) != 1:
+        raise UsageError(f"--latent-dim: a {name} has one latent layer, got {len(latent)}; use --model hierarchical")
+    if layered and len(latent) < 2:
+        raise UsageError(f"--latent-dim: a {name} model needs one for each layer, such as 50,25; got one")
     values["latent_dim"] = latent
-    for part, default in (("prior", "StandardNormal"), ("guide", "MeanFieldNormal"), ("network", "mlp")):
-        values[part] = choose(part, given.get(part), default)
-    values["likelihood"] = choose_likelihood(given.get("likelihood"))
-    rank = values["guide"].settings.get("rank", 1)
-    if rank > min(latent):
-        raise UsageError(f"--guide.rank: {rank} is more than --latent-dim {min(latent)}")
-    if model == "hierarchical" and values["prior"].name == "VampPrior":
-        raise UsageError("--prior VampPrior: needs a vae, since its pseudo-inputs go through one guide q(z|x)")
+    for part in ("prior", "guide", "network"):
+        values[part] = choose(part, given.get(part), first(part), PARTS[part])
+    prior = values["prior"].name
+    if layered and "guide" in PARTS["prior"][prior].classes[0].takes:
+        raise UsageError(f"--prior {prior}: needs a {first('model')}, since it is made of its one guide q(z|x)")
 
 
 def overlaid(stored: Options, options: Options) -> Options:
@@ -209,50 +204,14 @@ def complete_bound(values: Options, given: Options) -> None:
         values["beta"] = 1.0
 
 
-def choose(part: str, value: Any, default: str | None, among: Mapping[str, Choice] | None = None) -> Part:
-    """A part: what was given, short names resolved, with the defaults filled in, or none."""
-    if not isinstance(value, str | Mapping | None):
-        raise UsageError(f"--{part}: expected a name, or a name and settings, got {value!r}")
-    value = {"name": value} if isinstance(value, str) else dict(value or {})
-    choices = PARTS[part] if among is None else among
-    name = value.pop("name", None)
-    name = default if name is None else name
-    if name is None:
-        if value:
-            raise UsageError(f"--{part}.{option(next(iter(value)))}: say which --{part} it is for")
-        return Part()
-    names = {word.lower(): full for full, choice in choices.items() for word in (full, *choice.short)}
-    if str(name).lower() not in names:
-        raise UsageError(f"--{part}: {nearest(str(name), [*choices, *(s for c in choices.values() for s in c.short)])}")
-    full = names[str(name).lower()]
-    settings = choices[full].settings
-    for key in value:
-        if key not in settings:
-            used = f"; it has {', '.join(settings)}" if settings else ", which has no settings"
-            raise UsageError(f"--{part}.{option(key)}: not used by {full}{used}")
-    complete = {}
-    for key, setting in settings.items():
-        given = value.get(key)
-        complete[key] = setting.default if given is None else setting.convert(f"{part}.{key}", given)
-    return Part(full, complete)
-
-
-def choose_likelihood(value: Any) -> Part:
-    """The likelihood of a VAE with its settings, or none if it is left to the data."""
-    likelihood = choose("likelihood", value, None)
-    if not isinstance(likelihood.settings.get("scale"), float):
+def choose_likelihood(value: Any, model: Part) -> Part:
+    """The likelihood, or none if it is left to the data; for an exact model it only says of which measure that is."""
+    likelihood = choose("likelihood", value, None, PARTS["likelihood"])
+    if model.name not in BASELINES:
         return likelihood
-    if not isinstance(value, str) and dict(value).get("floor") is not None:
-        raise UsageError("--likelihood.floor: not used, since --likelihood.scale is fixed to a number")
-    return Part(likelihood.name, {key: item for key, item in likelihood.settings.items() if key != "floor"})
-
-
-def choose_measure(value: Any) -> Part:
-    """The likelihood of a mixture, which only says whether it is a density or a mass."""
-    likelihood = choose_likelihood(value)
     if likelihood and not isinstance(value, str):
         used = {f"likelihood.{key}": item for key, item in dict(value).items() if key != "name"}
-        refuse(used, tuple(used), "a mixture has covariances of its own: --model.covariance")
+        refuse(used, tuple(used), f"a {model.name} has settings of its own, such as --model.components")
     return Part(likelihood.name)
 
 
@@ -291,15 +250,12 @@ def warnings(recipe: Recipe) -> list[str]:
 def title(recipe: Recipe) -> str:
     """A short name for a run, for tables and directories: digits-iwae-K5."""
     data = recipe.data.rstrip("/").split("/")[-1].split(".")[0]
-    if recipe.is_mixture:
-        return f"{data}-mixture-C{recipe.model.settings['components']}"
-    parts = [data, recipe.elbo, f"K{recipe.K}"]
-    if recipe.model.name == "hierarchical":
-        parts.insert(1, "hierarchical")
-    if recipe.prior.name != "StandardNormal":
-        parts.append(recipe.prior.name)
-    if recipe.guide.name != "MeanFieldNormal":
-        parts.append(recipe.guide.name)
-    if recipe.likelihood.name == "Gaussian":
-        parts.append("Gaussian")
+    if recipe.is_exact:
+        components = recipe.model.settings.get("components")
+        return f"{data}-{recipe.model.name}" + (f"-C{components}" if components else "")
+    chosen = [recipe.prior, recipe.guide, recipe.likelihood]
+    defaults = [first("prior"), first("guide"), first("likelihood"), ""]
+    parts = [data, recipe.elbo, f"K{recipe.K}", *(part.name for part in chosen if part.name not in defaults)]
+    if recipe.model.name != first("model"):
+        parts.insert(1, recipe.model.name)
     return "-".join(parts)

@@ -54,7 +54,7 @@ def score(
     proposal: "Proposal | None" = None,
     store: "Scores | None" = None,
 ) -> "LogMarginal":
-    """log p(x) of rows under a model: exact for a mixture, else importance-sampled, by default from its guide.
+    """log p(x) of rows under a model: exact where the model has it, else importance-sampled, by default from its guide.
 
     Rows without a finite estimate stay in it: see `LogMarginal.invalid`.
     """
@@ -62,9 +62,9 @@ def score(
 
     from pyrovae.inference.marginal import FROM_GUIDE, exact, log_marginal
     from pyrovae.inference.tracing.draws import CompileWarning
-    from pyrovae.models.mixture import Mixture
+    from pyrovae.models.exact import Exact
 
-    if isinstance(model, Mixture):
+    if isinstance(model, Exact):
         # In double precision, which costs little here: rows far from every component lose digits in single.
         model = copy.deepcopy(model).double()
         values: list[Tensor] = []
@@ -127,9 +127,9 @@ def check_of(
     from pyrovae.inference.annealed import Annealed, Sandwich, sandwich
     from pyrovae.inference.marginal import FROM_GUIDE
     from pyrovae.inference.simulation import SIMULATED_ROWS, Simulated, like, simulated
-    from pyrovae.models.mixture import Mixture
+    from pyrovae.models.exact import Exact
 
-    if isinstance(model, Mixture):
+    if isinstance(model, Exact):
         return None
     pair = (model.model, model.guide)
     if isinstance(proposal, Annealed):
@@ -163,11 +163,11 @@ def compile_draws(
     """
     from pyrovae.inference.marginal import FROM_GUIDE
     from pyrovae.inference.tracing.draws import Compiled, worth_compiling
-    from pyrovae.models.mixture import Mixture
+    from pyrovae.models.exact import Exact
 
     if mode == "off" and precision == "bf16":
         raise UsageError("--precision bf16: is for compiled draws; leave --compile off away")
-    if isinstance(model, Mixture) or mode == "off":
+    if isinstance(model, Exact) or mode == "off":
         return proposal
     try:
         compiled = Compiled(proposal or FROM_GUIDE, precision)
@@ -197,16 +197,16 @@ def open_scores(
 ) -> "Scores | None":
     """Where the scores of these rows are kept as they are made, and found again.
 
-    None for a mixture, which is quick, and where nothing can be kept.
+    None for an exact model, which is quick, and where nothing can be kept.
     """
     import pyro
     import torch
 
     from pyrovae.inference.marginal import FROM_GUIDE
-    from pyrovae.models.mixture import Mixture
+    from pyrovae.models.exact import Exact
     from pyrovae.version import __version__
 
-    if isinstance(model, Mixture) or not run.writable:
+    if isinstance(model, Exact) or not run.writable:
         return None
     proposal = proposal or FROM_GUIDE
     settings = {

@@ -13,6 +13,7 @@ from pyrovae.runs.tables import heading, number
 
 if TYPE_CHECKING:
     from pyrovae.data import Rows
+    from pyrovae.inference.individual import Family
     from pyrovae.inference.suboptimality import Gaps
 
 
@@ -24,7 +25,7 @@ def analyse(
     seed: int = 0,
     chunk_size: int | None = None,
     device: str = "auto",
-    family: str | None = None,
+    family: "Family | None" = None,
     say: Say | None = None,
 ) -> Report:
     """Split the gap of a run, and write its gaps.json.

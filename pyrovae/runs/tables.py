@@ -137,8 +137,8 @@ def between(interval: list[float]) -> str:
 
 def describe_model(recipe: Recipe) -> str:
     """The parts in words."""
-    if recipe.is_mixture:
-        return f"mixture with {', '.join(f'{k} {v}' for k, v in recipe.model.settings.items())}"
+    if recipe.is_exact:
+        return f"{recipe.model.name} with {', '.join(f'{k} {v}' for k, v in recipe.model.settings.items())}"
     latent = ", ".join(map(str, recipe.latent_dim))
     parts = [part.name for part in (recipe.prior, recipe.guide, recipe.likelihood, recipe.network)]
     return f"{recipe.model.name} with {', '.join(parts)}, latent dimensions {latent}"
@@ -146,8 +146,8 @@ def describe_model(recipe: Recipe) -> str:
 
 def describe_bound(recipe: Recipe) -> str:
     """The objective in words."""
-    if recipe.is_mixture:
-        return "exact log p(x), assignments summed out"
+    if recipe.is_exact:
+        return "exact log p(x), latents summed out"
     words = {"elbo": "ELBO", "iwae": "IWAE", "renyi": "Renyi"}[recipe.elbo] + f", K = {recipe.K}"
     if recipe.M != 1:
         words += f", M = {recipe.M}"

@@ -30,7 +30,8 @@ from pyrovae.runs.directory import (
     write_recipe,
 )
 from pyrovae.runs.figures import write_plots
-from pyrovae.runs.options import RESUMABLE, option
+from pyrovae.runs.options import RESUMABLE
+from pyrovae.runs.parts import option
 from pyrovae.runs.progress import Say, silent
 from pyrovae.runs.recipe import Options, Recipe, title, warnings
 from pyrovae.runs.report import Report, refuse_invalid, report
