@@ -14,7 +14,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from pyrovae.errors import UsageError
 from pyrovae.models.guides import Guide
@@ -139,7 +138,7 @@ class ConditionalVAE(nn.Module):
             UsageError: y has another number of elements.
         """
         self.check_condition(y)
-        if not isinstance(x, FakeTensor):  # as in a trace, where x has no values
+        if dist.is_validation_enabled():  # as it is not in a trace, where x has no values
             self.likelihood.check_support(x)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", self.prior(y))

@@ -15,7 +15,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from pyrovae.errors import UsageError
 from pyrovae.models.guides import Guide
@@ -124,7 +123,7 @@ class HierarchicalVAE(nn.Module):
         Raises:
             DataError: x has values outside the support of the likelihood.
         """
-        if not isinstance(x, FakeTensor):  # as in a trace, where x has no values
+        if dist.is_validation_enabled():  # as it is not in a trace, where x has no values
             self.likelihood.check_support(x)
         with pyro.plate("data", len(x)):
             z = self.latent(self.latent_sites)

@@ -298,7 +298,7 @@ def evaluated(module: str, annotation: ast.expr) -> Any:
 def setting(key: str, kind: Kind, default: ast.expr, sentence: str) -> Setting:
     """The option that a constructor's parameter is."""
     value = ast.literal_eval(default)
-    value = list(value) if isinstance(value, tuple) else value
+    value = kind.container(value) if isinstance(kind, Several) else value
     words = kind.names if isinstance(kind, Words) else ()
     if any(word not in sentence for word in words):
         sentence = f"{sentence}: {', '.join(words[:-1])} or {words[-1]}"
