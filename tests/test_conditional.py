@@ -12,12 +12,13 @@ import pytest
 import torch
 from conftest import EXACT, assert_mean
 from torch import Tensor
-from torch.distributions import MultivariateNormal
+from torch.distributions import MultivariateNormal, Normal
 from torch.nn.functional import one_hot
 from torch.testing import assert_close
 
+from pyrovae.data import load_data
 from pyrovae.errors import DataError, UsageError
-from pyrovae.inference import log_weights
+from pyrovae.inference import ELBO, fit, log_marginal, log_weights
 from pyrovae.models import (
     MLP,
     AmortisedPrior,
@@ -104,6 +105,9 @@ def test_with_the_exact_posterior_each_log_weight_is_log_p_of_x_given_y(rows):
     x, y = rows
     log_w = log_weights(pair.model, pair.guide, x, 4, given=(y,))
     assert_close(log_w, closed.log_marginal(x, y).expand(4, -1), rtol=0.0, atol=1e-8)
+    result = log_marginal(pair.model, pair.guide, x, 30, chunk_size=7, given=(y,))  # in blocks and chunks
+    assert_close(result.estimate, closed.log_marginal(x, y), rtol=0.0, atol=1e-8)
+    assert result.standard_error.max() < 1e-7  # the root of rounding
 
 
 def test_the_average_weight_is_p_of_x_given_y_and_one_draw_is_a_bound_below(rows):
@@ -131,6 +135,34 @@ def test_other_labels_change_log_p_as_the_closed_form_says(rows):
     assert difference.abs().min() > 0.01
     of_pair = [log_weights(pair.model, pair.guide, x, given=(labels,))[0] for labels in (swapped, y)]
     assert_close(of_pair[0] - of_pair[1], difference, rtol=0.0, atol=1e-8)
+
+
+def test_training_given_labels_reaches_log_p_of_x_given_y():
+    """x|y is one of three Gaussians: what is unknown without y, which of them, is log 3 - their overlap."""
+    rows = load_data("three-gaussians").rows("density", condition="label")
+    guide = MeanFieldNormal(MLP(2 + 3, hidden=(8,)), 1)
+    pair = ConditionalVAE(UnconditionalPrior(StandardNormal(1)), Gaussian(MLP(1 + 3, 2, hidden=(8,))), guide)
+    pair.initialise(rows.train, *rows.given["train"])
+    fit(
+        pair.model,
+        pair.guide,
+        rows.train,
+        ELBO(),
+        epochs=15,
+        batch_size=250,
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.03),
+        validation=rows.validation,
+        given=rows.given["train"],
+        validation_given=rows.given["validation"],
+        compile="off",
+    )
+    x, given = rows.test, rows.given["test"]
+    angle = math.pi / 2 + 2 * math.pi * torch.arange(3) / 3
+    truth = Normal(2 * torch.stack([angle.cos(), angle.sin()], 1), 0.5).log_prob(x[:, None]).sum(-1)
+    known, unknown = (given[0] * truth).sum(1), truth.logsumexp(1) - math.log(3)
+    found = log_marginal(pair.model, pair.guide, x, 200, given=given).estimate
+    assert known.mean() - unknown.mean() > 1
+    assert abs(found.mean() - known.mean()) < 0.05
 
 
 def test_samples_are_draws_of_x_given_y():
