@@ -221,6 +221,15 @@ def test_seeds_are_averaged_row_by_row_and_their_spread_is_apart():
     assert "seeds' sd" not in readable(table([Scored("single", [exact(rows)])])).columns
 
 
+def test_the_monte_carlo_error_of_seeds_is_no_smaller_than_theirs():
+    """They are scored with the same noise."""
+    results = [bound(shifted()), bound(shifted())]
+    errors = [result.monte_carlo_error for result in results]
+    frame = table([Scored("a (2 seeds)", results)])
+    assert min(errors) > 0
+    assert frame["monte_carlo_error"][0] == pytest.approx(sum(errors) / 2)
+
+
 def test_the_best_comes_first_and_estimates_are_marked():
     log_w = 0.1 * shifted(400 * 20).reshape(400, 20)
     entries = [

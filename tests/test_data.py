@@ -266,10 +266,14 @@ def test_floats_in_the_unit_interval_are_probabilities_on_demand(tmp_path):
 
 
 def test_floats_outside_the_unit_interval_have_no_mass(tmp_path):
-    data = load_data(saved(tmp_path / "x.npz", x_train=GREY / np.float32(255), x_test=GREY.astype(np.float32)))
-    for binarize in (None, "dynamic", "threshold"):
-        with raises(DataError, "values in [0, 255]", "choose a binarisation", "a Gaussian likelihood"):
-            data.rows("mass", binarize)
+    for test, limits in (
+        (GREY.astype(np.float32), "[0, 255]"),
+        (GREY / np.float32(255) - np.float32(0.5), "[-0.5, 1]"),
+    ):
+        data = load_data(saved(tmp_path / "x.npz", x_train=GREY / np.float32(255), x_test=test))
+        for binarize in (None, "dynamic", "threshold"):
+            with raises(DataError, f"values in {limits}", "choose a binarisation", "a Gaussian likelihood"):
+                data.rows("mass", binarize)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.bool_, np.int64, np.float64])
@@ -402,6 +406,15 @@ def test_standardised_training_rows_have_mean_0_and_sd_1(tmp_path):
     assert torch.allclose(rows.test[:, :2].double(), ((data.test - mean) / sd)[:, :2], atol=1e-4)
     elsewhere = load_data(saved(tmp_path / "x.npz", x_train=x, x_test=x + 2)).rows("density", standardize=True)
     assert torch.equal(elsewhere.test[:, 2], torch.full((60,), 2.0))  # in the data's units where sd is 0
+
+
+def test_a_deviation_below_the_least_number_is_replaced_by_1(tmp_path):
+    """Values that differ, but by less than single precision can say of their deviation."""
+    x = FLOATS.copy()
+    x[:, 1] = np.where(np.arange(len(x)) % 2, np.float32(1e-45), 0)
+    rows = load_data(saved(tmp_path / "x.npy", x=x)).rows("density", standardize=True)
+    assert rows.transform(rows.train).isfinite().all()
+    assert rows.test.isfinite().all()
 
 
 def test_constant_columns_are_counted_under_a_density(tmp_path):
@@ -677,6 +690,14 @@ def test_a_csv_column_y_of_coordinates_is_data(tmp_path):
     assert load_data(path).event_shape == (2,)
 
 
+def test_a_hole_among_the_labels_of_a_csv_makes_them_no_data(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("a,b,y\n" + "".join(f"{i / 8},{i / 16},{i % 3 if i else ''}\n" for i in range(30)))
+    data = load_data(path)
+    assert (data.event_shape, data.labels["train"]) == ((2,), None)
+    assert any("labels are not used" in notice for notice in data.notices)
+
+
 def write_images(folder: Path, count: int, mode: str = "L", size: tuple[int, int] = (5, 4), shade: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
@@ -688,6 +709,7 @@ def test_a_folder_of_images_in_order(tmp_path):
     write_images(tmp_path / "b", 20, shade=100)
     (tmp_path / "a" / "._000.png").write_bytes(b"not an image")
     (tmp_path / "notes.txt").write_text("")
+    write_images(tmp_path / ".thumbnails", 20)
     data = load_data(str(tmp_path))
     assert (data.event_shape, data.levels) == ((1, 4, 5), 256)
     assert data.classes == ("a", "b")
@@ -697,6 +719,9 @@ def test_a_folder_of_images_in_order(tmp_path):
     write_images(colour, 10, mode="RGB")
     assert load_data(colour).event_shape == (3, 4, 5)
     assert load_data(colour).labels["train"] is None
+    for mode in ("1", "LA"):
+        write_images(tmp_path / "grey", 10, mode=mode)
+        assert load_data(tmp_path / "grey").event_shape == (1, 4, 5)
 
 
 def test_a_folder_of_train_and_test(tmp_path):
@@ -823,9 +848,12 @@ def test_a_file_larger_than_memory_is_read_where_it_is(tmp_path, monkeypatch):
     assert torch.equal(mapped.train[:], memory.train)
     with raises(DataError, "binarize='fixed'", "choose dynamic or threshold"):
         mapped.rows("mass", "fixed")
-    leave_memory(monkeypatch, 10_000)
-    with raises(DataError, "GiB of memory"):  # not even for the places of the rows
-        load_data(path)
+    for places, held_out in ((4000 * 16 - 1, 0), (4000 * 16, 8 * 20 * 100 - 1)):
+        leave_memory(monkeypatch, places + held_out)  # not even for the places of the rows, and for those held out
+        with raises(DataError, "GiB of memory"):
+            load_data(path)
+    leave_memory(monkeypatch, 4000 * 16 + 8 * 20 * 100)
+    load_data(path)
 
 
 def test_a_file_that_fits_is_read_into_memory(tmp_path):
@@ -1180,6 +1208,11 @@ def test_csv_faults(tmp_path, text, words):
         load_data(path)
 
 
+def test_a_single_training_row_is_too_few_whatever_else_is_given(tmp_path):
+    with raises(DataError, "1 row, too few"):
+        load_data(saved(tmp_path / "x.npz", x_train=FLOATS[:1], x_validation=FLOATS[:5], x_test=FLOATS[5:9]))
+
+
 def test_csv_that_is_not_text(tmp_path):
     path = tmp_path / "x.csv"
     path.write_bytes(b"\xff\xfe\x00\x81" * 50)
@@ -1249,7 +1282,7 @@ def test_labels_of_another_length(tmp_path):
         load_data(saved(tmp_path / "x.npz", x=FLOATS, y=np.arange(59)))
 
 
-@pytest.mark.parametrize("y", [np.arange(60) / 7, np.zeros((60, 2))])
+@pytest.mark.parametrize("y", [np.arange(60) / 7, np.zeros((60, 2)), np.where(np.arange(60) == 7, np.inf, 1.0)])
 def test_labels_of_no_use_are_said_to_be_left_out(tmp_path, y):
     data = load_data(saved(tmp_path / "x.npz", x=FLOATS, y=y))
     assert data.labels == dict.fromkeys(SPLITS)
@@ -1350,7 +1383,7 @@ def test_npz_directory_that_claims_more_than_it_can_unpack(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".csv", ""])
 def test_data_larger_than_memory(tmp_path, monkeypatch, suffix):
-    leave_memory(monkeypatch, 10_000)
+    """By a byte of what is needed for the rows in their final type, and for the copies made on the way."""
     monkeypatch.setattr(np.lib.format, "read_array", no_allocation)
     monkeypatch.setattr(np, "load", no_allocation)
     path = tmp_path / f"x{suffix}"
@@ -1361,6 +1394,8 @@ def test_data_larger_than_memory(tmp_path, monkeypatch, suffix):
         np.savetxt(path, x, delimiter=",")
     else:
         write_images(path, 10, size=(80, 90))
+    needed = {".npy": x.nbytes, ".npz": 2 * x.nbytes + 128, "": 2 * 10 * 80 * 90}
+    leave_memory(monkeypatch, (needed[suffix] if suffix in needed else 10 * path.stat().st_size) - 1)
     with raises(DataError, str(path), "GiB of memory", "is available", ".npy"):
         load_data(path, stream="off")
 
@@ -1515,6 +1550,7 @@ def test_columns_of_whole_numbers_are_counted(tmp_path):
     late = FLOATS.round()  # a single fraction in the last row of a column
     late[-1] += 0.5
     assert "whole numbers" not in said(saved(tmp_path / "x.npy", x=late), "density")
+    assert "whole numbers" not in said(saved(tmp_path / "x.npz", x_train=late[:-5], x_test=late[-5:]), "density")
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])

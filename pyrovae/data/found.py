@@ -77,7 +77,7 @@ def encode_labels(
             classes = tuple(names.tolist())
         except (SystemError, ValueError) as error:  # characters that Unicode does not have
             raise DataError(f"{where}: labels are no text ({in_short(error)}); save them again") from error
-    elif joined.dtype.kind == "f" and not (np.isfinite(joined) & (joined % 1 == 0)).all():
+    elif joined.dtype.kind == "f" and not (np.isfinite(joined) & (joined == np.floor(joined))).all():
         notices.append(f"{where}: labels are not used: expected whole numbers or names, got other values")
         return {}, None
     ends = np.cumsum([len(labels) for labels in y.values()])[:-1]
