@@ -7,7 +7,7 @@ saved random state, and what one step consumes cannot shift what the next one dr
 import hashlib
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -47,6 +47,11 @@ def same_noise(device: torch.device) -> Iterator[None]:
     """Leave the random states of the CPU and of one device behind as they were found."""
     with torch.random.fork_rng(devices=[index_of(device)] if device.type == "cuda" else []):
         yield
+
+
+def keyed(seed: int | None, *key: int | str, device: torch.device | str = "cpu") -> AbstractContextManager[None]:
+    """`seeded` with a seed and a key; without a seed, the caller's own random state, which goes on."""
+    return nullcontext() if seed is None else seeded(seed, *key, device=device)
 
 
 @contextmanager

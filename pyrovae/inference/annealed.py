@@ -40,7 +40,7 @@ References:
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -62,7 +62,7 @@ from pyrovae.inference.proposals import density, draw_prior
 from pyrovae.inference.unconstrained import Unconstrained
 from pyrovae.inference.validity import check_pair
 from pyrovae.inference.weights import At, draw, log_mean_exp, log_prob, run, sample_sites
-from pyrovae.seeding import seeded
+from pyrovae.seeding import keyed
 from pyrovae.settings import Count, Number, check_fields
 
 # Of the sigmoid schedule, as in Wu et al. 2017.
@@ -404,7 +404,7 @@ def sandwich(
     with (
         evaluating(pair),
         torch.no_grad(),
-        nullcontext() if seed is None else seeded(seed, "sandwich", device=x_like.device),
+        keyed(seed, "sandwich", device=x_like.device),
     ):
         batch, z = simulate(pair, like)
         for rows in torch.arange(len(batch), device=x_like.device).split(ROWS_AT_ONCE):

@@ -20,7 +20,7 @@ from pyrovae.inference.objectives import OfParticles, as_objective
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.units import ACTIVE_VARIANCE, marginal_kl, posterior_mean
-from pyrovae.inference.weights import draw
+from pyrovae.inference.weights import Particles, draw
 
 
 @torch.no_grad()
@@ -52,32 +52,20 @@ def measure(
     pair, objective, rows = Pair(model, guide), as_objective(objective), 0
     totals: dict[str, float] = {}
     moments: dict[str, list[Tensor]] = {}
-
-    def add(name: str, value: Tensor) -> None:
-        totals[name] = totals.get(name, 0.0) + value.double().sum().item()
-
     for part in batches:
         batch = part if isinstance(part, Batch) else Batch(part)
         rows += len(batch)
-        if not isinstance(objective, OfParticles):
-            add("bound", objective.combine(objective.draw(pair, batch, 1)))
-            continue
-        size, *sizes = objective.chunks(particle_chunk)
-        particles = draw(pair, batch, size)
-        terms = [objective.terms(particles), *(objective.draw(pair, batch, k) for k in sizes)]
-        kl = torch.stack([value.mean(0) for value in kl_terms(particles)[0].values()]).sum(0)
-        reconstruction = particles.log_likelihood.mean(0)
-        add("bound", objective.combine(torch.cat(terms, 1)))
-        add("elbo", reconstruction - kl)
-        add("reconstruction", reconstruction)
-        add("kl", kl)
-        for site, latent in particles.latents.items():
-            for d, value in enumerate(marginal_kl(latent)):
-                add(f"kl_{site}[{d}]", value)
-            center, noise = posterior_mean(latent)
-            first, second = moments.setdefault(site, [torch.zeros_like(center[0]), torch.zeros_like(center[0])])
-            first += center.sum(0)
-            second += (center.square() - noise).sum(0)
+        if isinstance(objective, OfParticles):
+            particles, values = terms_of(pair, batch, objective, particle_chunk)
+            for site, latent in particles.latents.items():
+                center, noise = posterior_mean(latent)
+                first, second = moments.setdefault(site, [torch.zeros_like(center[0]), torch.zeros_like(center[0])])
+                first += center.sum(0)
+                second += (center.square() - noise).sum(0)
+        else:
+            values = {"bound": objective.combine(objective.draw(pair, batch, 1))}
+        for name, value in values.items():
+            totals[name] = totals.get(name, 0.0) + value.double().sum().item()
     if not rows:
         raise UsageError("batches: expected at least one batch with rows, got none")
     report = {name: total / rows for name, total in totals.items()}
@@ -88,6 +76,24 @@ def measure(
     if len(active) > 1:
         report |= {f"active_units_{site}": float(count) for site, count in active.items()}
     return report
+
+
+def terms_of(
+    pair: Pair, batch: Batch, objective: OfParticles, particle_chunk: int | None
+) -> tuple[Particles, dict[str, Tensor]]:
+    """The first chunk of draws, and the bound and its terms by name, each of shape (N,)."""
+    size, *sizes = objective.chunks(particle_chunk)
+    particles = draw(pair, batch, size)
+    terms = [objective.terms(particles), *(objective.draw(pair, batch, k) for k in sizes)]
+    kl = torch.stack([value.mean(0) for value in kl_terms(particles)[0].values()]).sum(0)
+    reconstruction = particles.log_likelihood.mean(0)
+    return particles, {
+        "bound": objective.combine(torch.cat(terms, 1)),
+        "elbo": reconstruction - kl,
+        "reconstruction": reconstruction,
+        "kl": kl,
+        **{f"kl_{site}[{d}]": v for site, z in particles.latents.items() for d, v in enumerate(marginal_kl(z))},
+    }
 
 
 def remarks(metrics: dict[str, float]) -> list[str]:

@@ -98,8 +98,7 @@ def to_inference_data(
         reads it.
 
     Raises:
-        UsageError: num_draws or num_particles < 1, or x is not a tensor with rows, or something in `given` has not as
-            many.
+        UsageError: num_draws or num_particles < 1, x is no tensor with rows, or something in `given` has not as many.
         PairError: the log-weights of the pair are not of log p(x), see `pyrovae.inference.validity`, or it has no
             latent site.
         NumericalError: a row has a weight that is not a number, or all its weights are zero; it is named.
@@ -112,23 +111,16 @@ def to_inference_data(
     check_pair(pair, batch, rows).by_parts("to_inference_data")
     blocks = []
     with evaluating(pair), torch.no_grad():
-        for start in range(0, len(batch), rows):
+        for start, data in zip(range(0, len(batch), rows), batch.split(rows), strict=True):
             with seeded(seed, "inference data", start, device=x.device):
-                data, drawn_from = batch[start : start + rows], pair
+                drawn_from = pair
                 if proposal is not None:
                     drawn_from = Pair(model, proposal.fit(pair, data).widened(proposal.widen).guide)
                 block = Block(drawn_from, data, start, num_particles, chunk)
                 blocks.append(block.groups(num_draws, predictive))
-    attributes = {
-        "estimator": (proposal or FROM_GUIDE).name,
-        "num_particles": num_particles,
-        "num_draws": num_draws,
-        "seed": seed,
-        "unit": "nats",
-        **({} if measure is None else {"measure": measure}),
-        "dtype": str(x.dtype).removeprefix("torch."),
-        **versions(),
-    }
+    settings = {"num_particles": num_particles, "num_draws": num_draws, "seed": seed}
+    of = {} if measure is None else {"measure": measure}
+    attributes = {"estimator": (proposal or FROM_GUIDE).name, **settings, "unit": "nats", **of, **versions(x)}
     return as_arviz({group: datasets(group, [block[group] for block in blocks]) for group in blocks[0]}, attributes)
 
 
@@ -271,13 +263,14 @@ def as_arviz(groups: dict[str, Any], attributes: dict[str, Any]) -> Any:
     return InferenceData(attrs=attributes, **groups)
 
 
-def versions() -> dict[str, str]:
-    """Versions of what computed."""
+def versions(x: Tensor) -> dict[str, str]:
+    """Versions of what computed, and the type of numbers."""
     from importlib.metadata import version
 
     from pyrovae.version import __version__
 
     return {
+        "dtype": str(x.dtype).removeprefix("torch."),
         "inference_library": "pyrovae",
         "inference_library_version": __version__,
         "torch_version": str(torch.__version__),  # netCDF takes no subclass of str

@@ -24,7 +24,6 @@ References:
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -39,10 +38,10 @@ from pyrovae.inference.estimate import standard_error
 from pyrovae.inference.modules import evaluating
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
-from pyrovae.inference.proposals import FromGuide, Proposal
+from pyrovae.inference.proposals import FromGuide, Proposal, check_proposal
 from pyrovae.inference.validity import check_pair
 from pyrovae.inference.weights import log_mean_exp
-from pyrovae.seeding import seeded
+from pyrovae.seeding import keyed
 
 # Elements of x decoded at once when `chunk_size` is not given: 64 MiB in single precision for each activation.
 ELEMENTS_AT_ONCE = 2**24
@@ -234,17 +233,12 @@ def log_marginal(
         `estimate` and `standard_error` in nats, `ess`, `pareto_k`, each of shape (N,), and more.
 
     Raises:
-        UsageError: num_particles or chunk_size < 1, or x is not a tensor with rows, or something in `given` has not as
-            many.
+        UsageError: num_particles or chunk_size < 1, x is no tensor with rows, or something in `given` has not as many.
         PairError: the log-weights of the pair are not of log p(x), see `pyrovae.inference.validity`.
-
-    References:
-        Burda et al. 2016, Importance Weighted Autoencoders, https://arxiv.org/abs/1509.00519
     """
     check_count("num_particles (K)", num_particles)
     pair, batch = Pair(model, guide), Batch.of(x, given)
-    if isinstance(proposal, type) or not callable(proposal) or not hasattr(proposal, "name"):
-        raise UsageError(f"proposal: expected an object such as Widened(), got {proposal!r}")
+    check_proposal(proposal)
     if store is not None and seed is None:
         raise UsageError("store: needs a seed, so that an evaluation that goes on draws what it would have drawn")
     rows, chunk = block_of(batch, num_particles, chunk_size)
@@ -253,11 +247,10 @@ def log_marginal(
     # Allocated first: the results of blocks kept one by one would sit where the next large tensor might have been.
     columns = torch.empty(len(PER_ROW) + len(curve_sizes(num_particles)), len(batch), dtype=torch.float64)
     with evaluating(pair), torch.no_grad():
-        for start in range(0, len(batch), rows):
-            block = batch[start : start + rows]
+        for start, block in zip(range(0, len(batch), rows), batch.split(rows), strict=True):
             result = store.get(start, len(block)) if store is not None else None
             if result is None:
-                with nullcontext() if seed is None else seeded(seed, "log_marginal", start, device=x.device):
+                with keyed(seed, "log_marginal", start, device=x.device):
                     result = of_block(pair, block, proposal, num_particles, chunk)
                 if store is not None:
                     store.put(start, result)

@@ -27,14 +27,14 @@ References:
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyrovae.errors import PairError
+from pyrovae.errors import PairError, UsageError
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.gaussians import inflated
 from pyrovae.inference.pair import Pair
@@ -58,6 +58,7 @@ class Sampler:
         return self.draw(k)
 
 
+@runtime_checkable
 class Proposal(Protocol):
     """What `log_marginal` draws from."""
 
@@ -67,6 +68,12 @@ class Proposal(Protocol):
 
     def __call__(self, pair: Pair, batch: Batch) -> Callable[[int], Tensor]:
         """For N rows of data, a function of k that draws log-weights of shape (k, N), in nats."""
+
+
+def check_proposal(proposal: object) -> None:
+    """Refuse what is no proposal, such as a class of them."""
+    if isinstance(proposal, type) or not isinstance(proposal, Proposal):
+        raise UsageError(f"proposal: expected an object such as Widened(), got {proposal!r}")
 
 
 @dataclass(frozen=True)

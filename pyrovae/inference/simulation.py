@@ -43,7 +43,7 @@ from pyrovae.inference.marginal import FROM_GUIDE, block_of, jackknife, summaris
 from pyrovae.inference.modules import evaluating
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
-from pyrovae.inference.proposals import Proposal, Sampler
+from pyrovae.inference.proposals import Proposal, Sampler, check_proposal
 from pyrovae.inference.weights import NO_LATENTS, draw, log_mean_exp
 from pyrovae.seeding import seeded
 
@@ -139,6 +139,7 @@ def simulated(
         PairError: x cannot be simulated from the model, or the proposal's density at given latents is not known.
     """
     check_count("num_particles (K)", num_particles)
+    check_proposal(proposal)
     pair, batch_like = Pair(model, guide), Batch.of(x_like, given, "x_like")
     rows, chunk = block_of(batch_like, num_particles, chunk_size)
     sizes = [min(chunk, num_particles - done) for done in range(0, num_particles, chunk)]

@@ -28,18 +28,15 @@ References:
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyrovae.checks import check_count
-from pyrovae.errors import UsageError
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.estimate import Estimate, joined
-from pyrovae.inference.gaussians import FAMILIES, Family, family
+from pyrovae.inference.gaussians import Family, family
 from pyrovae.inference.individual import Individual
 from pyrovae.inference.information import Information, split_kl
 from pyrovae.inference.marginal import LogMarginal, block_of, join, summarise
@@ -50,7 +47,7 @@ from pyrovae.inference.unconstrained import Unconstrained
 from pyrovae.inference.units import Units, use_of_units
 from pyrovae.inference.validity import check_pair
 from pyrovae.inference.weights import draw
-from pyrovae.seeding import seeded
+from pyrovae.seeding import keyed
 
 # Each quantity as a sum of log p(x), taken so many times, and of the ELBOs of proposals, taken so many times.
 QUANTITIES: dict[str, tuple[float, dict[str, float]]] = {
@@ -133,39 +130,33 @@ def gaps(
         given: What everything is conditioned on, tensors of shape (N, ...).
 
     Raises:
-        UsageError: num_particles < 2, or no such family, or x is not a tensor with rows, or something in `given` has
-            not as many.
+        UsageError: num_particles < 2, no such family, x is no tensor with rows, or one in `given` has not as many.
         PairError: a latent site is discrete, or the guide has auxiliary sites, or the log-weights of the pair are not
             of log p(x), see `pyrovae.inference.validity`.
     """
     check_count("num_particles (K)", num_particles, 2)
     pair, batch = Pair(model, guide), Batch.of(x, given)
-    if family not in (None, *FAMILIES):
-        raise UsageError(f"family: expected {' or '.join(FAMILIES)}, got {family!r}")
-
-    def random(*key: int | str) -> Any:
-        return nullcontext() if seed is None else seeded(seed, "gaps", *key, device=x.device)
-
+    method = replace(individual or Individual(), family="full" if family is None else family)
     rows, chunk = block_of(batch, num_particles, chunk_size)
     check_pair(pair, batch, rows).by_parts("gaps")
     blocks: list[tuple[LogMarginal, dict[str, Estimate]]] = []
     with evaluating(pair):
-        # To name the guide's family takes draws, which move the caller's random state only where they decide something.
-        with random("family") if family is None else seeded("family", device=x.device):
+        # Naming the guide's family takes draws; they move the caller's random state only where they decide something.
+        with keyed(seed if family is None else 0, "gaps", "family", device=x.device):
             guide_family = family_of(pair, batch[:1])
-        family = family or ("diagonal" if guide_family == "diagonal" else "full")
-        method = replace(individual or Individual(), family=family)
-        for start in range(0, len(batch), rows):
-            with random("rows", start):
-                blocks.append(of_block(pair, batch[start : start + rows], num_particles, method, chunk))
+        if family is None and guide_family == "diagonal":
+            method = replace(method, family="diagonal")
+        for start, block in zip(range(0, len(batch), rows), batch.split(rows), strict=True):
+            with keyed(seed, "gaps", "rows", start, device=x.device):
+                blocks.append(of_block(pair, block, num_particles, method, chunk))
             if progress is not None:
-                progress(min(start + rows, len(batch)))
-        with random("units"):
+                progress(start + len(block))
+        with keyed(seed, "gaps", "units", device=x.device):
             about_units, about_x = use_of_units(pair, batch), split_kl(pair, batch)
     return Gaps(
         join([marginal for marginal, _ in blocks]),
         **{name: joined([parts[name] for _, parts in blocks]) for name in QUANTITIES},
-        family=family,
+        family=method.family,
         guide_family=guide_family,
         num_particles=num_particles,
         units=about_units,

@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pyrovae.checks import check_count, check_given, check_programs, check_rows
 from pyrovae.errors import CheckpointError, DataError, NumericalError, OutputError, PairError, PyrovaeError, UsageError
 from pyrovae.files import inside, write_atomically
+from pyrovae.inference.automatic import automatic, check_automatic, set_up, undone
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.diagnostics import measure
 from pyrovae.inference.modules import Program, evaluating
@@ -56,7 +57,7 @@ from pyrovae.inference.training.steps import (
     check_precision,
     flushing,
 )
-from pyrovae.inference.validity import WHOLE, automatic, check_automatic, examine, set_up, undone, why_no_density
+from pyrovae.inference.validity import WHOLE, examine, why_no_density
 from pyrovae.inference.weights import draw, sample_sites
 from pyrovae.processors import threads as using_threads
 from pyrovae.seeding import derive_seed, reseed, same_noise, seeded
