@@ -21,7 +21,7 @@ from pyrovae.inference.marginal import LogMarginal, exact, summarise
 from pyrovae.inference.simulation import Simulated
 from pyrovae.models import BernoulliMixture, GaussianMixture
 from pyrovae.runs import baseline, comparison
-from pyrovae.runs.baseline import fit_baseline
+from pyrovae.runs.baseline import fit_baselines
 from pyrovae.runs.comparison import COLUMNS, Scored, table
 from pyrovae.runs.comparison_tables import aligned, interval, latex, legend, readable
 from pyrovae.runs.directory import open_run
@@ -366,7 +366,7 @@ def test_the_baseline_has_the_log_p_of_scikit_learn(count):
     from sklearn.mixture import GaussianMixture as Oracle
 
     rows = load_data("three-gaussians").rows("density")
-    _, mixture = fit_baseline(rows, [count], say=lambda line: None)
+    mixture = fit_baselines(rows, [count])[0]
     assert isinstance(mixture, GaussianMixture)
     oracle = Oracle(count, covariance_type="full")
     oracle.weights_ = mixture.weights.detach().numpy()
@@ -385,12 +385,14 @@ def test_the_baseline_has_the_log_p_of_scikit_learn(count):
 def test_the_baseline_is_chosen_on_the_validation_rows():
     rows = load_data("three-gaussians").rows("density")
     lines: list[str] = []
-    name, mixture = fit_baseline(rows, (1, 2, 3, 6, 50), say=lines.append)
+    mixture, pca = fit_baselines(rows, (1, 2, 3, 6, 50), say=lines.append)
+    assert pca.description == "probabilistic PCA, 1 component"  # of two elements
+    lines = [line for line in lines if "mixture" in line]
     bounds = [float(re.search(r"validation log p\(x\) (\S+) nats", line)[1]) for line in lines]
     best = bounds.index(max(bounds))
     assert len(bounds) == min(best + 2, 5)  # the search ends at the first that is worse
     assert (1, 2, 3, 6, 50)[best] == mixture.means.shape[0]
-    assert name == f"mixture of {mixture.means.shape[0]} Gaussians, full covariance"
+    assert mixture.description == f"mixture of {mixture.means.shape[0]} Gaussians, full covariance"
     assert mixture.log_prob(rows.validation.double()).mean().item() == pytest.approx(max(bounds), abs=0.006)
 
 
@@ -400,7 +402,7 @@ def test_the_baseline_is_fitted_to_rows_that_fit_in_memory(monkeypatch):
     monkeypatch.setattr(baseline, "MOST_ROWS", 100)
     initialise = GaussianMixture.initialise
     monkeypatch.setattr(GaussianMixture, "initialise", lambda m, x, seed: (seen.append(x), initialise(m, x, seed=seed)))
-    fit_baseline(rows, (2,), say=lambda line: None)
+    fit_baselines(rows, (2,))
     (used,) = seen
     assert 50 <= len(used) <= 100
     step = len(rows.train) // len(used) + (len(rows.train) % len(used) > 0)
@@ -409,9 +411,9 @@ def test_the_baseline_is_fitted_to_rows_that_fit_in_memory(monkeypatch):
 
 def test_the_baseline_of_a_mass_is_of_bernoullis():
     rows = load_data("digits").rows("mass")
-    name, mixture = fit_baseline(rows, (5,), say=lambda line: None)
+    (mixture,) = fit_baselines(rows, (5,))
     assert isinstance(mixture, BernoulliMixture)
-    assert name == "mixture of 5 Bernoullis"
+    assert mixture.description == "mixture of 5 Bernoullis"
     weights, means, x = mixture.weights.detach(), mixture.means.detach(), rows.test.double()
     flat, p = x.flatten(1), means.flatten(1)
     log_p = flat @ p.log().T + (1 - flat) @ (1 - p).log().T
@@ -420,11 +422,19 @@ def test_the_baseline_of_a_mass_is_of_bernoullis():
     )
 
 
+def test_a_family_without_such_a_number_of_components_is_left_out():
+    rows = load_data("three-gaussians").rows("density")
+    lines: list[str] = []
+    (mixture,) = fit_baselines(rows, (2,), say=lines.append)
+    assert mixture.description == "mixture of 2 Gaussians, full covariance"
+    assert lines[-1] == "baseline: left out ppca, of which at most 1 can be fit here"
+    with pytest.raises(UsageError, match=r"baseline: none of \[100000\] components can be fit"):
+        fit_baselines(rows, (100_000,))
+
+
 def test_the_same_seed_gives_the_same_baseline():
     rows = load_data("digits").rows("mass")
-    first, second, other = (
-        fit_baseline(rows, (3,), seed, say=lambda line: None)[1].log_prob(rows.test.double()) for seed in (0, 0, 1)
-    )
+    first, second, other = (fit_baselines(rows, (3,), seed)[0].log_prob(rows.test.double()) for seed in (0, 0, 1))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
 

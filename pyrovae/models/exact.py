@@ -55,6 +55,16 @@ class Exact(nn.Module, ABC):
         if not self.event_shape or min(self.event_shape) < 1:
             raise UsageError(f"event_shape: expected positive sizes, got {tuple(self.event_shape)}; pass D for vectors")
 
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """What a table of models calls it."""
+
+    @classmethod
+    @abstractmethod
+    def most_components(cls, x: Tensor) -> int:
+        """The largest number of components that can be fit to x of shape (N, *event)."""
+
     @abstractmethod
     def model(self, x: Tensor) -> None:
         """p(x) as a Pyro model: the site `x`, observed, in the plate `data`; its latents are summed out."""
@@ -116,6 +126,16 @@ class PPCA(Exact):
         self.loc = nn.Parameter(torch.zeros(self.event_numel))
         self.weight = nn.Parameter(torch.randn(self.event_numel, components) / math.sqrt(components))
         self.log_scale = nn.Parameter(torch.zeros(()))
+
+    @property
+    def description(self) -> str:
+        """What a table of models calls it."""
+        return f"probabilistic PCA, {self.components} component{'s' if self.components > 1 else ''}"
+
+    @classmethod
+    def most_components(cls, x: Tensor) -> int:
+        """One below the rows, and below the elements of x."""
+        return min(len(x), x[0].numel()) - 1
 
     def forward(self) -> dist.Distribution:
         """p(x), batch shape (), the event shape of x."""

@@ -100,6 +100,11 @@ class Mixture(Exact):
     def _fit_components(self, x: Tensor, responsibilities: Tensor, chunk: int) -> None:
         """Maximise sum_nc r_nc log p(x_n | c) in place, over `chunk` rows at a time; called in float64."""
 
+    @classmethod
+    def most_components(cls, x: Tensor) -> int:
+        """As many as rows."""
+        return len(x)
+
     @property
     def weights(self) -> Tensor:
         """Mixing weights w, shape (C,), summing to 1."""
@@ -355,6 +360,11 @@ class GaussianMixture(Mixture):
             self.unit_lower = nn.Parameter(torch.zeros(*scales, D))
 
     @property
+    def description(self) -> str:
+        """What a table of models calls it."""
+        return f"mixture of {self.components} Gaussians, {self.covariance} covariance"
+
+    @property
     def scale_tril(self) -> Tensor:
         """Cholesky factors L of the covariances, shape (C, D, D)."""
         C, D = self.components, self.event_numel
@@ -472,6 +482,11 @@ class BernoulliMixture(Mixture):
         super().__init__(event_shape, components, weights)
         self.floor = floor
         self.logits = nn.Parameter(0.1 * torch.randn(components, *self.event_shape))
+
+    @property
+    def description(self) -> str:
+        """What a table of models calls it."""
+        return f"mixture of {self.components} Bernoullis"
 
     @property
     def means(self) -> Tensor:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""An exact baseline: the mixture of the rows' measure with the best validation log p(x)."""
+"""Exact baselines: of each family that suits the rows, the model with the best validation log p(x)."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -8,62 +8,77 @@ from pyrovae.runs.progress import Say, silent
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from pyrovae.data import Rows
-    from pyrovae.models.mixture import Mixture
+    from pyrovae.models.exact import Exact
 
-# Numbers of components tried for the baseline, until the validation rows say that more are no better.
+# Numbers of components tried for a baseline, until the validation rows say that more are no better.
 COMPONENTS = (1, 2, 5, 10, 20, 50, 100, 200)
 MOST_ROWS = 200_000  # to fit a baseline to, whole in memory
 
 
-def fit_baseline(
+def fit_baselines(
     rows: "Rows",
     components: Sequence[int] = COMPONENTS,
     seed: int = 0,
     device: "torch.device | str" = "cpu",
     say: Say = silent,
-) -> "tuple[str, Mixture]":
-    """The mixture with the best validation log p(x), fit by EM on the training rows.
+) -> "list[Exact]":
+    """A model of each family in `BASELINES` that is of the rows' measure, in the order of that tuple.
 
     Args:
         rows: Data of either measure. Training rows that are drawn anew at each use are drawn once.
-        components: Numbers of components to try, increasing; the search ends when one is worse than the one before.
-        seed: Of the draw and of k-means.
+        components: Numbers of components to try, increasing; a family's search ends when one is worse than the one
+            before. A family that can have none of them is left out, which is said.
+        seed: Of the draw and of what is random in a fit.
         device: Where to compute.
-        say: Called with a line for each mixture tried.
+        say: Called with a line for each model tried.
 
     Returns:
-        A name, and the mixture, in double precision: covariances of images are too ill-conditioned for single.
-    """
-    import torch
+        Models in double precision: covariances of images are too ill-conditioned for single.
 
-    from pyrovae.models.mixture import BernoulliMixture, GaussianMixture
+    Raises:
+        UsageError: no family can have any of the numbers of components.
+    """
+    from pyrovae.models.mixture import BASELINES
     from pyrovae.seeding import seeded
 
-    binary = rows.measure.kind == "mass"
     with seeded(seed, "baseline rows"):
         train = rows.transform(rows.train[:: -(-len(rows.train) // MOST_ROWS)]).to(device)
-    # Nats per datum gained by an iteration below which EM ends: far below what models of so many dimensions differ by.
-    # Those of full covariances are dearer, and densities spread more widely than masses.
-    tolerance = rows.measure.dimensions * (1e-5 if binary else 1e-4)
-    best, best_bound, best_count = None, -float("inf"), 0
+    families = [family for family in BASELINES if family.measure == rows.measure.kind]
+    found = [best_of(family, train, rows.validation, components, seed, say) for family in families]
+    if not any(found):
+        raise UsageError(f"baseline: none of {list(components)} components can be fit to {len(train)} rows")
+    return [model for model in found if model is not None]
+
+
+def best_of(
+    family: "type[Exact]",
+    train: "Tensor",
+    validation: "Tensor",
+    components: Sequence[int],
+    seed: int = 0,
+    say: Say = silent,
+) -> "Exact | None":
+    """The model of a family that has the best validation log p(x); None if it can have no such number of components."""
+    import torch
+
+    best: Exact | None = None
+    best_bound, best_count = -float("inf"), 0
     for count in components:
-        if count > len(train):
+        if count > family.most_components(train):
             break
-        mixture = BernoulliMixture(rows.event_shape, count) if binary else GaussianMixture(rows.event_shape, count)
-        mixture = mixture.to(device).double()
-        mixture.initialise(train, seed=seed)
-        iterations = len(mixture.em(train, max_iterations=50, tolerance=tolerance)) - 1
+        model = family(train.shape[1:], components=count).to(train.device).double()  # type: ignore[call-arg]
+        iterations = model.fit(train, seed)
         with torch.no_grad():
-            bound = torch.cat([mixture.log_prob(block) for block in rows.validation.split(1000)]).mean().item()
-        kind = "Bernoullis" if binary else "Gaussians"
-        say(f"baseline: {count:>3} {kind}, validation log p(x) {bound:.2f} nats after {iterations} iterations of EM")
+            bound = torch.cat([model.log_prob(block) for block in validation.split(1000)]).mean().item()
+        say(f"baseline: {model.description}, validation log p(x) {bound:.2f} nats after {iterations} iterations")
         if bound <= best_bound:
             break
-        best, best_bound, best_count = mixture, bound, count
-    if best_count == max(components) and len(components) > 1:
-        say(f"baseline: {best_count} components are the most that are tried; more may be better")
+        best, best_bound, best_count = model, bound, count
     if best is None:
-        raise UsageError(f"baseline: none of {list(components)} components can be fit to {len(train)} rows")
-    return f"mixture of {best_count} {'Bernoullis' if binary else 'Gaussians, full covariance'}", best.eval()
+        say(f"baseline: left out {family.word}, of which at most {family.most_components(train)} can be fit here")
+    elif best_count == max(components) and len(components) > 1:
+        say(f"baseline: {best_count} components are the most that are tried; more may be better")
+    return None if best is None else best.eval()

@@ -1,8 +1,7 @@
 r"""Models on the same rows, the best first, and how certain that order is.
 
-One table per measure: a mass and a density never meet. Unless told not to, each table has a mixture of the same
-measure, fit by EM on the same training rows with its number of components chosen on the validation rows, its log p(x)
-exact.
+One table per measure: a mass and a density never meet. Unless told not to, each table has the exact baselines of the
+same measure, fit to the same training rows with their number of components chosen on the validation rows.
 
 Three uncertainties, and where each is told:
 
