@@ -1,0 +1,183 @@
+"""What docs/extending.md says is true: every block runs, and what it makes meets the contract of its section."""
+
+import importlib
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_mean
+from torch.testing import assert_close
+
+from pyrovae.inference import ELBO, fit
+from pyrovae.models import MLP, VAE, Gaussian, MeanFieldNormal, StandardNormal
+
+PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
+SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE.read_text(encoding="utf-8"), re.M | re.S))
+
+
+def run(section: str) -> dict[str, Any]:
+    """The names that the blocks of a section make, each block within the module that it says it belongs to."""
+    made: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", SECTIONS[section], re.M | re.S):
+        file = re.match(r"# (pyrovae/\S+)\.py\n", block)
+        module = vars(importlib.import_module(file[1].replace("/", "."))) if file else {"__name__": "script"}
+        names = {**module, **made}
+        exec(compile(block, f"docs/extending.md, {section}", "exec"), names)
+        for name, value in names.items():
+            if name.isupper() and name in module and value is not module[name]:
+                assert value[: len(module[name])] == module[name], f"{name} is not what the library has, and one more"
+            if name not in module or value is not module[name]:
+                made[name] = value
+    return made
+
+
+def integral(p: Any, reach: float = 30.0) -> float:
+    """Of a density in the plane, by the trapezoid rule."""
+    axis = torch.linspace(-reach, reach, 1201, dtype=torch.float64)
+    with torch.no_grad():
+        return p.log_prob(torch.cartesian_prod(axis, axis)).exp().sum().item() * (axis[1] - axis[0]).item() ** 2
+
+
+def trained(prior: Any = None, likelihood: Any = None, guide: Any = None, objective: Any = None) -> list[float]:
+    """The bounds of two epochs of a pair with that part."""
+    torch.manual_seed(0)
+    x = torch.randn(60, 3)
+    pair = VAE(
+        prior or StandardNormal(2),
+        likelihood or Gaussian(MLP(2, (3,), hidden=(4,))),
+        guide or MeanFieldNormal(MLP(3, hidden=(4,)), 2),
+    )
+    pair.initialise(x)
+    kept = fit(pair.model, pair.guide, x, objective or ELBO(), epochs=2, batch_size=30, compile="off", progress=False)
+    return kept.metrics["train_bound"].tolist()
+
+
+def test_every_section_has_a_test() -> None:
+    source = Path(__file__).read_text(encoding="utf-8")
+    assert len(SECTIONS) == 9
+    assert [name for name in SECTIONS if f'run("{name}")' not in source] == []
+
+
+def test_a_prior() -> None:
+    cls = run("A prior")["LaplacePrior"]
+    p = cls(2).double()()
+    assert (p.batch_shape, p.event_shape) == ((), (2,))
+    assert integral(p) == pytest.approx(1, abs=1e-2)
+    assert all(math.isfinite(bound) for bound in trained(prior=cls(2, scale=0.5)))
+    with pytest.raises(ValueError, match="scale: expected a number above 0, got -1"):
+        cls(2, scale=-1)
+
+
+def test_a_guide() -> None:
+    cls = run("A guide")["StudentT"]
+    guide = cls(MLP(3, hidden=(4,)), 2)
+    x = torch.randn(5, 3)
+    z = guide(x).rsample()
+    assert z.shape == (5, 2)
+    assert_close(guide(x).log_prob(z)[1], guide(x[1]).log_prob(z[1]))
+    assert all(math.isfinite(bound) for bound in trained(guide=guide))
+
+
+def test_a_likelihood() -> None:
+    cls = run("A likelihood")["Laplace"]
+    likelihood = cls(MLP(2, (2,), hidden=(4,))).double()
+    assert integral(likelihood(torch.zeros(2, dtype=torch.float64))) == pytest.approx(1, abs=1e-2)
+    assert cls.decoder_shape((2,)) == (2,)
+    assert all(math.isfinite(bound) for bound in trained(likelihood=cls(MLP(2, (3,), hidden=(4,)))))
+    with pytest.raises(ValueError, match="finite"):
+        likelihood.check_support(torch.tensor([[math.nan, 0.0]]))
+
+
+def test_a_likelihood_on_another_space() -> None:
+    """The mass of all images is 1; a uniform categorical has the bits per dimension of a uniform density."""
+    from pyrovae.data import load_data
+
+    made = run("A likelihood on another space")
+    data = load_data("digits")
+    rows = data.rows(made["GreyLevels"]())
+    likelihood = made["Categorical"](MLP(2, (1, 8, 8, 17), hidden=(4,)))
+    likelihood.check_support(rows.test)
+    likelihood.initialise(rows.test)
+    assert likelihood(torch.zeros(5, 2)).log_prob(rows.test[:5]).shape == (5,)
+    small = made["Categorical"](MLP(2, (2, 3), hidden=(4,)))
+    images = torch.cartesian_prod(torch.arange(3), torch.arange(3)).float()
+    assert small(torch.randn(2)).log_prob(images).exp().sum().item() == pytest.approx(1, abs=1e-5)
+    uniform = rows.measure.bits_per_dimension(-64 * math.log(17))
+    assert uniform == pytest.approx(data.rows("density").measure.bits_per_dimension(0.0))
+
+
+def test_an_objective() -> None:
+    """The page's sticking the landing is the library's, and with beta = 1 the beta-TC bound is the ELBO."""
+    from pyrovae.inference import objectives
+
+    made = run("An objective")
+    shown, kept = made["StickingTheLanding"], objectives.StickingTheLanding
+    assert shown.held == kept.held
+    weights = torch.randn(4, 3, 5)
+    assert torch.equal(shown(3, 4).reduce(weights), kept(3, 4).reduce(weights))
+    assert repr(shown(3)) == repr(kept(3))
+
+    assert trained(objective=made["BetaTC"](60, beta=1.0)) == pytest.approx(trained(objective=ELBO(kl="sampled")))
+    assert trained(objective=made["BetaTC"](60)) != trained(objective=made["BetaTC"](60, beta=1.0))
+    assert made["BetaTC"](60).settings(3) == {"beta": 6.0}
+
+
+def test_the_total_correlation_is_that_of_a_loop() -> None:
+    cls = run("An objective")["BetaTC"]
+    torch.manual_seed(0)
+    from pyrovae.inference.batch import Batch
+    from pyrovae.inference.pair import Pair
+    from pyrovae.inference.weights import draw
+
+    x = torch.randn(4, 3)
+    pair = VAE(StandardNormal(2), Gaussian(MLP(2, (3,), hidden=(4,))), MeanFieldNormal(MLP(3, hidden=(4,)), 2))
+    particles = draw(Pair(pair.model, pair.guide), Batch(x), 2)
+    z = particles.guide_trace.nodes["z"]["value"]
+    _, found = cls(60).terms(particles)
+    q = [pair.posterior(row).base_dist for row in x]
+    for k in range(2):
+        for n in range(4):
+            each = torch.stack([p.log_prob(z[k, n]) for p in q])  # (rows, Z)
+            joint = each.sum(1).logsumexp(0) - math.log(60 * 4)
+            marginals = (each.logsumexp(0) - math.log(60 * 4)).sum()
+            assert_close(found[k, n], joint - marginals)
+
+
+def test_a_condition() -> None:
+    torch.manual_seed(0)
+    made = run("A condition")
+    estimate, x, y = made["estimate"], made["x"], made["y"]
+    assert estimate.estimate.shape == (60,)
+    from pyrovae.inference import log_marginal
+
+    shuffled = log_marginal(made["model"], made["guide"], x, num_particles=500, given=(y.roll(1, 0),))
+    assert shuffled.mean != estimate.mean
+
+
+def test_an_exact_baseline() -> None:
+    cls = run("An exact baseline")["KernelDensity"]
+    torch.manual_seed(0)
+    x = torch.randn(50, 2).double() * torch.tensor([1.0, 2.0])
+    model = cls(2, components=20).double()
+    assert model.fit(x) == 1
+    assert integral(model, 12.0) == pytest.approx(1, abs=1e-6)
+    assert_mean(model.sample(20_000), model.rows.detach().mean(0))
+    assert cls.most_components(x) == 50
+
+
+@pytest.mark.slow
+def test_a_command_that_trains_many_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = run("A command that trains many runs")
+    assert sorted(made["scores"]) == ["elbo-0", "elbo-1", "iwae-0", "iwae-1"]
+    assert all(math.isfinite(score) for score in made["scores"].values())
+
+
+def test_a_data_set() -> None:
+    source = run("A data set")["spiral"]
+    first, second = (source.read(Path("nowhere"), False).x["train"] for _ in range(2))
+    assert first.shape == (5000, 2)
+    assert (first == second).all()
