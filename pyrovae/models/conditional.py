@@ -109,11 +109,7 @@ class ConditionalVAE(nn.Module):
                 f"z: the decoder's input has {inputs} elements, too few for (z, y) with z of {prior.latent_dim}; build "
                 f"it over {prior.latent_dim} + C"
             )
-        first, *rest = self.event_shape
-        possible = {
-            (math.prod(self.event_shape) + self.condition_dim,),
-            (first + self.condition_dim, *rest),
-        }
+        possible = {joined_shape(self.event_shape, self.condition_dim, as_channels) for as_channels in (False, True)}
         if guide.event_shape not in possible:
             raise UsageError(
                 f"(x, y): the guide's input is {guide.event_shape}, expected {' or '.join(map(str, sorted(possible)))} "
@@ -156,9 +152,9 @@ class ConditionalVAE(nn.Module):
 
     def beside(self, x: Tensor, y: Tensor) -> Tensor:
         """(x, y) as the encoder takes them, for x of shape (*batch, *event) and y of shape (N, C)."""
-        if len(self.encoder.event_shape) == 1:
-            x = x.flatten(x.ndim - len(self.event_shape))
-        return join(x, self.unit * y, len(self.encoder.event_shape))
+        first, *rest = self.encoder.event_shape
+        x = x.reshape(*x.shape[: x.ndim - len(self.event_shape)], first - self.condition_dim, *rest)
+        return join(x, self.unit * y, 1 + len(rest))
 
     def initialise(self, x: Tensor, y: Tensor) -> None:
         """Start the parts at training data x (N, *event) and y (N, C): output bias, input centring, pseudo-inputs."""
@@ -216,6 +212,18 @@ class ConditionalVAE(nn.Module):
     def reconstruct(self, x: Tensor, y: Tensor) -> Tensor:
         """Mean of p(x|z, y) at the mean of q(z|x, y), shape (N, *event)."""
         return self.decode(self.encode(x, y), y)
+
+
+def joined_shape(event_shape: tuple[int, ...], conditions: int, as_channels: bool) -> tuple[int, ...]:
+    """Event shape of (x, y), for y of so many elements: a vector, or an image of more channels.
+
+    >>> joined_shape((1, 28, 28), 10, as_channels=False), joined_shape((1, 28, 28), 10, as_channels=True)
+    ((794,), (11, 28, 28))
+    """
+    if not as_channels:
+        return (math.prod(event_shape) + conditions,)
+    depth, *rest = event_shape if len(event_shape) > 2 else (1, *event_shape)
+    return (depth + conditions, *rest)
 
 
 def join(x: Tensor, y: Tensor, dims: int = 1) -> Tensor:

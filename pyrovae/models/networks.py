@@ -39,9 +39,11 @@ class Network(nn.Module):
 
     Attributes:
         word: What the architecture is called where it is chosen by name.
+        of_images: Whether its input is an image, so that what goes beside x goes into more channels.
     """
 
     word: ClassVar[str]
+    of_images: ClassVar[bool] = False
 
     def __init__(self, body: nn.Module, in_shape: Shape, out_shape: Shape) -> None:
         super().__init__()
@@ -132,6 +134,7 @@ class ConvEncoder(Network):
     """
 
     word = "conv"
+    of_images = True
 
     @checked
     def __init__(

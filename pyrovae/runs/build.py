@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
     from pyrovae.data import Rows
     from pyrovae.inference.proposals import Proposal
+    from pyrovae.models.conditional import ConditionalVAE
     from pyrovae.models.exact import Exact
     from pyrovae.models.vae import HierarchicalVAE
 
-    Model = HierarchicalVAE | Exact
+    Model = HierarchicalVAE | ConditionalVAE | Exact
 
 
 def build_rows(recipe: Recipe) -> "Rows":
@@ -40,7 +41,7 @@ def build_rows(recipe: Recipe) -> "Rows":
     measure: Any = recipe.measure or ("mass" if recipe.binarize is not None else default_measure(data))
     if recipe.is_exact:
         exact(recipe, measure)
-    rows = data.rows(measure, binarize=recipe.binarize, standardize=recipe.standardize)
+    rows = data.rows(measure, recipe.binarize, recipe.standardize, recipe.condition)
     if recipe.batch_size > len(rows.train):
         raise UsageError(f"--batch-size: {recipe.batch_size} is more than the {len(rows.train)} training rows")
     return rows
@@ -55,6 +56,7 @@ def settle(recipe: Recipe, rows: "Rows") -> Recipe:
         binarize=rows.binarize,
         data_hash=rows.hash,
         event_shape=tuple(rows.event_shape),
+        classes=rows.given.columns,
     )
 
 
@@ -79,7 +81,8 @@ def make(part: str, chosen: Part, **offered: Any) -> Any:
 
 def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
     """The pair that a recipe declares; its parameters are drawn from torch's random state."""
-    from pyrovae.models import MLP, MeanFieldNormal
+    from pyrovae.models import MLP, ConditionalVAE, MeanFieldNormal, UnconditionalPrior
+    from pyrovae.models.conditional import joined_shape
 
     model: Model
     if recipe.is_exact:
@@ -95,17 +98,21 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
 
     likelihood_class = PARTS["likelihood"][recipe.likelihood.name].classes[0].load()
     out_shape = likelihood_class.decoder_shape(event_shape, **recipe.likelihood.settings)
-    decoder = decoding.build("network", network, in_shape=latent[0], out_shape=out_shape)
+    conditions = len(recipe.classes)
+    decoder = decoding.build("network", network, in_shape=latent[0] + conditions, out_shape=out_shape)
     likelihood = make("likelihood", recipe.likelihood, decoder=decoder)
 
-    encoder = encoding.build("network", network, in_shape=event_shape)
+    in_shape = joined_shape(event_shape, conditions, encoding.load().of_images) if conditions else event_shape
+    encoder = encoding.build("network", network, in_shape=in_shape)
     guides = [make("guide", recipe.guide, encoder=encoder, latent_dim=latent[0])]
     conditionals = []
     for below, above in pairwise(latent):
         guides.append(make("guide", recipe.guide, encoder=MLP(below, **dense), latent_dim=above))
         conditionals.append(MeanFieldNormal(MLP(above, **dense), below))
 
-    prior = make("prior", recipe.prior, latent_dim=latent[-1], guide=guides[0], event_shape=event_shape)
+    prior = make("prior", recipe.prior, latent_dim=latent[-1], guide=guides[0], event_shape=in_shape)
+    if conditions:
+        return ConditionalVAE(UnconditionalPrior(prior), likelihood, guides[0])
     parts = {"prior": prior, "likelihood": likelihood, "conditionals": conditionals}
     model = make("model", recipe.model, **parts, guide=guides[0], guides=guides)
     return model

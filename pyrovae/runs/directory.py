@@ -216,11 +216,16 @@ def read_recipe(directory: Path) -> Recipe:
         raise CheckpointError(f"{file}: event_shape: expected a list of whole numbers, got {shape!r}")
     if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
         raise CheckpointError(f"{file}: data_hash: expected a SHA-256, got {digest!r}")
+    classes = content.get("classes", [])
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise CheckpointError(f"{file}: classes: expected a list of words, got {classes!r}")
     try:
         recipe = Recipe(**{k: v for k, v in content.items() if k not in DERIVED})
     except (UsageError, ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from error
-    return recipe.settled(data_hash=digest, event_shape=tuple(shape))
+    if bool(classes) != (recipe.condition is not None):
+        raise CheckpointError(f"{file}: classes: expected those of the condition, {recipe.condition}, got {classes!r}")
+    return recipe.settled(data_hash=digest, event_shape=tuple(shape), classes=tuple(classes))
 
 
 def load(directory: str | Path) -> "Model":

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from pyrovae.data import Rows
     from pyrovae.inference.training.trainer import Fit
+    from pyrovae.models import ConditionalVAE
     from pyrovae.plots import Style
     from pyrovae.runs.build import Model
 
@@ -66,15 +67,19 @@ def write_plots(
     import torch
 
     from pyrovae import plots
-    from pyrovae.models import HierarchicalVAE
+    from pyrovae.models import ConditionalVAE, HierarchicalVAE
     from pyrovae.seeding import seeded
 
     name, folder, style = directory.name, inside(directory, "plots"), style_of(recipe, rows)
     save_figure(plots.training_curves(fitted.metrics, title=name), folder, "training_curves")
     device = next(model.parameters()).device
+    # Of pictures the means are shown, without the noise of single pixels; points and profiles need their noise.
+    pictures = not recipe.is_exact and len(rows.event_shape) > 1
     with torch.no_grad(), seeded(recipe.seed, "plots", device=device):
-        # Of pictures the means are shown, without the noise of single pixels; points and profiles need their noise.
-        pictures = isinstance(model, HierarchicalVAE) and len(rows.event_shape) > 1
+        if isinstance(model, ConditionalVAE):
+            write_conditional(model, rows, folder, name, style, pictures)
+            save_curve(Run(directory, recipe), values)
+            return
         drawn = "means of p(x|z), z from the prior" if pictures else "draws from p(x)"
         points = rows.event_shape == (2,)
         x = model.sample(1000 if points else 64, mean=pictures)
@@ -98,6 +103,27 @@ def write_plots(
         save_figure(plots.traversals(model.decode(paths), steps.tolist(), dims, heading, style), folder, "traversals")
 
     save_curve(Run(directory, recipe), values)
+
+
+def write_conditional(
+    model: "ConditionalVAE", rows: "Rows", folder: Path, name: str, style: "Style", pictures: bool
+) -> None:
+    """Draw samples of each class, and reconstructions given the class."""
+    import torch
+
+    from pyrovae import plots
+
+    device = next(model.parameters()).device
+    drawn = "means of p(x|z, y), z from the prior" if pictures else "draws from p(x|y)"
+    each = torch.eye(model.condition_dim, device=device)
+    x = torch.stack([model.sample(500 if rows.event_shape == (2,) else 16, y, mean=pictures) for y in each])
+    figure = plots.conditional_samples(x, rows.given.columns, f"{name}, {drawn}", style)
+    save_figure(figure, folder, "samples")
+    some = slice(500 if rows.event_shape == (2,) else 32)
+    x, y = rows.test[some].to(device), rows.given["test"][0][some].to(device)
+    save_figure(plots.reconstructions(x, model.reconstruct(x, y), name, style), folder, "reconstructions")
+    codes = model.encode(rows.test[:1000].to(device), rows.given["test"][0][:1000].to(device))
+    save_figure(plots.latent_map(codes, named_labels(rows, len(codes)), name), folder, "latent_map")
 
 
 def save_curve(run: Run, values: Report) -> Path:

@@ -84,6 +84,12 @@ OPTIONS: dict[str, dict[str, Setting]] = {
             "and test rows are always fixed",
             "HOW",
         ),
+        "condition": Setting(
+            Words(("label",)),
+            None,
+            "what everything is given: label, for p(x) given the label, with samples of each class; a vae alone",
+            "NAME",
+        ),
         "stream": Setting(
             SWITCH,
             "auto",
@@ -137,6 +143,6 @@ OPTIONS: dict[str, dict[str, Setting]] = {
 }
 SETTINGS = {name: setting for group in OPTIONS.values() for name, setting in group.items()}
 # What a run adds to the options in its config.yaml.
-DERIVED = ("data_hash", "event_shape", "version")
+DERIVED = ("data_hash", "event_shape", "classes", "version")
 # What may differ between a run and its resumption.
 RESUMABLE = ("epochs", "patience", "eval_K", "eval_rows", "device", "compile", "particle_chunk", "threads", "stream")

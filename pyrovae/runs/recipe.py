@@ -32,6 +32,7 @@ class Recipe:
         likelihood, binarize: Left to the data, where they were not given, until `settled`.
         K, M, eval_K: Numbers of particles; 0 for a model with an exact log p(x).
         data_hash, event_shape: Of the rows, once they are known.
+        classes: Names of the labels that everything is given, once they are known; none, unless `condition` says so.
         given: The options as they were given.
 
     Raises:
@@ -48,6 +49,7 @@ class Recipe:
     data: str
     data_root: str | None
     binarize: str | None
+    condition: str | None
     stream: Literal["auto", "on", "off"]
     standardize: bool
     epochs: int
@@ -70,10 +72,12 @@ class Recipe:
     likelihood: Part
     data_hash: str = ""
     event_shape: tuple[int, ...] = ()
+    classes: tuple[str, ...] = ()
     given: Mapping[str, Any] = field(repr=False, compare=False)
 
     def __init__(self, /, **options: Any) -> None:
-        for key, value in {**completed(options), "data_hash": "", "event_shape": (), "given": options}.items():
+        unknown = {"data_hash": "", "event_shape": (), "classes": ()}
+        for key, value in {**completed(options), **unknown, "given": options}.items():
             object.__setattr__(self, key, value)
 
     @property
@@ -99,7 +103,7 @@ class Recipe:
         return Recipe(**overlaid(self.plain(), options))
 
     def settled(self, **known: Any) -> "Recipe":
-        """The recipe with what its rows decide: `likelihood`, `binarize`, `data_hash`, `event_shape`."""
+        """The recipe with what its rows decide: `likelihood`, `binarize`, `data_hash`, `event_shape`, `classes`."""
         made = copy.copy(self)
         for key, value in known.items():
             object.__setattr__(made, key, value)
@@ -152,6 +156,7 @@ def complete_exact(values: Options, given: Options) -> None:
     name = values["model"].name
     unused = ("elbo", "K", "M", "alpha", "beta", "latent_dim", "prior", "guide", "network")
     refuse(given, unused, f"a {name} is fit by its exact log p(x)")
+    refuse(given, ("condition",), f"a {name} is of p(x), given nothing")
     refuse(given, ("eval_K",), f"the log p(x) of a {name} is exact")
     refuse(given, ("particle_chunk",), f"a {name} has no particles")
     refuse(given, ("precision",), f"a {name} is fit and scored in single precision")
@@ -168,6 +173,8 @@ def complete_pair(values: Options, given: Options) -> None:
         raise UsageError(f"--latent-dim: a {name} has one latent layer, got {len(latent)}; use --model hierarchical")
     if layered and len(latent) < 2:
         raise UsageError(f"--latent-dim: a {name} model needs one for each layer, such as 50,25; got one")
+    if layered:
+        refuse(given, ("condition",), f"a {name} model is given nothing; use --model {first('model')}")
     values["latent_dim"] = latent
     for part in ("prior", "guide", "network"):
         values[part] = choose(part, given.get(part), first(part), PARTS[part])
@@ -256,6 +263,8 @@ def title(recipe: Recipe) -> str:
     chosen = [recipe.prior, recipe.guide, recipe.likelihood]
     defaults = [first("prior"), first("guide"), first("likelihood"), ""]
     parts = [data, recipe.elbo, f"K{recipe.K}", *(part.name for part in chosen if part.name not in defaults)]
+    if recipe.condition is not None:
+        parts.append(f"given-{recipe.condition}")
     if recipe.model.name != first("model"):
         parts.insert(1, recipe.model.name)
     return "-".join(parts)
