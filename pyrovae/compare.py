@@ -89,7 +89,7 @@ def command(words: Sequence[str]) -> int:
                 for name, pool in zip(names, together, strict=True)
                 if measure_of(pool[0]) == kind
             ]
-            if not options.get("no_baseline"):
+            if not options.get("no_baseline") and rows.given.name is None:  # a mixture is of p(x)
                 counts = (components,) if components else COMPONENTS
                 baselines = fit_baselines(rows, counts, seed, device, say)
                 scored += [Scored(model.description, [score(model, batch, k)]) for model in baselines]

@@ -6,6 +6,7 @@ z|y ~ N(Ay, S) with diagonal S, x|z, y ~ N(Wz + By + b, s2 I):
     p(z|x, y)  = N(A y + G (x - W A y - B y - b), S - G W S),  G = S W' C^-1
 """
 
+import json
 import math
 
 import pytest
@@ -16,9 +17,10 @@ from torch.distributions import MultivariateNormal, Normal
 from torch.nn.functional import one_hot
 from torch.testing import assert_close
 
-from pyrovae.data import load_data
-from pyrovae.errors import DataError, UsageError
-from pyrovae.inference import ELBO, fit, log_marginal, log_weights
+import pyrovae
+from pyrovae import Recipe, compare, evaluate
+from pyrovae.errors import CheckpointError, DataError, UsageError
+from pyrovae.inference import log_marginal, log_weights
 from pyrovae.models import (
     MLP,
     AmortisedPrior,
@@ -35,6 +37,8 @@ from pyrovae.models import (
 )
 from pyrovae.models.conditional import join
 from pyrovae.models.guides import SCALE_FLOOR
+from pyrovae.runs.build import build_model, build_rows, settle
+from pyrovae.runs.directory import Run, open_run
 
 D, Z, C = 5, 2, 3
 SCALE = 0.6
@@ -137,34 +141,6 @@ def test_other_labels_change_log_p_as_the_closed_form_says(rows):
     assert_close(of_pair[0] - of_pair[1], difference, rtol=0.0, atol=1e-8)
 
 
-def test_training_given_labels_reaches_log_p_of_x_given_y():
-    """x|y is one of three Gaussians: what is unknown without y, which of them, is log 3 - their overlap."""
-    rows = load_data("three-gaussians").rows("density", condition="label")
-    guide = MeanFieldNormal(MLP(2 + 3, hidden=(8,)), 1)
-    pair = ConditionalVAE(UnconditionalPrior(StandardNormal(1)), Gaussian(MLP(1 + 3, 2, hidden=(8,))), guide)
-    pair.initialise(rows.train, *rows.given["train"])
-    fit(
-        pair.model,
-        pair.guide,
-        rows.train,
-        ELBO(),
-        epochs=15,
-        batch_size=250,
-        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.03),
-        validation=rows.validation,
-        given=rows.given["train"],
-        validation_given=rows.given["validation"],
-        compile="off",
-    )
-    x, given = rows.test, rows.given["test"]
-    angle = math.pi / 2 + 2 * math.pi * torch.arange(3) / 3
-    truth = Normal(2 * torch.stack([angle.cos(), angle.sin()], 1), 0.5).log_prob(x[:, None]).sum(-1)
-    known, unknown = (given[0] * truth).sum(1), truth.logsumexp(1) - math.log(3)
-    found = log_marginal(pair.model, pair.guide, x, 200, given=given).estimate
-    assert known.mean() - unknown.mean() > 1
-    assert abs(found.mean() - known.mean()) < 0.05
-
-
 def test_samples_are_draws_of_x_given_y():
     pair = linear_pair()
     closed = Closed(pair)
@@ -255,3 +231,105 @@ def test_parts_that_do_not_fit_are_named():
         pair.encode(torch.zeros(4, D), torch.zeros(4, 2))
     with pytest.raises(UsageError, match=r"expected shape \(3,\) or \(5, 3\), got \(4, 3\)"):
         pair.sample(5, torch.zeros(4, 3))
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+SMALL = {
+    "data": "three-gaussians",
+    "condition": "label",
+    "latent_dim": 1,
+    "network": {"hidden": 8},
+    "batch_size": 250,
+    "lr": 0.03,
+    "epochs": 10,
+    "eval_K": 20,
+    "eval_rows": 60,
+    "seed": 1,
+    "device": "cpu",
+    "compile": "off",
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run given labels that no test may change."""
+    return pyrovae.train(Recipe(**SMALL), tmp_path_factory.mktemp("runs") / "run")
+
+
+def test_a_run_given_labels_says_log_p_of_x_given_the_label(run, capsys):
+    values = json.loads((run.directory / "evaluation.json").read_text())
+    assert values["measure"] == "density of the data in its own units, 2 dimensions, given the label"
+    model, rows = pyrovae.load(run.directory), run.rows()
+    given = tuple(y[:60] for y in rows.given["test"])
+    result = log_marginal(model.model, model.guide, rows.test[:60], 20, seed=0, given=given)
+    assert values["log_marginal"] == pytest.approx(result.mean, abs=1e-5)
+    evaluate.command([str(run.directory), "--K", "40", "--rows", "60", "--compile", "off"])
+    assert "given the label" in capsys.readouterr().out
+    assert {path.stem for path in (run.directory / "plots").glob("*.png")} == {
+        *("training_curves", "samples", "reconstructions", "latent_map", "k_curve")
+    }
+
+
+def test_training_given_labels_reaches_log_p_of_x_given_y(run):
+    """x|y is one of three Gaussians: which of them is worth more than a nat, and is known."""
+    model, rows = run.model(), run.rows()
+    x, given = rows.test, rows.given["test"]
+    angle = math.pi / 2 + 2 * math.pi * torch.arange(3) / 3
+    truth = Normal(2 * torch.stack([angle.cos(), angle.sin()], 1), 0.5).log_prob(x[:, None]).sum(-1)
+    known, unknown = (given[0] * truth).sum(1), truth.logsumexp(1) - math.log(3)
+    assert known.mean() - unknown.mean() > 1
+    found = log_marginal(model.model, model.guide, x, 100, given=given).estimate
+    assert abs(found.mean() - known.mean()) < 0.1
+
+
+def test_a_run_given_labels_draws_each_class_where_its_data_are(run):
+    model, rows = pyrovae.load(run.directory), run.rows()
+    assert rows.given.columns == run.recipe.classes == ("0", "1", "2")
+    centres = torch.stack([rows.test[rows.labels["test"] == label].mean(0) for label in range(3)])
+    for label, y in enumerate(torch.eye(3)):
+        distance = (model.sample(500, y).mean(0) - centres).norm(dim=1)
+        assert distance.argmin() == label
+
+
+def test_runs_given_labels_are_compared_with_no_model_of_x_alone(run, tmp_path, capsys):
+    other = pyrovae.train(Recipe(**{**SMALL, "condition": None, "epochs": 1}), tmp_path / "plain", plots=False)
+    words = [str(run.directory), str(other.directory), "--K", "5", "--rows", "30", "--components", "2"]
+    compare.command([*words, "--out", str(tmp_path / "tables")])
+    tables = {path.stem: path.read_text() for path in (tmp_path / "tables").glob("*.csv")}
+    assert set(tables) == {"density", "density-given-label"}
+    assert "mixture" in tables["density"]
+    assert "mixture" not in tables["density-given-label"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model": "mixture"}, "--condition: not used, since a mixture is of p"),
+        ({"model": "hierarchical"}, "--condition: not used, since a hierarchical model is given nothing"),
+        ({"condition": "labels"}, "--condition: .* label"),
+    ],
+)
+def test_what_cannot_be_given_labels(options, words):
+    with pytest.raises(UsageError, match=words):
+        Recipe(**{"condition": "label", **options})
+
+
+def test_classes_that_a_run_does_not_have_are_refused(run, tmp_path):
+    text = (run.directory / "config.yaml").read_text()
+    for wrong in (text.replace("- '2'", "- [1]"), text.replace("condition: label", "condition: null")):
+        (tmp_path / "config.yaml").write_text(wrong)
+        with pytest.raises(CheckpointError, match="classes: expected"):
+            open_run(tmp_path)
+
+
+@pytest.mark.parametrize("network", [{"name": "mlp", "hidden": 9}, {"name": "conv", "channels": "3,4", "hidden": 9}])
+def test_recipes_of_images_given_labels(network):
+    recipe = Recipe(condition="label", latent_dim=2, network=network, prior={"name": "VampPrior", "components": 4})
+    rows = build_rows(recipe)
+    recipe = settle(recipe, rows)
+    model = build_model(recipe, rows.event_shape)
+    x, y = rows.test[:20], rows.given["test"][0][:20]
+    model.initialise(x, y)
+    assert log_weights(model.model, model.guide, x, 2, given=(y,)).isfinite().all()
+    assert model.sample(3, y[:3]).shape == (3, 1, 8, 8)

@@ -109,7 +109,8 @@ class ConditionalVAE(nn.Module):
                 f"z: the decoder's input has {inputs} elements, too few for (z, y) with z of {prior.latent_dim}; build "
                 f"it over {prior.latent_dim} + C"
             )
-        possible = {joined_shape(self.event_shape, self.condition_dim, as_channels) for as_channels in (False, True)}
+        ways = (False, True) if len(self.event_shape) > 1 else (False,)
+        possible = {joined_shape(self.event_shape, self.condition_dim, as_channels) for as_channels in ways}
         if guide.event_shape not in possible:
             raise UsageError(
                 f"(x, y): the guide's input is {guide.event_shape}, expected {' or '.join(map(str, sorted(possible)))} "

@@ -87,8 +87,9 @@ def data_of(run: Run) -> tuple[object, ...]:
 
 
 def measure_of(run: Run) -> str:
-    """Whether a run's log p(x) is of a mass or a density."""
-    return str(run.recipe.measure)
+    """What a run's log p is of: "mass" or "density", or "density-given-label"; the three never meet in a table."""
+    condition = run.recipe.condition
+    return str(run.recipe.measure) + ("" if condition is None else f"-given-{condition}")
 
 
 def check_same_rows(runs: Sequence[Run]) -> None:

@@ -141,7 +141,8 @@ def describe_model(recipe: Recipe) -> str:
         return f"{recipe.model.name} with {', '.join(f'{k} {v}' for k, v in recipe.model.settings.items())}"
     latent = ", ".join(map(str, recipe.latent_dim))
     parts = [part.name for part in (recipe.prior, recipe.guide, recipe.likelihood, recipe.network)]
-    return f"{recipe.model.name} with {', '.join(parts)}, latent dimensions {latent}"
+    given = "" if recipe.condition is None else f", given the {recipe.condition}: {len(recipe.classes)} classes"
+    return f"{recipe.model.name} with {', '.join(parts)}, latent dimensions {latent}{given}"
 
 
 def describe_bound(recipe: Recipe) -> str:
