@@ -83,14 +83,15 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def on_the_same_noise(proposal: Compiled, model: Callable, guide: Callable, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Log-weights by `proposal` and by what it compiles, of a block that is one tile."""
-    sample = proposal(model, guide, x)
+    pair, batch = Pair(model, guide), Batch(x)
+    sample = proposal(pair, batch)
     with torch.no_grad():
         torch.manual_seed(7)
         first = sample(k)
         torch.manual_seed(7)
         got = sample(k)
         torch.manual_seed(7)
-        wanted = proposal.proposal(model, guide, x)(k)
+        wanted = proposal.proposal(pair, batch)(k)
     assert_close(first, got, rtol=0.0, atol=0.0)  # compiling and checking draw nothing
     return got, wanted
 
@@ -131,8 +132,8 @@ def test_rows_and_particles_that_fill_no_tile(monkeypatch: pytest.MonkeyPatch) -
             x = binary(rows, 32)
             wanted = pair.likelihood(torch.zeros(rows, 3)).log_prob(x).expand(10, rows)
             assert wanted.std() > 0.1
-            assert_close(naive(pair.model, pair.guide, x)(10), wanted, **ROUNDING)
-            drawn = guided(pair.model, pair.guide, x)(10)
+            assert_close(naive(Pair(pair.model, pair.guide), Batch(x))(10), wanted, **ROUNDING)
+            drawn = guided(Pair(pair.model, pair.guide), Batch(x))(10)
             assert len(drawn.unique()) == 10 * rows  # tiles repeat no draw
 
 

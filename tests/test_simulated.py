@@ -167,7 +167,7 @@ def test_a_support_that_misses_part_of_the_prior_s_is_a_bound() -> None:
     said = verdict(result)
     assert said.kind == "lower bound only"
     assert "simulated data the latents are where the proposal has no density" in said.reason
-    check = simulated(flat, between(0.25, 0.75), like(x), 500)
+    check = simulated(flat, between(0.25, 0.75), like(Batch(x)).x, 500)
     assert (check.width, check.most, check.validated) == (math.inf, math.inf, False)
     assert 100 < int(check.upper.isinf().sum()) < 200  # half of the prior
     # Mixed with the prior it misses nothing: all weights are finite, and right.
