@@ -6,7 +6,7 @@ import torch
 from pyrovae.data import load_data
 from pyrovae.errors import NumericalError
 from pyrovae.inference import ELBO, IWAE, Fit, LinearWarmup, Renyi, fit, log_marginal
-from pyrovae.inference.training.steps import Step
+from pyrovae.inference.training.step import Step
 from pyrovae.models import (
     MLP,
     VAE,

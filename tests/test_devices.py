@@ -31,8 +31,11 @@ from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import arithmetic
 from pyrovae.inference.suboptimality import gaps
 from pyrovae.inference.tracing.graphs import trace, waits
-from pyrovae.inference.training import steps
-from pyrovae.inference.training.steps import Gradient, Step, hyperparameters
+from pyrovae.inference.training import gradients as parts
+from pyrovae.inference.training import step as steps
+from pyrovae.inference.training.gradients import Gradient
+from pyrovae.inference.training.optimizers import hyperparameters
+from pyrovae.inference.training.step import Step
 from pyrovae.inference.training.trainer import fits
 from pyrovae.inference.units import use_of_units
 from pyrovae.models import MLP, VAE, Gaussian, LowRankNormal, MeanFieldNormal, StandardNormal
@@ -116,7 +119,7 @@ def test_copies_between_host_and_device_are_found(operation: Callable, found: st
 
 def captured_step(monkeypatch: pytest.MonkeyPatch, notices: list[str]) -> Step:
     """A step that would be captured, on the CPU."""
-    monkeypatch.setattr(steps, "compile_graph", lambda graph: torch.no_grad()(graph))
+    monkeypatch.setattr(parts, "compile_graph", lambda graph: torch.no_grad()(graph))
     pair = vae()
     whole = Pair(pair.model, pair.guide)
     step = Step(ELBO(), whole, adam(list(whole.trainable().values())), compiled=True, on_notice=notices.append)
@@ -127,7 +130,7 @@ def captured_step(monkeypatch: pytest.MonkeyPatch, notices: list[str]) -> Step:
 def test_a_graph_that_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     notices: list[str] = []
     monkeypatch.setattr(steps, "Captured", lambda *_: pytest.fail("it would leave torch unusable"))
-    monkeypatch.setattr(steps, "waits", lambda graph: "aten.x waits for the device")
+    monkeypatch.setattr(parts, "waits", lambda graph: "aten.x waits for the device")
     step = captured_step(monkeypatch, notices)
     for _ in range(6):
         step(Batch(X), 0)
@@ -332,7 +335,7 @@ def test_rows_that_would_fill_a_device_stay_on_the_host(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("mode", ["off", "on"])
 def test_moments_of_batch_normalisation_stay_finite_after_a_bad_row(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are those of the epoch's start; nothing that is infinite has reached them."""
-    monkeypatch.setattr(steps, "compile_graph", lambda graph: torch.no_grad()(graph))
+    monkeypatch.setattr(parts, "compile_graph", lambda graph: torch.no_grad()(graph))
     torch.manual_seed(0)
     encoder = MLP(3, hidden=[4])
     encoder.body.append(nn.BatchNorm1d(4))

@@ -16,8 +16,8 @@ from pyrovae.errors import UsageError
 from pyrovae.inference import ELBO, IWAE, adam, fit
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.pair import Pair
-from pyrovae.inference.training import steps
-from pyrovae.inference.training.steps import Step
+from pyrovae.inference.training import gradients as parts
+from pyrovae.inference.training.step import Step
 from pyrovae.seeding import derive_seed, reseed
 
 X = torch.randn(23, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -153,7 +153,7 @@ def test_the_default_optimiser_is_adam_through_the_compiler_too() -> None:
 def test_chunks_and_sums_over_processes_are_laid_out_as_well(
     options: dict, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(steps, "compile_graph", lambda graph: torch.no_grad()(graph))
+    monkeypatch.setattr(parts, "compile_graph", lambda graph: torch.no_grad()(graph))
     found = []
     for make in (fused, unfused):
         pair = awkward()

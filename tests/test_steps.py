@@ -22,9 +22,12 @@ from torch.testing import assert_close
 from pyrovae.data import load_data
 from pyrovae.errors import DataError, NumericalError, UsageError
 from pyrovae.inference import ELBO, IWAE, Capacity, LinearWarmup, Renyi, StickingTheLanding, adam, fit, measure
+from pyrovae.inference import precision as rounding
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.objectives import as_objective
 from pyrovae.inference.pair import Pair
+from pyrovae.inference.precision import flushing
+from pyrovae.inference.tracing.checked import compare
 from pyrovae.inference.tracing.graphs import (
     HalfProducts,
     Refused,
@@ -35,8 +38,10 @@ from pyrovae.inference.tracing.graphs import (
     rewrite,
     trace,
 )
-from pyrovae.inference.training import steps
-from pyrovae.inference.training.steps import Gradient, NotFinite, Step, compare, flushing
+from pyrovae.inference.training import gradients as parts
+from pyrovae.inference.training import step as steps
+from pyrovae.inference.training.gradients import Gradient
+from pyrovae.inference.training.step import NotFinite, Step
 from pyrovae.inference.weights import NEGLIGIBLE, log_mean_exp
 from pyrovae.models import (
     MLP,
@@ -106,7 +111,7 @@ def gradients(step: Step, x: Tensor, seed: int = 5, number: int = 0) -> tuple[Te
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs are traced and rewritten, and run as they are: everything but the compiler, which takes seconds."""
-    monkeypatch.setattr(steps, "compile_graph", lambda graph: torch.no_grad()(graph))
+    monkeypatch.setattr(parts, "compile_graph", lambda graph: torch.no_grad()(graph))
 
 
 # ----------------------------------------------------------------------------------------------- compiled equals eager
@@ -732,7 +737,7 @@ def test_products_of_bf16_mixed_are_rounded_and_nothing_else() -> None:
 @pytest.mark.usefixtures("uncompiled")
 def test_the_bound_of_bf16_mixed_is_accumulated_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Constant logits: every product is exact in bfloat16, so the bound must be what it is in single precision."""
-    monkeypatch.setattr(steps, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(rounding, "has_bfloat16", lambda device: True)
     pair = VAE(StandardNormal(2), Bernoulli(MLP(2, 3001, hidden=[4])), MeanFieldNormal(MLP(3001, hidden=[4]), 2))
     with torch.no_grad():
         for name, p in pair.named_parameters():
@@ -746,7 +751,7 @@ def test_the_bound_of_bf16_mixed_is_accumulated_in_single_precision(monkeypatch:
 
 
 def test_bf16_mixed_trains_to_the_same_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(rounding, "has_bfloat16", lambda device: True)
     bounds = {}
     for precision in ("fp32", "bf16-mixed"):
         pair = vae().float()
@@ -776,7 +781,7 @@ def test_options_that_make_no_sense(options: dict, words: str) -> None:
 
 
 def test_bf16_is_refused_where_the_processor_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(rounding, "has_bfloat16", lambda device: False)
     pair = vae()
     with pytest.raises(UsageError, match="precision: this cpu does not compute in bfloat16; use fp32"):
         fit(pair.model, pair.guide, X, IWAE(3), batch_size=5, precision="bf16-mixed")

@@ -1,6 +1,6 @@
 """The model declared in pyrovae: python by_pyrovae.py eager|compiled
 
-Steps are `pyrovae.inference.training.steps.Step`, which is what `fit` takes; epochs are those of `fit`.
+Steps are `pyrovae.inference.training.step.Step`, which is what `fit` takes; epochs are those of `fit`.
 """
 
 import functools
@@ -14,9 +14,10 @@ from worker import Peer, peak_resident, serve
 import pyrovae
 from pyrovae.data.transforms import DrawnPixels
 from pyrovae.inference import ELBO, IWAE, fit
+from pyrovae.inference.batch import Batch
 from pyrovae.inference.pair import Pair
-from pyrovae.inference.training.steps import Step
-from pyrovae.inference.training.trainer import adam
+from pyrovae.inference.training.optimizers import adam
+from pyrovae.inference.training.step import Step
 from pyrovae.models import MLP, VAE, Bernoulli, ConvDecoder, ConvEncoder, Gaussian, MeanFieldNormal, StandardNormal
 
 
@@ -36,7 +37,7 @@ def build(model: str, batch: int, K: int, x: str, rows: str | None, device: str,
     batches = torch.from_numpy(np.load(x)).to(device)
 
     def train(x: torch.Tensor) -> float:
-        loss = step(x)
+        loss = step(Batch(x), 0)
         return (step.settle() if loss is None else loss) / len(x)  # on a GPU it is only read when asked for
 
     @functools.cache

@@ -36,10 +36,10 @@ from pyrovae.inference.suboptimality import Gaps as Gaps
 from pyrovae.inference.suboptimality import gaps as gaps
 from pyrovae.inference.tracing.draws import Compiled as Compiled
 from pyrovae.inference.tracing.draws import worth_compiling as worth_compiling
+from pyrovae.inference.training.optimizers import adam as adam
+from pyrovae.inference.training.optimizers import staged as staged
 from pyrovae.inference.training.trainer import Fit as Fit
-from pyrovae.inference.training.trainer import adam as adam
 from pyrovae.inference.training.trainer import fit as fit
-from pyrovae.inference.training.trainer import staged as staged
 from pyrovae.inference.verdicts import Verdict as Verdict
 from pyrovae.inference.verdicts import verdict as verdict
 from pyrovae.inference.weights import log_weights as log_weights

@@ -160,7 +160,7 @@ def build_optimizer(recipe: Recipe) -> "Callable[[list[Tensor]], torch.optim.Opt
     """What makes the optimiser of a list of parameters."""
     import torch
 
-    from pyrovae.inference.training.trainer import adam
+    from pyrovae.inference.training.optimizers import adam
 
     if recipe.optimizer == "Adam":
         return lambda parameters: adam(parameters, lr=recipe.lr)
@@ -171,7 +171,7 @@ def build_schedule(recipe: Recipe) -> Any:
     """What makes the scheduler of an optimiser, or None."""
     import torch
 
-    from pyrovae.inference.training.trainer import staged
+    from pyrovae.inference.training.optimizers import staged
 
     if recipe.schedule == "staged":
         return staged

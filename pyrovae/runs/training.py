@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from pyrovae.errors import CheckpointError, DataError, Interrupted, UsageError
 from pyrovae.files import write_json
 from pyrovae.inference.diagnostics import remarks
+from pyrovae.inference.precision import check_precision
 from pyrovae.inference.training.checkpoint import load_latest, lock, steps
-from pyrovae.inference.training.steps import check_precision
 from pyrovae.inference.training.trainer import Fit, fit
 from pyrovae.models import Gaussian, HierarchicalVAE
 from pyrovae.processes import leading, several

@@ -23,22 +23,24 @@ from pyro import poutine
 from pyro.infer import ELBO as PyroELBO
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyrovae.checks import check_count, check_given, check_programs, check_rows
 from pyrovae.errors import CheckpointError, DataError, NumericalError, OutputError, PairError, PyrovaeError, UsageError
 from pyrovae.files import inside, write_atomically
-from pyrovae.inference.automatic import automatic, check_automatic, set_up, undone
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.diagnostics import measure
 from pyrovae.inference.modules import Program, evaluating
 from pyrovae.inference.objectives import ELBO, ImportanceWeighted, Objective, as_objective
 from pyrovae.inference.pair import Pair
-from pyrovae.inference.precision import arithmetic
+from pyrovae.inference.precision import arithmetic, check_precision, flushing
+from pyrovae.inference.tracing.checked import Before
 from pyrovae.inference.tracing.graphs import CompileWarning
 from pyrovae.inference.training import checkpoint as checkpoints
 from pyrovae.inference.training.batches import RowSource, gather
+from pyrovae.inference.training.gradients import check_chunk
+from pyrovae.inference.training.optimizers import Factory, adam, check_layout
 from pyrovae.inference.training.resuming import (
     check_progress,
     differences,
@@ -48,16 +50,8 @@ from pyrovae.inference.training.resuming import (
     optimizer_state,
     refuse,
 )
-from pyrovae.inference.training.steps import (
-    Before,
-    NotFinite,
-    Step,
-    check_chunk,
-    check_layout,
-    check_precision,
-    flushing,
-)
-from pyrovae.inference.validity import WHOLE, examine, why_no_density
+from pyrovae.inference.training.step import NotFinite, Step
+from pyrovae.inference.validity import WHOLE, automatic, check_automatic, examine, set_up, undone, why_no_density
 from pyrovae.inference.weights import draw, sample_sites
 from pyrovae.processors import threads as using_threads
 from pyrovae.seeding import derive_seed, reseed, same_noise, seeded
@@ -68,30 +62,7 @@ if TYPE_CHECKING:
 # Compiling takes 5 to 20 s: less than this is not worth it.
 COMPILING_SECONDS = 20.0
 
-Factory = Callable[[list[Tensor]], Optimizer]
 Metrics = dict[str, float]
-
-
-def adam(parameters: list[Tensor], lr: float = 1e-3, eps: float = 1e-8) -> Optimizer:
-    """Adam in its fused form, the default optimiser."""
-    on_gpu = parameters[0].is_cuda
-    # There steps are captured as a CUDA graph, which reads a rate that is a tensor anew at every step.
-    rate = torch.tensor(lr, device=parameters[0].device) if on_gpu else lr
-    return torch.optim.Adam(parameters, lr=rate, eps=eps, fused=True, capturable=on_gpu)
-
-
-def staged(optimizer: Optimizer, stages: int = 8) -> LRScheduler:
-    """The IWAE paper's schedule: stage i of 0 .. stages-1 lasts 3^i epochs at lr * round(10^(1 - i/7), 1) / 10.
-
-    Eight stages are 3280 epochs, from lr to lr / 10.
-    """
-    ends = [(3 ** (i + 1) - 1) // 2 for i in range(stages)]
-
-    def factor(epoch: int) -> float:
-        stage = next((i for i, end in enumerate(ends) if epoch < end), stages - 1)
-        return round(10 ** (1 - stage / 7), 1) / 10
-
-    return LambdaLR(optimizer, factor)
 
 
 @dataclass

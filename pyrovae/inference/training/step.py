@@ -18,46 +18,29 @@ By the chain rule that is the gradient of the loss, in the memory of one chunk, 
 """
 
 import math
-import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from pyrovae.checks import check_count
 from pyrovae.errors import UsageError
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.objectives import Objective
 from pyrovae.inference.pair import Pair
-from pyrovae.inference.tracing.graphs import (
-    HalfProducts,
-    Refused,
-    Stored,
-    compile_graph,
-    fast_tanh,
-    log_of_products,
-    reason,
-    rewrite,
-    state,
-    trace,
-    waits,
-)
-from pyrovae.seeding import reseed, same_noise
+from pyrovae.inference.precision import check_precision
+from pyrovae.inference.tracing.checked import Before, changed, compare, held_by
+from pyrovae.inference.tracing.graphs import Refused, reason
+from pyrovae.inference.training.capture import WARM_UP, Captured
+from pyrovae.inference.training.gradients import Code, Gradient, Part, Pullback, Terms, check_chunk
+from pyrovae.inference.training.optimizers import as_accumulated
+from pyrovae.seeding import reseed
 
-PRECISIONS = ("fp32", "tf32", "bf16-mixed")
-# By how much the loss, and the gradient as a whole, of compiled code may differ from autograd's, as a share.
-TOLERANCE = {torch.float32: (1e-4, 1e-2), torch.float64: (1e-9, 1e-6)}
-ROUGH = (1e-2, 0.2)  # for products with factors of 8 or 10 bits
 # Steps of a shape after which, in another epoch, its code is compared with the pair again.
 RECHECK = 100
-# Steps on a CUDA device before one is captured, in which libraries allocate what they keep.
-WARM_UP = 3
 
 
 class NotFinite(ArithmeticError):
@@ -70,210 +53,6 @@ class NotFinite(ArithmeticError):
     def __init__(self, what: str, taken: int = 0) -> None:
         super().__init__(what)
         self.taken = taken
-
-
-# -- Parts of a step ---------------------------------------------------------------------------------------------------
-
-
-class Part(nn.Module):
-    """Something computed of a pair and a batch, as a module whose parameters and buffers are all that it depends on.
-
-    Args:
-        objective: The objective.
-        pair: The pair.
-        precision: One of `PRECISIONS`.
-    """
-
-    def __init__(self, objective: Objective, pair: Pair, precision: str = "fp32") -> None:
-        super().__init__()
-        self.objective, self.pair, self.precision = objective, pair, precision
-        self.names = [name for name, p in pair.parts.named_parameters() if p.requires_grad]
-        self.settings = list(objective.settings(0))
-        for i, value in enumerate(pair.stored.values()):
-            self.register_buffer(f"stored{i}", value)
-
-    @property
-    def trainable(self) -> list[Tensor]:
-        """What gradients are taken of, in the order of `Pair.trainable`."""
-        named = dict(self.pair.parts.named_parameters())
-        stored = [getattr(self, f"stored{i}") for i in range(len(self.pair.stored))]
-        return [named[name] for name in self.names] + stored
-
-    def forward(self, *inputs: Tensor) -> Any:
-        """What `compute` returns, with gradients where it takes them."""
-        leaves = self.trainable
-        for tensor in leaves:
-            if isinstance(tensor, FakeTensor):  # in a trace, where tensors do not ask for gradients by themselves
-                tensor.requires_grad_()
-        with ExitStack() as context:
-            if self.pair.stored:
-                known = map(id, self.pair.stored.values())
-                context.enter_context(Stored(dict(zip(known, leaves[len(self.names) :], strict=True))))
-            if self.precision == "bf16-mixed":
-                context.enter_context(HalfProducts())
-            return self.compute(leaves, *inputs)
-
-    def compute(self, leaves: Sequence[Tensor], *inputs: Any) -> Any:
-        """The computation itself."""
-        raise NotImplementedError
-
-    def gradients(self, value: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
-        """The gradients of a scalar by what asks for one; None for what does not, or is not used."""
-        asking = [leaf for leaf in leaves if leaf.requires_grad]
-        found = iter(torch.autograd.grad(value, asking, allow_unused=True))
-        # Here too, so that in a graph it is compiled with the rest.
-        return as_accumulated([next(found) if leaf.requires_grad else None for leaf in leaves], leaves)
-
-    def draw(self, tensors: Sequence[Tensor], num_particles: int) -> Tensor:
-        """The objective's terms of draws for a batch of these tensors, shape (T, num_particles, N)."""
-        x, *given = tensors
-        return self.objective.draw(self.pair, Batch(x, tuple(given)), num_particles)
-
-
-class Gradient(Part):
-    """(x, *given, *settings) -> loss, gradients; None for parameters on which the loss does not depend."""
-
-    def compute(self, leaves: Sequence[Tensor], *inputs: Any) -> Any:
-        tensors = len(inputs) - len(self.settings)
-        with torch.enable_grad():
-            terms = self.draw(inputs[:tensors], sum(self.objective.chunks()))
-            settings = dict(zip(self.settings, inputs[tensors:], strict=True))
-            loss = -self.objective.combine(terms, **settings).sum()
-            gradients = self.gradients(loss, leaves)
-        return loss.detach(), *gradients
-
-
-class Terms(Part):
-    """(x, *given) -> the terms of K' particles, shape (T, K', N)."""
-
-    def __init__(self, objective: Objective, pair: Pair, precision: str, num_particles: int) -> None:
-        super().__init__(objective, pair, precision)
-        self.num_particles = num_particles
-
-    def compute(self, leaves: Sequence[Tensor], *inputs: Any) -> Any:
-        with torch.no_grad():
-            return self.draw(inputs, self.num_particles)
-
-
-class Pullback(Terms):
-    """(x, *given, s) -> the gradients of sum s t, with t the terms of K' particles and s of their shape."""
-
-    def compute(self, leaves: Sequence[Tensor], *inputs: Any) -> Any:
-        *tensors, slope = inputs
-        with torch.enable_grad():
-            return self.gradients((self.draw(tensors, self.num_particles) * slope).sum(), leaves)
-
-
-class Code:
-    """A part compiled for inputs of one shape.
-
-    Args:
-        part: What to compile.
-        inputs: Of which shape, type and device matter.
-
-    Raises:
-        Refused: the part is more than tensor operations.
-    """
-
-    def __init__(self, part: Part, *inputs: Tensor) -> None:
-        self.part = part
-        self.state = [t.detach() for t in state(part).values()]
-        with same_noise(inputs[0].device):
-            graph = trace(part, *inputs)
-        self.waits = waits(graph)  # for the device, which a CUDA graph must not
-        rewrite(graph, log_of_products, *[fast_tanh] * (inputs[0].device.type == "cpu"))
-        self.code = compile_graph(graph)
-
-    def __call__(self, *inputs: Tensor) -> Any:
-        """What the part returns."""
-        return self.code(*self.state, *inputs)
-
-
-class Before:
-    """The random state and the buffers of a pair (such as moments of batch normalisation), to go back to."""
-
-    def __init__(self, pair: nn.Module, device: torch.device) -> None:
-        self.device = device
-        self.noise = torch.get_rng_state()
-        self.noise_on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        self.buffers = [(buffer, buffer.detach().clone()) for buffer in pair.buffers()]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Go back."""
-        torch.set_rng_state(self.noise)
-        if self.noise_on_gpu is not None:
-            torch.cuda.set_rng_state(self.noise_on_gpu, self.device)
-        for buffer, value in self.buffers:
-            buffer.copy_(value)
-
-
-def compare(got: Sequence[Tensor], wanted: Sequence[Tensor], precision: str, numbers: int) -> None:
-    """Refuse a loss and gradients that differ from the pair's own by more than rounding.
-
-    Where the pair's own are not finite, that is left to others.
-
-    Args:
-        got: Loss and gradients by compiled code.
-        wanted: Those of the pair.
-        precision: One of `PRECISIONS`.
-        numbers: How many are added up to the loss, each with a rounding error.
-    """
-    if not all(value.isfinite().all() for value in wanted):
-        return
-    if len(got) != len(wanted):
-        raise Refused(f"the compiled code gives {len(got) - 1} gradients, the pair itself {len(wanted) - 1}")
-    exact = TOLERANCE.get(wanted[0].dtype, ROUGH)
-    tolerances = exact if precision == "fp32" else ROUGH
-    slack = numbers * torch.finfo(wanted[0].dtype).eps * 10
-    for name, tolerance, part in zip(("loss", "gradient"), tolerances, (slice(1), slice(1, None)), strict=True):
-        difference = get_total_norm([p.double() - q.double() for p, q in zip(got[part], wanted[part], strict=True)])
-        size = get_total_norm([q.double() for q in wanted[part]])
-        if not difference <= tolerance * size + slack:
-            raise Refused(
-                f"the compiled {name} differs by {difference.item():.2g} from the pair's own of {size.item():.2g} on "
-                "the same noise, so the pair depends on something that is no tensor operation (numpy, Python's "
-                "random), or the compiler is wrong about one"
-            )
-
-
-def held_by(pair: Pair) -> dict[str, Any]:
-    """What a pair's modules and objects hold besides the values of parameters and buffers: a graph freezes it."""
-    owners: dict[str, Any] = dict(pair.parts.named_modules())
-    for program in (pair.model, pair.guide):
-        owner = getattr(program, "__self__", None)
-        if owner is not None and not isinstance(owner, nn.Module):
-            owners[type(owner).__name__] = owner
-    found: dict[str, Any] = {}
-    for where, owner in owners.items():
-        of_torch = isinstance(owner, nn.Module)
-        values = {k: v for k, v in getattr(owner, "__dict__", {}).items() if not (of_torch and k.startswith("_"))}
-        if of_torch:
-            values |= owner._buffers
-            found |= {
-                f"{where}.{k}.requires_grad": p.requires_grad for k, p in owner._parameters.items() if p is not None
-            }
-        for name, value in values.items():
-            if value is None or isinstance(value, bool | int | float | str):
-                found[f"{where}.{name}"] = value
-            elif isinstance(value, Tensor):
-                found[f"{where}.{name}"] = value
-                if name not in getattr(owner, "_buffers", {}):
-                    found[f"{where}.{name} in place"] = value._version
-    return found
-
-
-def changed(before: dict[str, Any], after: dict[str, Any]) -> str | None:
-    """The name of something that two answers of `held_by` differ in."""
-    for name in {**before, **after}:
-        a, b = before.get(name), after.get(name)
-        same = a is b if isinstance(a, Tensor) or isinstance(b, Tensor) else a == b or (a != a and b != b)
-        if not same:
-            return name.strip(".").replace("..", ".")
-    return None
-
-
-# -- Whole steps -------------------------------------------------------------------------------------------------------
 
 
 Shapes = tuple[torch.Size, ...]
@@ -556,119 +335,3 @@ class Step:
         if failed:
             raise NotFinite("the loss or a gradient is not finite", int(taken))
         return total
-
-
-class Captured:
-    """A step on batches of one shape, gradient and update, as one CUDA graph.
-
-    Random operations in it draw from torch's generator as it is when the graph is replayed.
-    """
-
-    def __init__(self, step: Step, batch: Batch, number: int) -> None:
-        self.objective, self.optimizer = step.objective, step.optimizer
-        self.hyperparameters = hyperparameters(step.optimizer)
-        self.tensors, self.settings = [t.clone() for t in batch.tensors], step.settings(batch, number)
-        code, device = step.code(Gradient, *self.tensors, *self.settings), batch.x.device
-        self.graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(device)
-        # Other threads, which read rows ahead, may use the device meanwhile.
-        whole = torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local")
-        with torch.cuda.device(device), whole:
-            loss, *gradients = code(*self.tensors, *self.settings)
-            step.update(loss, gradients)
-
-    @property
-    def outdated(self) -> bool:
-        """Whether the optimiser has other settings, such as a learning rate, than those in the graph."""
-        return self.hyperparameters != hyperparameters(self.optimizer)
-
-    def __call__(self, batch: Batch, number: int) -> None:
-        for tensor, value in zip(self.tensors, batch.tensors, strict=True):
-            tensor.copy_(value)
-        for tensor, setting in zip(self.settings, self.objective.settings(number).values(), strict=True):
-            tensor.fill_(setting)
-        self.graph.replay()
-
-
-def as_accumulated(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    """Gradients as `.backward()` leaves them: laid out in memory like their parameters, and each one's own.
-
-    Optimisers rely on it. Fused ones read both in the order of memory, and would take a transposed gradient's numbers
-    for those of other entries; some of the others write into gradients. `torch.autograd.grad` promises neither.
-    """
-    found: list[Tensor | None] = []
-    seen: set[int] = set()
-    for gradient, parameter in zip(gradients, parameters, strict=True):
-        if gradient is not None and gradient.layout is torch.strided:
-            memory = gradient.untyped_storage()._cdata  # of several gradients, where one is a view of another
-            if gradient.stride() != parameter.stride() or memory in seen:
-                gradient = torch.empty_like(parameter).copy_(gradient)
-            seen.add(memory)
-        found.append(gradient)
-    return found
-
-
-def check_layout(pair: Pair, optimizer: Optimizer) -> None:
-    """Refuse parameters whose numbers are apart in memory, or shared by entries, under an optimiser that is fused."""
-    fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
-    for name, p in pair.trainable().items():
-        if id(p) in fused and torch.empty_like(p).stride() != p.stride():
-            raise UsageError(
-                f"optimizer: {name} has gaps in memory (shape {tuple(p.shape)}, strides {p.stride()}), which a fused "
-                "optimiser would write into; make it a parameter of .contiguous(), or pass fused=False"
-            )
-
-
-def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """The settings of an optimiser, one dictionary for each group of parameters."""
-    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-
-
-# -- What steps run in -------------------------------------------------------------------------------------------------
-
-
-def check_chunk(objective: Objective, particle_chunk: int | None) -> None:
-    """Refuse chunks of an objective that is not made of particles."""
-    if particle_chunk is None:
-        return
-    check_count("particle_chunk", particle_chunk)
-    if not objective.of_particles:
-        raise UsageError(
-            f"particle_chunk: {objective!r} is not made of terms of single particles; use an objective of "
-            "pyrovae.inference, or leave it out"
-        )
-
-
-def check_precision(precision: str, device: torch.device) -> None:
-    """Refuse a precision that the device does not have."""
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if precision == "tf32" and device.type != "cuda":
-        raise UsageError(f"precision: tf32 is for CUDA devices, got {device}; use fp32 or bf16-mixed")
-    if precision == "bf16-mixed" and not has_bfloat16(device):
-        raise UsageError(f"precision: this {device.type} does not compute in bfloat16; use fp32")
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies matrices of bfloat16 numbers by instructions of its own."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if platform.machine() in ("x86_64", "AMD64"):
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-@contextmanager
-def flushing(wanted: bool) -> Iterator[None]:
-    """Where wanted, take denormal numbers for zero in this thread, and as before at the end.
-
-    Normalised importance weights underflow, and processors take many times longer over denormal numbers. Threads that
-    torch has started before are not reached, which is why `log_mean_exp` gives negligible weights no gradient at all.
-    """
-    before = bool(torch.tensor(1e-40, dtype=torch.float32) == 0)
-    if wanted:
-        torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(before)
