@@ -33,10 +33,10 @@ from pyrovae.inference.suboptimality import gaps
 from pyrovae.inference.tracing.graphs import trace, waits
 from pyrovae.inference.training import gradients as parts
 from pyrovae.inference.training import step as steps
+from pyrovae.inference.training.batches import fits
 from pyrovae.inference.training.gradients import Gradient
 from pyrovae.inference.training.optimizers import hyperparameters
 from pyrovae.inference.training.step import Step
-from pyrovae.inference.training.trainer import fits
 from pyrovae.inference.units import use_of_units
 from pyrovae.models import MLP, VAE, Gaussian, LowRankNormal, MeanFieldNormal, StandardNormal
 from pyrovae.seeding import derive_seed, index_of, seeded

@@ -1,8 +1,10 @@
 """How a training loop gets its batches: on its device, in order, and before it has to wait for them."""
 
+import hashlib
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -81,3 +83,55 @@ def gather(
             yield batch.to(device, non_blocking=device.type == "cuda")
     finally:
         reader.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run is trained on, see `fit`; `validation` with what is given beside it."""
+
+    rows: Tensor | RowSource
+    given: tuple[Tensor, ...]
+    transform: Callable[[Tensor], Tensor]
+    validation: Batch | None
+
+
+def unchanged(rows: Tensor) -> Tensor:
+    """x as the rows are."""
+    return rows
+
+
+class Source:
+    """Where a run's batches come from: its rows, on the device where they fit, and what is made of them."""
+
+    def __init__(self, data: Data, device: torch.device) -> None:
+        self.rows, self.transform, self.device = data.rows, data.transform, device
+        if isinstance(self.rows, Tensor) and fits(self.rows, device):
+            self.rows = self.rows.detach().to(device)  # else batches are copied there as they come
+        self.given = tuple(value.detach().to(device) for value in data.given)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def raw(self, batches: Sequence[Tensor]) -> Generator[Batch, None, None]:
+        """Rows and what is given beside them, for each tensor of row numbers, see `gather`."""
+        return gather(self.rows, batches, self.device, self.given)
+
+    def transformed(self, raw: Batch) -> Batch:
+        """A batch of rows as x, with what is given beside them."""
+        return Batch(self.transform(raw.x), raw.given)
+
+    def batch(self, rows: Tensor) -> Batch:
+        """The batch that some rows make."""
+        return self.transformed(next(self.raw([rows])))
+
+    @property
+    def fingerprint(self) -> str:
+        """What a resumed run compares: a hash of a thousand rows."""
+        every = slice(None, None, max(1, len(self) // 1000))
+        sampled = (t[every].cpu().contiguous().view(torch.uint8) for t in (self.rows, *self.given))
+        return hashlib.sha256(b"".join(t.numpy().tobytes() for t in sampled)).hexdigest()[:16]
+
+
+def fits(data: Tensor, device: torch.device) -> bool:
+    """Whether a device has room for all rows and as much again."""
+    return device.type != "cuda" or data.device == device or 2 * data.nbytes <= torch.cuda.mem_get_info(device)[0]

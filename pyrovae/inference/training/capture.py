@@ -21,7 +21,7 @@ class Captured:
     Random operations in it draw from torch's generator as it is when the graph is replayed.
     """
 
-    def __init__(self, step: Step, batch: Batch, number: int) -> None:
+    def __init__(self, step: "Step", batch: Batch, number: int) -> None:
         self.objective, self.optimizer = step.objective, step.optimizer
         self.hyperparameters = hyperparameters(step.optimizer)
         self.tensors, self.settings = [t.clone() for t in batch.tensors], step.settings(batch, number)

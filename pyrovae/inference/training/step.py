@@ -74,7 +74,8 @@ class Step:
         particle_chunk: Particles at a time, for memory; None: all.
         precision: "fp32"; "tf32", which the caller sets in torch; "bf16-mixed", with matrix products in bfloat16.
         together: Sums a vector over processes, each of which steps on rows of its own.
-        on_notice: Called with a sentence when something was compiled, or could not be.
+        on_notice: Called with a sentence when something was compiled.
+        on_refusal: Called with one when it could not be.
 
     Attributes:
         compile_seconds: Time spent on tracing, compiling and checking.
@@ -92,12 +93,14 @@ class Step:
         precision: str = "fp32",
         together: Callable[[Tensor], Tensor] | None = None,
         on_notice: Callable[[str], None] | None = None,
+        on_refusal: Callable[[str], None] | None = None,
     ) -> None:
         check_chunk(objective, particle_chunk)
         check_precision(precision, next(iter(pair.trainable().values())).device)
         self.objective, self.pair, self.optimizer = objective, pair, optimizer
         self.compiled, self.precision, self.together = compiled, precision, together
         self.on_notice = on_notice or (lambda text: None)
+        self.on_refusal = on_refusal or self.on_notice
         self.parameters = list(pair.trainable().values())
         self.sizes = objective.chunks(particle_chunk)
         self.particles = sum(self.sizes)
@@ -205,7 +208,7 @@ class Step:
         self.refused = why
         self.codes.clear()
         self.captured.clear()
-        self.on_notice(f"not compiled, so slower: {why}")
+        self.on_refusal(f"not compiled, so slower: {why}")
 
     def gradient(self, batch: Batch, number: int, compiled: bool = True) -> tuple[Tensor, list[Tensor | None]]:
         """The loss of a batch and the gradients of `parameters`; of all particles in one, or in chunks.
