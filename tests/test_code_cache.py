@@ -89,7 +89,8 @@ def test_the_callers_cache_is_its_own_again(cache: Path, monkeypatch: pytest.Mon
 
 SCRIPT = """
     import torch
-    from pyrovae.inference.tracing.graphs import compile_graph, trace
+    from pyrovae.inference.tracing.compiler import compile_graph
+    from pyrovae.inference.tracing.recording import trace
 
     class Sums(torch.nn.Module):
         def forward(self, x):

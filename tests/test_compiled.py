@@ -17,8 +17,10 @@ from pyrovae.inference import log_marginal
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.proposals import FromGuide, FromPrior, Widened
+from pyrovae.inference.tracing.bfloat16 import half_products
 from pyrovae.inference.tracing.draws import Compiled, CompileWarning, Program, even, worth_compiling
-from pyrovae.inference.tracing.graphs import half_products, lanes_of, log_of_products, rewrite, split, trace
+from pyrovae.inference.tracing.recording import trace
+from pyrovae.inference.tracing.rules import lanes_of, log_of_products, rewrite, split
 from pyrovae.models import (
     MLP,
     VAE,

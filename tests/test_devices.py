@@ -30,7 +30,7 @@ from pyrovae.inference.information import split_kl
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import arithmetic
 from pyrovae.inference.suboptimality import gaps
-from pyrovae.inference.tracing.graphs import trace, waits
+from pyrovae.inference.tracing.recording import trace, waits
 from pyrovae.inference.training import gradients as parts
 from pyrovae.inference.training import step as steps
 from pyrovae.inference.training.batches import fits

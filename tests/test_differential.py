@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pyrovae.inference import ELBO, IWAE, Capacity, Cyclical, LinearWarmup, Renyi, fit, log_marginal
-from pyrovae.inference.tracing import graphs
+from pyrovae.inference.tracing import compiler
 from pyrovae.seeding import derive_seed
 
 # Sums in another order, and what a few steps make of them.
@@ -318,7 +318,7 @@ def check_scores(number: int) -> None:
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """Graphs are traced, rewritten and run as they are, not through torch's compiler, which takes seconds."""
-    with patch.object(graphs, "inductor", lambda graph, inputs: graph):
+    with patch.object(compiler, "inductor", lambda graph, inputs: graph):
         yield
 
 

@@ -28,17 +28,11 @@ from pyrovae.inference.batch import Batch
 from pyrovae.inference.objectives import as_objective
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import flushing
-from pyrovae.inference.tracing.checked import compare
-from pyrovae.inference.tracing.graphs import (
-    HalfProducts,
-    Refused,
-    is_view,
-    lifted,
-    log_of_products,
-    of_particles,
-    rewrite,
-    trace,
-)
+from pyrovae.inference.tracing.bfloat16 import HalfProducts
+from pyrovae.inference.tracing.checked import compare_gradients
+from pyrovae.inference.tracing.compiler import lifted
+from pyrovae.inference.tracing.recording import Refused, trace
+from pyrovae.inference.tracing.rules import is_view, log_of_products, of_particles, rewrite
 from pyrovae.inference.training import gradients as parts
 from pyrovae.inference.training import step as steps
 from pyrovae.inference.training.gradients import Gradient
@@ -379,7 +373,7 @@ def test_a_pair_that_is_given_up_goes_on_with_the_noise_of_its_step(monkeypatch:
     def never(*arguments: object) -> None:
         raise Refused("said the test")
 
-    monkeypatch.setattr(steps, "compare", never)
+    monkeypatch.setattr(steps, "compare_gradients", never)
     runs = [trained(vae(0.3), IWAE(3), compile=mode, on_notice=lambda text: None) for mode in ("on", "off")]
     assert runs[0][0] == runs[1][0]
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
@@ -471,7 +465,7 @@ def test_what_differs_by_rounding_and_what_does_not() -> None:
 
     def compared(got: list[Tensor], wanted: list[Tensor], numbers: int = 1000) -> bool:
         try:
-            compare(got, wanted, "fp32", numbers)
+            compare_gradients(got, wanted, "fp32", numbers)
         except Refused:
             return False
         return True

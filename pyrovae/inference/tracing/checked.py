@@ -1,5 +1,6 @@
 """Whether compiled code is the pair: on the same noise, and by what the pair holds that a graph would freeze."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,11 +9,19 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from pyrovae.inference.pair import Pair
-from pyrovae.inference.tracing.graphs import Refused
+from pyrovae.inference.tracing.recording import Refused
 
 # By how much the loss, and the gradient as a whole, of compiled code may differ from autograd's, as a share.
 TOLERANCE = {torch.float32: (1e-4, 1e-2), torch.float64: (1e-9, 1e-6)}
 ROUGH = (1e-2, 0.2)  # for products with factors of 8 or 10 bits
+# By how much log-weights may, relative to the largest, plus nats.
+TOLERANCE_OF_WEIGHTS = {torch.float32: (1e-5, 1e-3), torch.float64: (1e-9, 1e-9)}
+# bfloat16 has 8 bits: its log-weights differ by tenths of a nat, those of a wrong graph by many.
+ROUGH_WEIGHTS = (1e-2, 1.0)
+ELSEWHERE = (
+    "the pair's own on the same noise, so the pair depends on something that is no tensor operation (numpy, Python's "
+    "random, a changed global), or the compiler is wrong about one"
+)
 
 
 class Before:
@@ -34,7 +43,7 @@ class Before:
             buffer.copy_(value)
 
 
-def compare(got: Sequence[Tensor], wanted: Sequence[Tensor], precision: str, numbers: int) -> None:
+def compare_gradients(got: Sequence[Tensor], wanted: Sequence[Tensor], precision: str, numbers: int) -> None:
     """Refuse a loss and gradients that differ from the pair's own by more than rounding.
 
     Where the pair's own are not finite, that is left to others.
@@ -57,10 +66,24 @@ def compare(got: Sequence[Tensor], wanted: Sequence[Tensor], precision: str, num
         size = get_total_norm([q.double() for q in wanted[part]])
         if not difference <= tolerance * size + slack:
             raise Refused(
-                f"the compiled {name} differs by {difference.item():.2g} from the pair's own of {size.item():.2g} on "
-                "the same noise, so the pair depends on something that is no tensor operation (numpy, Python's "
-                "random), or the compiler is wrong about one"
+                f"the compiled {name} differs by {difference.item():.2g}, of {size.item():.2g}, from {ELSEWHERE}"
             )
+
+
+def compare_weights(got: Tensor, wanted: Tensor, rough: bool = False) -> None:
+    """Refuse log-weights that differ by more than rounding; NaNs and infinities must be the same.
+
+    Args:
+        got: By compiled code.
+        wanted: Those of the pair.
+        rough: Products are in bfloat16.
+    """
+    relative, absolute = ROUGH_WEIGHTS if rough else TOLERANCE_OF_WEIGHTS.get(wanted.dtype, ROUGH_WEIGHTS)
+    finite = wanted[wanted.isfinite()]
+    largest = finite.abs().max().item() if finite.numel() else 0.0
+    if not torch.allclose(got, wanted, rtol=0.0, atol=absolute + relative * largest, equal_nan=True):
+        difference = (got - wanted).abs().nan_to_num(math.inf).max().item()
+        raise Refused(f"compiled log-weights differ by up to {difference:.2g} nats from {ELSEWHERE}")
 
 
 def held_by(pair: Pair) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 r"""Compiled: a pair's draws for log p(x) as one graph of tensor operations, run for every block of data.
 
-The graph (see `graphs`) is (parameters and buffers, x, *given) -> log w of shape (k, n). What does not depend on the
+The graph (see `recording`) is (parameters and buffers, x, *given) -> log w of shape (k, n). What does not depend on the
 particles (the encoder, a prior's components) is computed once for each block of rows; the rest is compiled and run on
 tiles, of as many rows and particles as stay in the processor's cache. Tiles at the edges are filled up with copies of a
 row, or with draws that are thrown away, so that one shape serves all.
@@ -24,19 +24,10 @@ from pyrovae.errors import UsageError
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.proposals import FromGuide, FromPrior, Proposal, Sampler, Widened
-from pyrovae.inference.tracing.graphs import (
-    CompileWarning,
-    Refused,
-    compile_graph,
-    fast_tanh,
-    half_products,
-    log_of_products,
-    reason,
-    rewrite,
-    split,
-    state,
-    trace,
-)
+from pyrovae.inference.tracing.checked import compare_weights
+from pyrovae.inference.tracing.compiler import compile_graph, recorded
+from pyrovae.inference.tracing.recording import CompileWarning, reason, state, trace
+from pyrovae.inference.tracing.rules import split
 from pyrovae.inference.weights import draw
 from pyrovae.seeding import same_noise
 
@@ -48,10 +39,6 @@ ELEMENTS_ON_GPU = 2**24
 # Floating-point operations from which compiling (5 to 20 s) is repaid: about a minute of the eager pair.
 WORTH_ON_CPU, WORTH_ON_GPU = 5e12, 1e15
 FROM_GUIDE = FromGuide()
-# By how much log-weights of the compiled graph may differ from the pair's own, relative to the largest, plus nats.
-TOLERANCE = {torch.float32: (1e-5, 1e-3), torch.float64: (1e-9, 1e-9)}
-# bfloat16 has 8 bits: its log-weights differ by tenths of a nat, those of a wrong graph by many.
-TOLERANCE_BF16 = (1e-2, 1.0)
 
 
 class Draws(nn.Module):
@@ -77,10 +64,9 @@ class Program:
 
     def __init__(self, draws: Draws, batch: Batch, half: bool) -> None:
         self.draws, self.rows, self.half = draws, len(batch), half
-        graph = trace(draws, *batch.tensors)
+        graph = recorded(draws, *batch.tensors, half=half)
         # Checked as it was traced too where its products are rounded, which would hide a difference.
         self.traced = trace(draws, *batch.tensors) if half else None
-        rewrite(graph, log_of_products, *[fast_tanh] * (batch.x.device.type == "cpu"), *[half_products] * half)
         self.before, after = split(graph, (draws.num_particles, self.rows))
         self.after = compile_graph(after)
 
@@ -105,25 +91,11 @@ class Program:
             wanted = self.draws(*tensors)
         if self.traced is not None:
             with same_noise(device):
-                compare(self.traced(*(t.detach() for t in state(self.draws).values()), *tensors), wanted)
+                compare_weights(self.traced(*(t.detach() for t in state(self.draws).values()), *tensors), wanted)
         with same_noise(device):
             got = self.after(*start)
-        compare(got, wanted, TOLERANCE_BF16 if self.half else None)
+        compare_weights(got, wanted, rough=self.half)
         return torch.logsumexp(got.double(), 0) - torch.logsumexp(wanted.double(), 0)
-
-
-def compare(got: Tensor, wanted: Tensor, tolerance: tuple[float, float] | None = None) -> None:
-    """Refuse log-weights that differ by more than rounding; NaNs and infinities must be the same."""
-    relative, absolute = tolerance or TOLERANCE.get(wanted.dtype, TOLERANCE_BF16)
-    finite = wanted[wanted.isfinite()]
-    largest = finite.abs().max().item() if finite.numel() else 0.0
-    if not torch.allclose(got, wanted, rtol=0.0, atol=absolute + relative * largest, equal_nan=True):
-        difference = (got - wanted).abs().nan_to_num(math.inf).max().item()
-        raise Refused(
-            f"compiled log-weights differ by up to {difference:.2g} nats from the pair's own on the same noise, so the "
-            "pair depends on something that is no tensor operation (numpy, Python's random, a changed global), or the "
-            "compiler is wrong about one"
-        )
 
 
 @dataclass(frozen=True)

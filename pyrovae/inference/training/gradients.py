@@ -23,17 +23,9 @@ from pyrovae.errors import UsageError
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.objectives import Objective
 from pyrovae.inference.pair import Pair
-from pyrovae.inference.tracing.graphs import (
-    HalfProducts,
-    Stored,
-    compile_graph,
-    fast_tanh,
-    log_of_products,
-    rewrite,
-    state,
-    trace,
-    waits,
-)
+from pyrovae.inference.tracing.bfloat16 import HalfProducts
+from pyrovae.inference.tracing.compiler import compile_graph, recorded
+from pyrovae.inference.tracing.recording import Stored, state, waits
 from pyrovae.inference.training.optimizers import as_accumulated
 from pyrovae.seeding import same_noise
 
@@ -142,9 +134,8 @@ class Code:
         self.part = part
         self.state = [t.detach() for t in state(part).values()]
         with same_noise(inputs[0].device):
-            graph = trace(part, *inputs)
+            graph = recorded(part, *inputs)
         self.waits = waits(graph)  # for the device, which a CUDA graph must not
-        rewrite(graph, log_of_products, *[fast_tanh] * (inputs[0].device.type == "cpu"))
         self.code = compile_graph(graph)
 
     def __call__(self, *inputs: Tensor) -> Any:

@@ -3,12 +3,15 @@
 import math
 import os
 import time
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyrovae.errors import OutputError
 from pyrovae.files import inside, write_atomically
+from pyrovae.inference.tracing.recording import CompileWarning
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,6 +66,25 @@ class Progress:
     compiled: list[int] | None = None  # numbers of rows for which steps are compiled, once that is decided
     refused: str | None = None  # why they could not be
     history: list[Metrics] = field(default_factory=list)
+
+
+class Notices(list[str]):
+    """Sentences for the user, said as they come up if there is somebody to say them to."""
+
+    def __init__(self, say: Callable[[str], None] | None) -> None:
+        super().__init__()
+        self.say = say
+
+    def __call__(self, text: str) -> None:
+        self.append(text)
+        if self.say is not None:
+            self.say(text)
+
+    def not_compiled(self, text: str) -> None:
+        """A sentence that is a warning where there is nobody to say it to."""
+        self(text)
+        if self.say is None:
+            warnings.warn(text, CompileWarning, stacklevel=2)
 
 
 def without_bounds(metrics: Metrics) -> Metrics:

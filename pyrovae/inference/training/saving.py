@@ -2,15 +2,21 @@
 
 import math
 import platform
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from pyrovae.errors import CheckpointError
+from pyrovae.inference.objectives import Objective
+from pyrovae.inference.pair import Pair
 from pyrovae.inference.training import checkpoint as checkpoints
-from pyrovae.inference.training.processes import describe_device
-from pyrovae.inference.training.record import Progress
+from pyrovae.inference.training.batches import Source
+from pyrovae.inference.training.processes import Processes, describe_device
+from pyrovae.inference.training.record import Notices, Progress
 from pyrovae.inference.training.resuming import (
     check_progress,
     differences,
@@ -20,121 +26,148 @@ from pyrovae.inference.training.resuming import (
     optimizer_state,
     refuse,
 )
-
-if TYPE_CHECKING:
-    from pyrovae.inference.training.trainer import Trainer
+from pyrovae.inference.training.settings import Settings
 
 
-def save(run: "Trainer") -> None:
-    """Write a checkpoint of the state as it is."""
-    if run.directory is None or run.processes.rank != 0:
-        return
-    state = run.progress
-    training = {
-        "progress": dict(vars(state)),
-        "optimizer": run.optimizer.state_dict(),
-        "untouched": [name for name, p in run.pair.trainable().items() if p not in run.optimizer.state],
-        "scheduler": schedule_state(run),
-        "run": identity(run),
-        "environment": environment(run),
-    }
-    # The newest two stay, so the best of either has to stay as well.
-    best = (state.best_step, run.kept_best)
-    checkpoints.save(run.directory, checkpoints.Checkpoint(state.step, run.pair.tensors(), training), best)
-    run.kept_best = state.best_step
+class Keeper:
+    """What keeps a run's state in its directory, and takes it over from there.
 
+    Attributes:
+        optimizer: Of the pair's parameters.
+        scheduler: Of its rate, if there is one.
+        best_weights: Those of the best epoch so far.
+        threads_vary: Whether a resumed run may take fewer threads than are free.
+    """
 
-def restore(run: "Trainer") -> None:
-    """Take over the newest whole checkpoint of the directory."""
-    assert run.directory is not None
-    saved = checkpoints.load_latest(run.directory)
-    for notice in saved.notices:
-        run.notice(notice)
-    training, where = saved.training, f"{run.directory}, step {saved.step}"
-    if not all(isinstance(training.get(key), dict) for key in ("run", "environment", "progress", "optimizer")):
-        raise CheckpointError(f"{where}: cannot be resumed: its record is of another form")
-    if differing := differences(training["run"], identity(run)):
-        raise CheckpointError(f"{run.directory}: cannot resume, since it was run with {'; '.join(differing)}")
-    then = training["environment"]
-    if run.threads_vary and then.get("threads") in range(1, torch.get_num_threads()):
-        torch.set_num_threads(then["threads"])  # the run's own, for the same bits
-    now = environment(run)
-    if changed := differences(then, now):
-        run.notice(f"resumed in another environment, so not bit-exact: {'; '.join(changed)}")
-    # All of it is looked at before any of it is taken over.
-    faults: list[str] = []
-    check_progress(vars(Progress()), training["progress"], saved.step, len(run.source), run.settings.batch_size, faults)
-    same_torch = then.get("torch") == now["torch"]
-    optimizer = optimizer_state(
-        run.optimizer,
-        training["optimizer"],
-        run.pair.trainable(),
-        faults,
-        untouched=training.get("untouched"),
-        step=saved.step,
-        same_torch=same_torch,
-    )
-    fresh, scheduler = schedule_state(run), training.get("scheduler")
-    if not same_torch and isinstance(fresh, dict) and isinstance(scheduler, dict):
-        keep_known(fresh, scheduler)
-    scheduler = matched(fresh, scheduler, "the schedule's", faults)
-    refuse(faults, where)
-    checkpoints.assign(run.pair.tensors(), saved.weights, where)
-    load_optimizer(run.optimizer, optimizer)
-    if run.scheduler is not None:
-        run.scheduler.load_state_dict(scheduler)
-    vars(run.progress).update(training["progress"])
-    run.kept_best = run.progress.best_step
-    if then.get("processes") != run.processes.world:
-        run.progress.compiled = None  # each process has other numbers of rows
-    if run.validation is not None and run.progress.best_step is not None:
-        restore_best(run, saved)
+    optimizer: Optimizer
+    scheduler: LRScheduler | None
 
+    def __init__(
+        self,
+        pair: Pair,
+        objective: Objective,
+        source: Source,
+        settings: Settings,
+        processes: Processes,
+        progress: Progress,
+        directory: Path | None,
+        notice: Notices,
+        validated: bool,
+    ) -> None:
+        self.pair, self.objective, self.source, self.settings = pair, objective, source, settings
+        self.processes, self.progress, self.directory, self.notice = processes, progress, directory, notice
+        self.validated = validated
+        self.best_weights: dict[str, Tensor] | None = None
+        self.kept_best: int | None = None  # best step as of the checkpoint before
+        self.threads_vary = False
 
-def restore_best(run: "Trainer", saved: checkpoints.Checkpoint) -> None:
-    """Take over the weights of the best epoch so far."""
-    assert run.directory is not None
-    best = run.progress.best_step
-    assert best is not None
-    faults: list[str] = []
-    try:
-        weights = saved.weights if best == saved.step else checkpoints.load(run.directory, best).weights
-        weights = matched(run.pair.tensors(), weights, "its", faults)
-        refuse(faults, f"{run.directory}, step {best}")
-    except CheckpointError as error:
-        run.notice(f"{error}; the best epoch so far is lost, and is chosen anew from here on")
-        weights, run.progress.best_bound = saved.weights, -math.inf
-    run.best_weights = {name: t.to(run.processes.device) for name, t in weights.items()}
+    def save(self) -> None:
+        """Write a checkpoint of the state as it is."""
+        if self.directory is None or self.processes.rank != 0:
+            return
+        state = self.progress
+        training = {
+            "progress": dict(vars(state)),
+            "optimizer": self.optimizer.state_dict(),
+            "untouched": [name for name, p in self.pair.trainable().items() if p not in self.optimizer.state],
+            "scheduler": self.schedule_state(),
+            "run": self.identity(),
+            "environment": self.environment(),
+        }
+        # The newest two stay, so the best of either has to stay as well.
+        best = (state.best_step, self.kept_best)
+        checkpoints.save(self.directory, checkpoints.Checkpoint(state.step, self.pair.tensors(), training), best)
+        self.kept_best = state.best_step
 
+    def restore(self) -> None:
+        """Take over the newest whole checkpoint of the directory."""
+        assert self.directory is not None
+        saved = checkpoints.load_latest(self.directory)
+        for notice in saved.notices:
+            self.notice(notice)
+        training, where = saved.training, f"{self.directory}, step {saved.step}"
+        if not all(isinstance(training.get(key), dict) for key in ("run", "environment", "progress", "optimizer")):
+            raise CheckpointError(f"{where}: cannot be resumed: its record is of another form")
+        if differing := differences(training["run"], self.identity()):
+            raise CheckpointError(f"{self.directory}: cannot resume, since it was run with {'; '.join(differing)}")
+        then = training["environment"]
+        if self.threads_vary and then.get("threads") in range(1, torch.get_num_threads()):
+            torch.set_num_threads(then["threads"])  # the run's own, for the same bits
+        now = self.environment()
+        if changed := differences(then, now):
+            self.notice(f"resumed in another environment, so not bit-exact: {'; '.join(changed)}")
+        # All of it is looked at before any of it is taken over.
+        faults: list[str] = []
+        check_progress(
+            vars(Progress()), training["progress"], saved.step, len(self.source), self.settings.batch_size, faults
+        )
+        same_torch = then.get("torch") == now["torch"]
+        optimizer = optimizer_state(
+            self.optimizer,
+            training["optimizer"],
+            self.pair.trainable(),
+            faults,
+            untouched=training.get("untouched"),
+            step=saved.step,
+            same_torch=same_torch,
+        )
+        fresh, scheduler = self.schedule_state(), training.get("scheduler")
+        if not same_torch and isinstance(fresh, dict) and isinstance(scheduler, dict):
+            keep_known(fresh, scheduler)
+        scheduler = matched(fresh, scheduler, "the schedule's", faults)
+        refuse(faults, where)
+        checkpoints.assign(self.pair.tensors(), saved.weights, where)
+        load_optimizer(self.optimizer, optimizer)
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(scheduler)
+        vars(self.progress).update(training["progress"])
+        self.kept_best = self.progress.best_step
+        if then.get("processes") != self.processes.world:
+            self.progress.compiled = None  # each process has other numbers of rows
+        if self.validated and self.progress.best_step is not None:
+            self.restore_best(saved)
 
-def schedule_state(run: "Trainer") -> dict[str, Any] | None:
-    """The state of the schedule, if there is one."""
-    return None if run.scheduler is None else plain(run.scheduler.state_dict())
+    def restore_best(self, saved: checkpoints.Checkpoint) -> None:
+        """Take over the weights of the best epoch so far."""
+        assert self.directory is not None
+        best = self.progress.best_step
+        assert best is not None
+        faults: list[str] = []
+        try:
+            weights = saved.weights if best == saved.step else checkpoints.load(self.directory, best).weights
+            weights = matched(self.pair.tensors(), weights, "its", faults)
+            refuse(faults, f"{self.directory}, step {best}")
+        except CheckpointError as error:
+            self.notice(f"{error}; the best epoch so far is lost, and is chosen anew from here on")
+            weights, self.progress.best_bound = saved.weights, -math.inf
+        self.best_weights = {name: t.to(self.processes.device) for name, t in weights.items()}
 
+    def schedule_state(self) -> dict[str, Any] | None:
+        """The state of the schedule, if there is one."""
+        return None if self.scheduler is None else plain(self.scheduler.state_dict())
 
-def identity(run: "Trainer") -> dict[str, Any]:
-    """What must not change between a run and its resumption."""
-    return {
-        "objective": repr(run.objective),
-        "optimizer": type(run.optimizer).__name__,
-        "seed": run.settings.seed,
-        "batch_size": run.settings.batch_size,
-        "rows": len(run.source),
-        "data": run.source.fingerprint,
-        "precision": run.settings.precision,
-    }
+    def identity(self) -> dict[str, Any]:
+        """What must not change between a run and its resumption."""
+        return {
+            "objective": repr(self.objective),
+            "optimizer": type(self.optimizer).__name__,
+            "seed": self.settings.seed,
+            "batch_size": self.settings.batch_size,
+            "rows": len(self.source),
+            "data": self.source.fingerprint,
+            "precision": self.settings.precision,
+        }
 
-
-def environment(run: "Trainer") -> dict[str, Any]:
-    """What may change, at the price of the last bits."""
-    return {
-        "torch": str(torch.__version__),
-        "device": describe_device(run.processes.device),
-        "processes": run.processes.world,
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-        "particle_chunk": run.settings.particle_chunk,
-    }
+    def environment(self) -> dict[str, Any]:
+        """What may change, at the price of the last bits."""
+        return {
+            "torch": str(torch.__version__),
+            "device": describe_device(self.processes.device),
+            "processes": self.processes.world,
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+            "particle_chunk": self.settings.particle_chunk,
+        }
 
 
 def plain(state: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 r"""Steps: the loss of a pair on a batch, its gradient, and the update of the parameters.
 
 The loss is -sum_n L_n, with the bound L_n of an objective. Its gradient is taken by autograd in a run of the pair, or
-by the same operations as one compiled graph (see `graphs`):
+by the same operations as one compiled graph (see `tracing`):
 
     graph(parameters and buffers, x, *given, beta, ...)  ->  loss, gradients
 
@@ -32,8 +32,8 @@ from pyrovae.inference.batch import Batch
 from pyrovae.inference.objectives import Objective
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import check_precision
-from pyrovae.inference.tracing.checked import Before, changed, compare, held_by
-from pyrovae.inference.tracing.graphs import Refused, reason
+from pyrovae.inference.tracing.checked import Before, changed, compare_gradients, held_by
+from pyrovae.inference.tracing.recording import Refused, reason
 from pyrovae.inference.training.capture import WARM_UP, Captured
 from pyrovae.inference.training.gradients import Code, Gradient, Part, Pullback, Terms, check_chunk
 from pyrovae.inference.training.optimizers import as_accumulated
@@ -182,7 +182,7 @@ class Step:
                 raise Refused(f"running the pair changes {name}, which a graph would not")
             before.restore()
             loss, gradients = self.gradient(batch, number)
-            compare(
+            compare_gradients(
                 [loss, *(g for g in gradients if g is not None)],
                 wanted,
                 self.precision,
@@ -276,18 +276,29 @@ class Step:
         if shapes not in self.captured or self.captured[shapes].outdated:
             self.captured.pop(shapes, None)  # its memory first
             # A capture that fails may leave torch's generator unusable: what waits is not tried.
-            why = self.code(Gradient, *batch.tensors, *self.settings(batch, number)).waits
+            settings = self.settings(batch, number)
+            code = self.code(Gradient, *batch.tensors, *settings)
+            why = code.waits
             try:
                 if why is None:
-                    self.captured[shapes] = Captured(self, batch, number)
+                    self.captured[shapes] = Captured(self.taking(code), batch, settings, self.optimizer)
             except RuntimeError as error:
                 why = reason(error.__context__ or error)  # the first is what went wrong, the second that it did
             if why is not None:
                 self.capturing = False
                 self.on_notice(f"not captured as a CUDA graph, so slower: {why}")
                 return False
-        self.captured[shapes](batch, number)
+        self.captured[shapes](batch, self.objective.settings(number).values())
         return True
+
+    def taking(self, code: Code) -> Callable[..., None]:
+        """A step by compiled code, as a function of its inputs."""
+
+        def take(*inputs: Tensor) -> None:
+            loss, *gradients = code(*inputs)
+            self.update(loss, gradients)
+
+        return take
 
     def summed(self, loss: Tensor, gradients: Sequence[Tensor | None], due: bool) -> tuple[Tensor, list[Tensor | None]]:
         """The sums over processes; a gradient is None if it is None in all of them."""

@@ -7,7 +7,6 @@ compiled where that pays (see `steps`), which is decided from the number of step
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
@@ -27,15 +26,14 @@ from pyrovae.inference.objectives import ELBO, ImportanceWeighted, Objective, as
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import arithmetic, check_precision, flushing
 from pyrovae.inference.tracing.checked import Before
-from pyrovae.inference.tracing.graphs import CompileWarning
 from pyrovae.inference.training import checkpoint as checkpoints
 from pyrovae.inference.training.batches import Data, RowSource, Source, unchanged
 from pyrovae.inference.training.diagnosis import Diagnosis, has_checkpoints
 from pyrovae.inference.training.gradients import check_chunk
 from pyrovae.inference.training.optimizers import Factory, adam, check_layout
 from pyrovae.inference.training.processes import Processes, accelerated, is_of_the_network, only_process
-from pyrovae.inference.training.record import Bar, Fit, Metrics, Progress, Record, without_bounds
-from pyrovae.inference.training.saving import restore, save
+from pyrovae.inference.training.record import Bar, Fit, Metrics, Notices, Progress, Record, without_bounds
+from pyrovae.inference.training.saving import Keeper
 from pyrovae.inference.training.settings import Settings
 from pyrovae.inference.training.step import NotFinite, Step
 from pyrovae.inference.training.trial import Trial, tried
@@ -164,7 +162,7 @@ def fit(
         where = None if directory is None else Path(directory)
         rows = Data(data, tuple(given), transform or unchanged, scored)
         trainer = Trainer(pair, rows, goal, settings, processes, where, notices)
-        trainer.threads_vary = threads == "auto"
+        trainer.keeper.threads_vary = threads == "auto"
         try:
             trainer.start(optimizer, schedule, resume, compile, on_start)
             return trainer.run(patience, progress, on_epoch, should_stop)
@@ -176,25 +174,6 @@ def fit(
             )
             lost = f"process {processes.rank}: another process of this run cannot be reached"
             raise OutputError(lost + kept) from error
-
-
-class Notices(list[str]):
-    """Sentences for the user, said as they come up if there is somebody to say them to."""
-
-    def __init__(self, say: Callable[[str], None] | None) -> None:
-        super().__init__()
-        self.say = say
-
-    def __call__(self, text: str) -> None:
-        self.append(text)
-        if self.say is not None:
-            self.say(text)
-
-    def not_compiled(self, text: str) -> None:
-        """A sentence that is a warning where there is nobody to say it to."""
-        self(text)
-        if self.say is None:
-            warnings.warn(text, CompileWarning, stacklevel=2)
 
 
 class Trainer:
@@ -217,13 +196,19 @@ class Trainer:
         self.validation = None if data.validation is None else data.validation.to(processes.device)
         self.progress = Progress()
         self.diagnosis = Diagnosis(pair, objective, self.source, settings, self.progress, directory, processes.rank)
-        self.optimizer: Optimizer  # made by `start`, as are these
-        self.scheduler: LRScheduler | None
-        self.step: Step
+        self.step: Step  # made by `start`, as is this
         self.trial: Trial
-        self.best_weights: dict[str, Tensor] | None = None
-        self.kept_best: int | None = None  # best step as of the checkpoint before
-        self.threads_vary = False  # whether a resumed run may take fewer threads than are free
+        self.keeper = Keeper(
+            pair,
+            objective,
+            self.source,
+            settings,
+            processes,
+            self.progress,
+            directory,
+            notice,
+            data.validation is not None,
+        )
 
     def start(
         self,
@@ -237,15 +222,15 @@ class Trainer:
         if on_start is None and not resume:
             self.refuse_others()
         self.discover()
-        self.optimizer = make_optimizer(list(self.pair.trainable().values()))
-        check_layout(self.pair, self.optimizer)
-        self.scheduler = make_schedule(self.optimizer) if make_schedule else None
-        if isinstance(self.optimizer, torch.optim.LBFGS):
+        self.keeper.optimizer = make_optimizer(list(self.pair.trainable().values()))
+        check_layout(self.pair, self.keeper.optimizer)
+        self.keeper.scheduler = make_schedule(self.keeper.optimizer) if make_schedule else None
+        if isinstance(self.keeper.optimizer, torch.optim.LBFGS):
             raise UsageError("optimizer: LBFGS evaluates the loss several times per step; use another")
-        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        if isinstance(self.keeper.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise UsageError("schedule: ReduceLROnPlateau needs a metric; use one that is stepped by the epoch alone")
         if resume:
-            restore(self)
+            self.keeper.restore()
         if not self.processes.alone:
             self.processes.spread(self.pair.tensors().values())
         self.make_step(compile)
@@ -264,7 +249,7 @@ class Trainer:
         self.step = self.diagnosis.step = Step(
             self.objective,
             self.pair,
-            self.optimizer,
+            self.keeper.optimizer,
             compiled=set(() if self.progress.refused else self.progress.compiled or ()),
             particle_chunk=self.settings.particle_chunk,
             precision=self.settings.precision,
@@ -344,17 +329,17 @@ class Trainer:
                     break
                 if not self.epoch(bar, should_stop):
                     stopped = "interrupted"
-                    save(self)
+                    self.keeper.save()
                     break
                 self.finish_epoch(record)
-                save(self)
+                self.keeper.save()
                 if on_epoch is not None:
                     on_epoch(state.history[-1])
         record.close()
         if stopped != "interrupted":
             self.look_for_divergence()
-        if stopped != "interrupted" and self.best_weights is not None:
-            checkpoints.assign(self.pair.tensors(), self.best_weights, "best epoch")
+        if stopped != "interrupted" and self.keeper.best_weights is not None:
+            checkpoints.assign(self.pair.tensors(), self.keeper.best_weights, "best epoch")
         compiled = bool(self.step.codes)
         return Fit(
             state.history, state.best_epoch, stopped, state.step, compiled, self.step.compile_seconds, self.notice
@@ -439,22 +424,22 @@ class Trainer:
                 )  # moments of batch normalisation are each process's own
             metrics |= self.validate()
         metrics |= self.objective.settings(state.step)
-        metrics["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
+        metrics["learning_rate"] = float(self.keeper.optimizer.param_groups[0]["lr"])
         metrics["rows_per_second"] = state.rows / max(state.seconds, 1e-9)
         metrics["seconds"] = state.seconds
         bound = metrics.get("validation_bound", math.inf)
         state.history.append(metrics if self.trial.no_density is None else without_bounds(metrics))
         state.epoch += 1
         state.batch, state.total, state.rows, state.seconds = 0, 0.0, 0, 0.0
-        if self.scheduler is not None:
-            self.scheduler.step()
+        if self.keeper.scheduler is not None:
+            self.keeper.scheduler.step()
         improved = self.validation is None or bound > state.best_bound
         if not math.isfinite(bound) and self.validation is not None:
             self.notice(f"epoch {state.epoch}: the validation bound is {bound}, so it cannot be the best")
         if improved:
             state.best_bound, state.best_epoch, state.best_step = bound, state.epoch, state.step
             if self.validation is not None:
-                self.best_weights = {name: t.detach().clone() for name, t in self.pair.tensors().items()}
+                self.keeper.best_weights = {name: t.detach().clone() for name, t in self.pair.tensors().items()}
         record.write(state.history)
 
     def look_for_divergence(self) -> None:
