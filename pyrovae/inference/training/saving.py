@@ -98,9 +98,8 @@ class Keeper:
             self.notice(f"resumed in another environment, so not bit-exact: {'; '.join(changed)}")
         # All of it is looked at before any of it is taken over.
         faults: list[str] = []
-        check_progress(
-            vars(Progress()), training["progress"], saved.step, len(self.source), self.settings.batch_size, faults
-        )
+        progress, rows = training["progress"], len(self.source)
+        check_progress(vars(Progress()), progress, saved.step, rows, self.settings.batch_size, faults)
         same_torch = then.get("torch") == now["torch"]
         optimizer = optimizer_state(
             self.optimizer,
