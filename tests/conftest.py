@@ -81,4 +81,4 @@ def unexamined(monkeypatch: pytest.MonkeyPatch) -> None:
 
     # The package has functions of the modules' names.
     monkeypatch.setattr(import_module("pyrovae.inference.marginal"), "check_pair", found)
-    monkeypatch.setattr(import_module("pyrovae.inference.training.trainer"), "examine", found)
+    monkeypatch.setattr(import_module("pyrovae.inference.training.trial"), "examine", found)

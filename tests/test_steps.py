@@ -35,6 +35,7 @@ from pyrovae.inference.tracing.recording import Refused, trace
 from pyrovae.inference.tracing.rules import is_view, log_of_products, of_particles, rewrite
 from pyrovae.inference.training import gradients as parts
 from pyrovae.inference.training import step as steps
+from pyrovae.inference.training.counts import worth_compiling
 from pyrovae.inference.training.gradients import Gradient
 from pyrovae.inference.training.step import NotFinite, Step
 from pyrovae.inference.weights import NEGLIGIBLE, log_mean_exp
@@ -497,7 +498,7 @@ def test_auto_compiles_where_the_steps_repay_it() -> None:
     def decision(rows: int, batch_size: int, epochs: int, mode: str = "auto") -> list[int]:
         data = torch.zeros(1, 784).expand(rows, 784)
         trainer = steps_of_trainer(pair, data, IWAE(5), epochs, batch_size)
-        return trainer.worth_compiling(mode)
+        return worth_compiling(mode, rows, trainer.settings, 1, trainer.trial.flops, torch.device("cpu"))
 
     assert decision(1439, 100, 3) == []
     assert decision(1439, 100, 3, "on") == [100, 39]

@@ -1,6 +1,7 @@
 """What to say of a loss or a gradient that is not finite: which rows, sites and parameters make it."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -116,3 +117,27 @@ class Diagnosis:
         """Bring the random state to where it was when the current step began on these rows."""
         reseed(derive_seed(self.settings.seed, "step", self.progress.step, self.rank), self.source.device)
         self.source.batch(rows)
+
+
+def look_for_divergence(state: Progress, notice: Callable[[str], None]) -> None:
+    """Say that training has made the pair worse.
+
+    Raises:
+        NumericalError: the best epoch is far worse than the pair was before training.
+    """
+    first, best = state.untrained_bound, state.best_bound
+    if first is None or not math.isfinite(best):  # no epoch is the best: said already
+        return
+    found = f"the best validation bound, {best:.6g} nats in epoch {state.best_epoch}, is "
+    if best < first - abs(first) - 10:
+        raise NumericalError(
+            f"training diverged: {found}far below the {first:.6g} before training; lower the learning rate"
+        )
+    last = state.history[-1].get("validation_bound", best)
+    if best < first:
+        notice(f"{found}below the {first:.6g} before training: lower the learning rate, or train for longer")
+    elif not last > best - abs(best) - 10:
+        notice(
+            f"training diverged: {found}followed by {last:.6g} in the last one; the best is kept, and a lower "
+            "learning rate may find a better one"
+        )

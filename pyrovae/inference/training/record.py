@@ -68,15 +68,14 @@ class Progress:
     history: list[Metrics] = field(default_factory=list)
 
 
-class Notices(list[str]):
+class Notices:
     """Sentences for the user, said as they come up if there is somebody to say them to."""
 
     def __init__(self, say: Callable[[str], None] | None) -> None:
-        super().__init__()
-        self.say = say
+        self.say, self.texts = say, list[str]()
 
     def __call__(self, text: str) -> None:
-        self.append(text)
+        self.texts.append(text)
         if self.say is not None:
             self.say(text)
 

@@ -28,7 +28,8 @@ from pyrovae.inference.precision import arithmetic, check_precision, flushing
 from pyrovae.inference.tracing.checked import Before
 from pyrovae.inference.training import checkpoint as checkpoints
 from pyrovae.inference.training.batches import Data, RowSource, Source, unchanged
-from pyrovae.inference.training.diagnosis import Diagnosis, has_checkpoints
+from pyrovae.inference.training.counts import worth_compiling
+from pyrovae.inference.training.diagnosis import Diagnosis, has_checkpoints, look_for_divergence
 from pyrovae.inference.training.gradients import check_chunk
 from pyrovae.inference.training.optimizers import Factory, adam, check_layout
 from pyrovae.inference.training.processes import Processes, accelerated, is_of_the_network, only_process
@@ -40,9 +41,6 @@ from pyrovae.inference.training.trial import Trial, tried
 from pyrovae.inference.validity import WHOLE, undone
 from pyrovae.processors import threads as using_threads
 from pyrovae.seeding import derive_seed, reseed, same_noise, seeded
-
-# Compiling takes 5 to 20 s: less than this is not worth it.
-COMPILING_SECONDS = 20.0
 
 
 def fit(
@@ -243,7 +241,10 @@ class Trainer:
         """Decide whether steps are compiled, and make what takes them."""
         before = self.progress.compiled
         if before is None or compile != "auto":
-            self.progress.compiled = self.worth_compiling(compile)
+            work, device = self.trial.flops, self.processes.device
+            self.progress.compiled = worth_compiling(
+                compile, len(self.source), self.settings, self.processes.world, work, device
+            )
         if before is not None and before != self.progress.compiled:
             self.notice(f"resumed with compile={compile!r}, so not bit-exact")
         self.step = self.diagnosis.step = Step(
@@ -292,22 +293,6 @@ class Trainer:
                 f"directory: {self.directory} holds the checkpoints of another run; pass resume=True, or choose another"
             )
 
-    def worth_compiling(self, compile: str) -> list[int]:
-        """The numbers of rows for which steps are to be compiled.
-
-        Decided from counts alone, so that it comes out the same when a run is repeated or resumed.
-        """
-        if compile == "off":
-            return []
-        whole, rest = divmod(len(self.source), self.settings.batch_size)
-        counts = {self.settings.batch_size: whole, rest: 1} if rest else {self.settings.batch_size: whole}
-        found: dict[int, float] = {}
-        for rows, steps in counts.items():
-            for mine in {max(1, len(range(rank, rows, self.processes.world))) for rank in range(self.processes.world)}:
-                seconds = self.settings.epochs * steps * saved_seconds(self.trial.flops * mine, self.processes.device)
-                found[mine] = found.get(mine, 0.0) + seconds
-        return [rows for rows, seconds in found.items() if compile == "on" or seconds > COMPILING_SECONDS]
-
     def run(
         self,
         patience: int | None,
@@ -337,12 +322,12 @@ class Trainer:
                     on_epoch(state.history[-1])
         record.close()
         if stopped != "interrupted":
-            self.look_for_divergence()
+            look_for_divergence(state, self.notice)
         if stopped != "interrupted" and self.keeper.best_weights is not None:
             checkpoints.assign(self.pair.tensors(), self.keeper.best_weights, "best epoch")
         compiled = bool(self.step.codes)
         return Fit(
-            state.history, state.best_epoch, stopped, state.step, compiled, self.step.compile_seconds, self.notice
+            state.history, state.best_epoch, stopped, state.step, compiled, self.step.compile_seconds, self.notice.texts
         )
 
     def epoch(self, bar: "Bar", should_stop: Callable[[], bool] | None) -> bool:
@@ -442,30 +427,6 @@ class Trainer:
                 self.keeper.best_weights = {name: t.detach().clone() for name, t in self.pair.tensors().items()}
         record.write(state.history)
 
-    def look_for_divergence(self) -> None:
-        """Say that training has made the pair worse.
-
-        Raises:
-            NumericalError: the best epoch is far worse than the pair was before training.
-        """
-        state = self.progress
-        first, best = state.untrained_bound, state.best_bound
-        if first is None or not math.isfinite(best):  # no epoch is the best: said already
-            return
-        found = f"the best validation bound, {best:.6g} nats in epoch {state.best_epoch}, is "
-        if best < first - abs(first) - 10:
-            raise NumericalError(
-                f"training diverged: {found}far below the {first:.6g} before training; lower the learning rate"
-            )
-        last = state.history[-1].get("validation_bound", best)
-        if best < first:
-            self.notice(f"{found}below the {first:.6g} before training: lower the learning rate, or train for longer")
-        elif not last > best - abs(best) - 10:
-            self.notice(
-                f"training diverged: {found}followed by {last:.6g} in the last one; the best is kept, and a lower "
-                "learning rate may find a better one"
-            )
-
     def validate(self) -> Metrics:
         """Bounds and their terms on the validation rows, with the same noise at every epoch."""
         renamed = {"bound": "validation_bound", "elbo": "validation_elbo"}
@@ -485,15 +446,6 @@ class Trainer:
                 rows = torch.arange(len(self.validation), device=self.processes.device)
                 what = f"on the validation rows a distribution was refused ({str(error).splitlines()[0]})"
                 raise NumericalError(self.diagnosis.diagnose(self.validation, rows, what)) from error
-
-
-def saved_seconds(flops: float, device: torch.device) -> float:
-    """What compiling saves of a step of so many floating-point operations, roughly.
-
-    Measured on two CPU cores: the Python of a pair, and its passes over memory, which grow with its products. On a GPU
-    it is nearly all Python.
-    """
-    return 4e-3 if device.type == "cuda" else 1e-3 + 5e-12 * flops
 
 
 def check_validation(validation: Batch, training: Batch) -> None:
