@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pyrovae.checks import check_count, check_given, check_programs, check_rows
 from pyrovae.errors import DataError, NumericalError, OutputError, PyrovaeError, UsageError
+from pyrovae.inference.automatic import undone
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.diagnostics import measure
 from pyrovae.inference.modules import Program, evaluating
@@ -38,7 +39,7 @@ from pyrovae.inference.training.saving import Keeper
 from pyrovae.inference.training.settings import Settings
 from pyrovae.inference.training.step import NotFinite, Step
 from pyrovae.inference.training.trial import Trial, tried
-from pyrovae.inference.validity import WHOLE, undone
+from pyrovae.inference.validity import WHOLE
 from pyrovae.processors import threads as using_threads
 from pyrovae.seeding import derive_seed, reseed, same_noise, seeded
 

@@ -8,11 +8,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyrovae.errors import PairError, UsageError
+from pyrovae.inference.automatic import automatic, check_automatic, set_up
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.objectives import Objective
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.tracing.checked import Before
-from pyrovae.inference.validity import WHOLE, automatic, check_automatic, examine, set_up, why_no_density
+from pyrovae.inference.validity import WHOLE, examine, why_no_density
 
 
 @dataclass(frozen=True)
