@@ -1,13 +1,14 @@
-"""python -m pyrovae.compare RUN RUN ...: trained runs on the same rows, beside exact baselines.
+"""python -m pyrovae.compare RUN RUN ...: trained runs on the same rows, beside an exact mixture baseline.
 
-One table per measure: a mass and a density never meet. Unless told not to, each table has the baselines of its
-measure, fit to the same training rows with their number of components chosen on the validation rows, their log p(x)
-exact: a mixture, and for densities probabilistic PCA. What the intervals and ranks are of: `pyrovae.runs.comparison`.
+One table per measure: a mass and a density never meet. Unless told not to, each table has a mixture of the same
+measure, fit by EM on the same training rows with its number of components chosen on the validation rows, its log p(x)
+exact. What the intervals and ranks are of: `pyrovae.runs.comparison`.
 """
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pyrovae.command import add_choices, add_option, given, main, parser, say, whole_option
 from pyrovae.errors import NumericalError, UsageError
@@ -16,8 +17,8 @@ from pyrovae.runs.options import PROPOSALS, SETTINGS, THREADS
 from pyrovae.settings import read
 
 
-def command(words: Sequence[str]) -> int:
-    """Parse the options, score every run, print and write the tables."""
+def options_parser() -> Any:
+    """The parser of python -m pyrovae.compare."""
     p = parser(
         "compare",
         "Score trained runs on the same rows, one table per measure, beside exact baselines: 95 % bootstrap "
@@ -34,22 +35,25 @@ def command(words: Sequence[str]) -> int:
     add_option(p, "--K", "particles per datum, drawn exactly (default 1000; 32 chains if annealed)", "INT")
     add_choices(p, "proposal", PROPOSALS)
     add_option(p, "--rows", "score only the first test rows (default: all)", "INT")
-    add_option(p, "--seed", "of the draws, the bootstrap and the baselines (default 0)", "INT")
+    add_option(p, "--seed", "of the draws, the bootstrap and the baseline (default 0)", "INT")
     add_option(p, "--no-pool", "a line for every run, also for those that differ only in --seed", action="store_true")
-    add_option(p, "--no-baseline", "add no baseline", action="store_true")
-    add_option(p, "--components", "components of the baselines (default: chosen on the validation rows)", "INT")
+    add_option(p, "--no-baseline", "add no mixture baseline", action="store_true")
+    add_option(p, "--components", "components of the baseline (default: chosen on the validation rows)", "INT")
     add_option(p, "--out", "where to write the tables and figures (default: comparison)", "DIR")
     add_option(p, "--device", "auto, cpu, cuda or cuda:N (default auto)", "NAME")
     add_option(p, "--threads", SETTINGS["threads"].help, "INT|auto")
-    options = given(p.parse_args(words))
+    return p
+
+
+def command(words: Sequence[str]) -> int:
+    """Parse the options, score every run, print and write the tables."""
+    options = given(options_parser().parse_args(words))
 
     from pyrovae.processors import pick_device, threads
-    from pyrovae.runs.baseline import COMPONENTS, fit_baselines
-    from pyrovae.runs.comparison import Scored, score_run, table
-    from pyrovae.runs.comparison_tables import check_replaced, present
-    from pyrovae.runs.directory import Run
-    from pyrovae.runs.grouping import check_same_rows, load_rows, measure_of, name_pools, pools, run_around, usable
-    from pyrovae.runs.scoring import default_draws, rows_of, score
+    from pyrovae.runs.baseline import COMPONENTS
+    from pyrovae.runs.comparing import compare_runs
+    from pyrovae.runs.grouping import run_around, usable
+    from pyrovae.runs.scoring import Scoring, default_draws
 
     number = read("--threads", options.get("threads", "auto"), THREADS)
     proposal = build_proposal(options.get("proposal"))
@@ -70,34 +74,13 @@ def command(words: Sequence[str]) -> int:
 
     device = pick_device(str(options.get("device", "auto")))
     runs = usable(directories, say)
-    by_measure: dict[str, list[Run]] = {}
-    for run in runs:
-        by_measure.setdefault(measure_of(run), []).append(run)
-    for kind, members in by_measure.items():
-        check_same_rows(members)
-        check_replaced(out, kind)
-    together = pools(runs, not options.get("no_pool"))
-    names = name_pools(together)
-    loaded = load_rows(runs)
-    invalid = []
+    tried = () if options.get("no_baseline") else (components,) if components else COMPONENTS
+    how, pool = Scoring(k, seed, proposal), not options.get("no_pool")
     with threads(number, lambda text: say(f"note: {text}")):
-        for kind, members in by_measure.items():
-            rows = loaded[members[0].directory]
-            batch = rows_of(rows, "test", limit).to(device)
-            scored = [
-                Scored(name, *zip(*(score_run(run, rows, batch, k, seed, proposal, say) for run in pool), strict=True))
-                for name, pool in zip(names, together, strict=True)
-                if measure_of(pool[0]) == kind
-            ]
-            if not options.get("no_baseline") and rows.given.name is None:  # a mixture is of p(x)
-                counts = (components,) if components else COMPONENTS
-                baselines = fit_baselines(rows, counts, seed, device, say)
-                scored += [Scored(model.description, [score(model, batch, k)]) for model in baselines]
-            present(table(scored, seed), rows, kind, len(batch), members[0].recipe.data, out, say)
-            invalid += [entry for entry in scored if entry.verdict.kind == "invalid"]
-    say(f"tables and figures in {out}")
+        scored = compare_runs(runs, how, out, limit=limit, device=device, pool=pool, components=tried, say=say)
+    invalid = [f"{entry.name}: {entry.verdict.reason}" for entry in scored if entry.verdict.kind == "invalid"]
     if invalid:
-        raise NumericalError("invalid: " + "; ".join(f"{entry.name}: {entry.verdict.reason}" for entry in invalid))
+        raise NumericalError("invalid: " + "; ".join(invalid))
     return 0
 
 

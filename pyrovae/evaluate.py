@@ -6,6 +6,7 @@ Prints a report and writes it to RUN/evaluation.json; the rows' own results go t
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pyrovae.command import add_choices, add_option, given, main, parser, say, stop_waiting, whole_option
 from pyrovae.errors import Interrupted, UsageError
@@ -15,8 +16,8 @@ from pyrovae.runs.recipe import refuse
 from pyrovae.settings import Words, read
 
 
-def command(words: Sequence[str]) -> int:
-    """Parse the options, evaluate, print."""
+def options_parser() -> Any:
+    """The parser of python -m pyrovae.evaluate."""
     p = parser(
         "evaluate",
         "The log p(x) of a trained run by importance sampling, with its error and a verdict. An evaluation that was "
@@ -44,14 +45,19 @@ def command(words: Sequence[str]) -> int:
     add_option(p, "--anew", "forget what was scored before with these settings", action="store_true")
     add_option(p, "--device", "auto, cpu, cuda or cuda:N (default auto)", "NAME")
     add_option(p, "--threads", SETTINGS["threads"].help, "INT|auto")
-    options = given(p.parse_args(words))
+    return p
+
+
+def command(words: Sequence[str]) -> int:
+    """Parse the options, evaluate, print."""
+    options = given(options_parser().parse_args(words))
 
     from pyrovae.inference.annealed import Annealed
     from pyrovae.inference.individual import Individual
     from pyrovae.processors import threads
     from pyrovae.runs.directory import open_run
     from pyrovae.runs.evaluation import evaluate
-    from pyrovae.runs.scoring import SPLITS, default_draws
+    from pyrovae.runs.scoring import SPLITS, Scoring, default_draws
 
     proposal = build_proposal(options.get("proposal"))
     k, seed = whole_option(options, "K", default_draws(proposal, 5000)), whole_option(options, "seed", 0)
@@ -74,7 +80,15 @@ def command(words: Sequence[str]) -> int:
     try:
         with threads(number, lambda text: say(f"note: {text}")):
             evaluate(
-                *(run, k, limit, split, seed, chunk_size, device, proposal, anew, netcdf, mode, precision, repair),
+                run,
+                Scoring(k, seed, proposal, chunk_size, repair),
+                limit=limit,
+                split=split,
+                device=device,
+                compile=mode,
+                precision=precision,
+                anew=anew,
+                netcdf=netcdf,
                 say=say,
             )
     except Interrupted as interrupted:

@@ -178,8 +178,8 @@ def test_an_evaluation_shows_a_bar_on_a_terminal_and_no_lines(capsys, monkeypatc
 
 def test_time_is_told_stage_by_stage_and_adds_up(trained, capsys, monkeypatch):
     """Training and evaluation apart, each rounded before they are summed; `evaluate` tells its own."""
-    report = training.report
-    monkeypatch.setattr(training, "report", lambda *args, **options: time.sleep(0.4) or report(*args, **options))
+    report = training.report_on
+    monkeypatch.setattr(training, "report_on", lambda *args, **options: time.sleep(0.4) or report(*args, **options))
     train()
     out = capsys.readouterr().out
     assert "log p(x) by importance sampling from the guide, K = 50: 500 rows" in out
@@ -860,6 +860,7 @@ def test_draws_are_saved_for_arviz_on_request(trained):
     scored(run, "--rows 20 --K 200 --proposal individual --netcdf draws.nc")
     posterior = xarray.open_dataset("draws.nc", group="posterior")
     assert posterior["z"].shape[:3] == (1, evaluation.SAVED_DRAWS, 20)
+    assert f"save {evaluation.SAVED_DRAWS} posterior and" in " ".join(evaluate.options_parser().format_help().split())
     importance = xarray.open_dataset("draws.nc", group="importance")
     assert importance["log_weight"].shape == (200, 20)
     report = json.loads((run / "evaluation.json").read_text())

@@ -26,7 +26,7 @@ from pyrovae.runs.comparison import COLUMNS, Scored, table
 from pyrovae.runs.comparison_tables import aligned, interval, latex, legend, readable
 from pyrovae.runs.directory import open_run
 from pyrovae.runs.grouping import check_same_rows, common_name, name_pools, pools, run_around, unique_names
-from pyrovae.runs.scoring import score
+from pyrovae.runs.scoring import Scoring, score
 from pyrovae.runs.tables import number
 
 TINY = "--epochs 1 --eval-K 5 --eval-rows 10 --no-plots --seed 0 --device cpu"
@@ -374,12 +374,13 @@ def test_the_baseline_has_the_log_p_of_scikit_learn(count):
     oracle.covariances_ = mixture.covariances.detach().numpy()
     oracle.precisions_cholesky_ = np.linalg.cholesky(np.linalg.inv(oracle.covariances_))
     expected = oracle.score_samples(rows.test.double().numpy())
-    np.testing.assert_allclose(score(mixture, Batch(rows.test), 1).estimate.numpy(), expected, rtol=0, atol=1e-10)
+    ours = score(mixture, Batch(rows.test), Scoring(1))
+    np.testing.assert_allclose(ours.estimate.numpy(), expected, rtol=0, atol=1e-10)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fitted = Oracle(count, tol=1e-6, max_iter=500, reg_covar=1e-9, random_state=0).fit(rows.train.double().numpy())
     theirs = fitted.score(rows.test.double().numpy())
-    assert score(mixture, Batch(rows.test), 1).mean == pytest.approx(theirs, abs=0.01)
+    assert ours.mean == pytest.approx(theirs, abs=0.01)
 
 
 def test_the_baseline_is_chosen_on_the_validation_rows():
@@ -418,7 +419,10 @@ def test_the_baseline_of_a_mass_is_of_bernoullis():
     flat, p = x.flatten(1), means.flatten(1)
     log_p = flat @ p.log().T + (1 - flat) @ (1 - p).log().T
     torch.testing.assert_close(
-        score(mixture, Batch(rows.test), 1).estimate, torch.logsumexp(weights.log() + log_p, 1), rtol=0, atol=1e-10
+        score(mixture, Batch(rows.test), Scoring(1)).estimate,
+        torch.logsumexp(weights.log() + log_p, 1),
+        rtol=0,
+        atol=1e-10,
     )
 
 
@@ -478,7 +482,7 @@ def test_numbers_of_the_table_are_those_of_the_runs(runs):
     assert set(frame.index) == {"a", "mixture"}
     a, b = open_run(runs / "a"), open_run(runs / "mixture")
     x = a.rows().test
-    theirs, exactly = score(a.model(), Batch(x), 30), score(b.model(), Batch(x), 30)
+    theirs, exactly = score(a.model(), Batch(x), Scoring(30)), score(b.model(), Batch(x), Scoring(30))
     assert frame["log_marginal"]["a"] == pytest.approx(theirs.mean, abs=1e-12)
     assert frame["log_marginal"]["mixture"] == pytest.approx(exactly.mean, abs=1e-12)
     difference = theirs.estimate - exactly.estimate

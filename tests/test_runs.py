@@ -135,7 +135,7 @@ def test_a_stopped_evaluation_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "report", stopped)
+        patch.setattr(training, "report_on", stopped)
         with pytest.raises(Interrupted, match="stopped while evaluating; the training is saved") as caught:
             pyrovae.train(SMALL, "run", plots=False)
     assert caught.value.trained

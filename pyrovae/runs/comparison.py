@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 from pyrovae.runs.directory import Run
 from pyrovae.runs.progress import Say, silent
-from pyrovae.runs.scoring import check_of, compile_draws, open_scores, score
+from pyrovae.runs.scoring import Scoring, check_of, compile_draws, open_scores, score
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from pyrovae.inference.annealed import Sandwich
     from pyrovae.inference.batch import Batch
     from pyrovae.inference.marginal import LogMarginal
-    from pyrovae.inference.proposals import Proposal
     from pyrovae.inference.simulation import Simulated
     from pyrovae.inference.verdicts import Verdict
 
@@ -184,13 +183,7 @@ def bound_of(slack: float, slack_of_best: float) -> str:
 
 
 def score_run(
-    run: Run,
-    rows: "Rows",
-    batch: "Batch",
-    num_particles: int,
-    seed: int,
-    proposal: "Proposal | None",
-    say: Say = silent,
+    run: Run, rows: "Rows", batch: "Batch", how: Scoring, say: Say = silent
 ) -> "tuple[LogMarginal, Sandwich | Simulated | None]":
     """The log p(x) of a trained run, after saying what was found in its directory; kept there as it is made.
 
@@ -199,10 +192,10 @@ def score_run(
     model = run.model(batch.x.device)
     for notice in run.notices:
         say(f"note: {notice}")
-    proposal = compile_draws(model, batch, num_particles, proposal, "auto", "fp32")
+    how = compile_draws(model, batch, how)
     say(f"scoring {run.name}")
     if not run.writable:
         say(f"note: {run.directory} cannot be written to, so that its scores are not kept")
-    store = open_scores(run, model, rows, batch, num_particles, seed, proposal=proposal)
-    result = score(model, batch, num_particles, seed, say=say, proposal=proposal, store=store)
-    return result, check_of(model, batch, num_particles, seed, proposal, store)
+    store = open_scores(run, model, rows, batch, how)
+    result = score(model, batch, how, store, say)
+    return result, check_of(model, batch, how, store)

@@ -12,15 +12,14 @@ from pyrovae.runs.build import build_objective
 from pyrovae.runs.directory import Run, begins
 from pyrovae.runs.figures import save_curve
 from pyrovae.runs.progress import Say, silent
-from pyrovae.runs.report import Report, refuse_invalid, report
+from pyrovae.runs.report import Report, refuse_invalid, report_on
 from pyrovae.runs.scores import Scores
-from pyrovae.runs.scoring import compile_draws, open_scores, rows_of
+from pyrovae.runs.scoring import Scoring, compile_draws, open_scores, rows_of
 from pyrovae.runs.tables import describe
 
 if TYPE_CHECKING:
     from pyrovae.data import Rows
     from pyrovae.inference.batch import Batch
-    from pyrovae.inference.proposals import Proposal
     from pyrovae.runs.build import Model
 
 # Draws of each row in a netCDF file, and the bytes that they may take.
@@ -30,54 +29,52 @@ MOST_SAVED = 2 * 10**9
 
 def evaluate(
     run: Run,
-    num_particles: int,
-    limit: int | None,
-    split: str,
-    seed: int,
-    chunk_size: int | None,
-    device: str,
-    proposal: "Proposal | None" = None,
+    how: Scoring,
+    *,
+    limit: int | None = None,
+    split: str = "test",
+    device: str = "auto",
+    compile: str = "auto",
+    precision: str = "fp32",
     anew: bool = False,
     netcdf: Path | None = None,
-    compile_mode: str = "auto",
-    precision: str = "fp32",
-    repair: bool = False,
     say: Say = silent,
 ) -> Report:
-    """Score a run, going on where an interrupted evaluation was; say and write the report and the K-curve."""
+    """Score a run, going on where an interrupted evaluation was; say and write the report and the K-curve.
+
+    Args:
+        run: The run.
+        how: How log p(x) is estimated.
+        limit: Score only so many rows, the first.
+        split: "test", "validation" or "train".
+        device: "auto", "cpu", "cuda", ...
+        compile: "auto", "on" or "off": compile the draws.
+        precision: "fp32" or "bf16", of compiled draws.
+        anew: Forget what was scored before with these settings.
+        netcdf: Where to save draws for ArviZ.
+        say: Called with each line that a user should read.
+
+    Raises:
+        UsageError: something was asked for that cannot be had.
+        NumericalError: some row has no estimate.
+        Interrupted: stopped, with the scores so far kept.
+    """
     started = time.perf_counter()
     place = pick_device(device)
     rows = run.rows()
     batch = rows_of(rows, split, limit).to(place)
     model = run.model(place)
     if netcdf is not None:
-        check_netcdf(netcdf, model, batch, num_particles, proposal)
-    drawn_from = compile_draws(model, batch, num_particles, proposal, compile_mode, precision)
-    scores = open_scores(run, model, rows, batch, num_particles, seed, chunk_size, drawn_from, split)
+        check_netcdf(netcdf, model, batch, how)
+    compiled = compile_draws(model, batch, how, compile, precision)
+    scores = open_scores(run, model, rows, batch, compiled, split)
     if scores is not None and anew:
         scores.clear()
-    for notice in run.notices:
-        say(f"note: {notice}")
-    if scores is not None and scores.strange:
-        say(f"note: {scores.path}: has scores that another user or a version before wrote; they are not used")
-    if scores is not None and scores.found:
-        say(f"note: {scores.found} rows were scored before with these settings, see {scores.path}; --anew repeats it")
+    for note in [*run.notices, *(notes_on(scores) if scores is not None else ())]:
+        say(f"note: {note}")
+    asked = {"objective": build_objective(run.recipe), "particle_chunk": run.recipe.particle_chunk}
     try:
-        values = report(
-            model,
-            batch,
-            rows,
-            num_particles=num_particles,
-            objective=build_objective(run.recipe),
-            split=split,
-            seed=seed,
-            chunk_size=chunk_size,
-            say=say,
-            proposal=drawn_from,
-            store=scores,
-            particle_chunk=run.recipe.particle_chunk,
-            repair=repair,
-        ) | {"notices": run.notices}
+        values = report_on(model, batch, rows, compiled, split=split, store=scores, say=say, **asked)
     except KeyboardInterrupt:
         if scores is None or not (kept := Scores(run.directory, scores.settings).found):
             raise
@@ -85,19 +82,31 @@ def evaluate(
             f"stopped; the scores of {kept} of {len(batch)} rows are kept, and the same command goes on from there"
         )
         raise Interrupted(message, run.directory, trained=True) from None
-    name = "evaluation.json" if split == "test" else f"evaluation-{split}.json"
-    run.keep(name, values, say)
+    values["notices"] = run.notices
+    run.keep("evaluation.json" if split == "test" else f"evaluation-{split}.json", values, say)
     refuse_invalid(values)
     say(describe(run.name, values))
     say(f"\n  {'time':<26}{time.perf_counter() - started:>16.1f} s")
     if values["K"] is not None and run.writable:
         save_curve(run, values)
     if netcdf is not None:
-        save_draws(netcdf, model, batch, rows, num_particles, seed, proposal, say)
+        save_draws(netcdf, model, batch, rows, how, say)
     return values
 
 
-def check_netcdf(path: Path, model: "Model", batch: "Batch", num_particles: int, proposal: "Proposal | None") -> None:
+def notes_on(scores: Scores) -> list[str]:
+    """What was found of earlier evaluations."""
+    notes = []
+    if scores.strange:
+        notes.append(f"{scores.path}: has scores that another user or a version before wrote; they are not used")
+    if scores.found:
+        notes.append(
+            f"{scores.found} rows were scored before with these settings, see {scores.path}; --anew repeats it"
+        )
+    return notes
+
+
+def check_netcdf(path: Path, model: "Model", batch: "Batch", how: Scoring) -> None:
     """Refuse draws for ArviZ that cannot be made or saved, before anything is.
 
     Raises:
@@ -107,16 +116,15 @@ def check_netcdf(path: Path, model: "Model", batch: "Batch", num_particles: int,
     from pyrovae.inference.pair import Pair
     from pyrovae.inference.weights import draw
 
-    if proposal is not None and not isinstance(proposal, Individual):
+    if how.proposal is not None and not isinstance(how.proposal, Individual):
         raise UsageError("--netcdf: draws are saved from --proposal guide or individual, not from another")
     if path.is_dir() or not os.access(path.resolve().parent, os.W_OK) or not path.resolve().parent.is_dir():
         raise UsageError(f"--netcdf {path}: expected a file in a directory that exists ({path.resolve()})")
     if os.path.lexists(path) and not (path.is_file() and begins(path, b"\x89HDF")):
         raise UsageError(f"--netcdf {path}: is there already and holds no saved draws; choose another name")
-    latents = sum(
-        latent.value[0, 0].numel() for latent in draw(Pair(model.model, model.guide), batch[:1]).latents.values()
-    )
-    each = 2 * (batch.x[0].numel() + latents) * batch.x.element_size() * SAVED_DRAWS + 8 * num_particles
+    drawn = draw(Pair(model.model, model.guide), batch[:1])
+    latents = sum(latent.value[0, 0].numel() for latent in drawn.latents.values())
+    each = 2 * (batch.x[0].numel() + latents) * batch.x.element_size() * SAVED_DRAWS + 8 * how.num_particles
     free = shutil.disk_usage(path.resolve().parent).free
     if (size := each * len(batch)) > free:
         raise UsageError(
@@ -129,16 +137,7 @@ def check_netcdf(path: Path, model: "Model", batch: "Batch", num_particles: int,
         )
 
 
-def save_draws(
-    path: Path,
-    model: "Model",
-    batch: "Batch",
-    rows: "Rows",
-    num_particles: int,
-    seed: int,
-    proposal: "Proposal | None",
-    say: Say,
-) -> None:
+def save_draws(path: Path, model: "Model", batch: "Batch", rows: "Rows", how: Scoring, say: Say) -> None:
     """Write posterior and predictive draws as netCDF, for ArviZ.
 
     Raises:
@@ -153,11 +152,11 @@ def save_draws(
         model.guide,
         batch.x,
         SAVED_DRAWS,
-        num_particles,
-        seed=seed,
+        how.num_particles,
+        seed=how.seed,
         given=batch.given,
         measure=rows.measure.description,
-        proposal=proposal if isinstance(proposal, Individual) else None,
+        proposal=how.proposal if isinstance(how.proposal, Individual) else None,
     )
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:

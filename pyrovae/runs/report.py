@@ -6,65 +6,54 @@ from typing import TYPE_CHECKING, Any
 
 from pyrovae.errors import NumericalError
 from pyrovae.runs.progress import Say
-from pyrovae.runs.scoring import check_of, hash_of, repaired, score
+from pyrovae.runs.scoring import Scoring, check_of, hash_of, repaired, score
 
 if TYPE_CHECKING:
     from pyro.infer import ELBO as PyroELBO
     from torch import Tensor
 
     from pyrovae.data import Rows
+    from pyrovae.inference.annealed import Sandwich
     from pyrovae.inference.batch import Batch
+    from pyrovae.inference.marginal import LogMarginal
     from pyrovae.inference.proposals import Proposal
+    from pyrovae.inference.simulation import Simulated
+    from pyrovae.inference.verdicts import Verdict
     from pyrovae.runs.build import Model
     from pyrovae.runs.scores import Scores
 
 Report = dict[str, Any]
 
 
-def report(
+def report_on(
     model: "Model",
     batch: "Batch",
     rows: "Rows",
+    how: Scoring,
     *,
-    num_particles: int,
     objective: "PyroELBO",
     split: str = "test",
-    seed: int = 0,
-    chunk_size: int | None = None,
-    say: Say | None = None,
-    proposal: "Proposal | None" = None,
-    store: "Scores | None" = None,
     particle_chunk: int | None = None,
-    repair: bool = False,
+    store: "Scores | None" = None,
+    say: Say | None = None,
 ) -> Report:
     """Everything that is said of a model on some rows, as plain values. Nats per datum unless the name says bits."""
-    import pyro
-    import torch
-
-    from pyrovae.inference.annealed import Sandwich
     from pyrovae.inference.bootstrap import interval
     from pyrovae.inference.diagnostics import measure
-    from pyrovae.inference.estimate import standard_error
     from pyrovae.inference.kl import kl_terms
-    from pyrovae.inference.marginal import FROM_GUIDE
     from pyrovae.inference.modules import evaluating
     from pyrovae.inference.pair import Pair
-    from pyrovae.inference.simulation import Simulated
-    from pyrovae.inference.tracing.draws import Compiled
-    from pyrovae.inference.units import KL_SHARE, kl_dimensions
-    from pyrovae.inference.verdicts import verdict, worst_rows
+    from pyrovae.inference.verdicts import verdict
     from pyrovae.inference.weights import draw
     from pyrovae.seeding import seeded
-    from pyrovae.version import __version__
 
-    result = score(model, batch, num_particles, seed, chunk_size, say, proposal, store)
+    result = score(model, batch, how, store, say)
     exact = result.num_particles == 0
-    if repair:
+    if how.repair:
         result = repaired(model, batch, result, say)
-    better = None if result.origin is None else result.origin.repair
-    check = check_of(model, batch, num_particles, seed, proposal, store, chunk_size, better, say)
+    check = check_of(model, batch, how, store, None if result.origin is None else result.origin.repair, say)
     judgement = verdict(result, check)
-    with seeded(seed, "terms", device=batch.x.device), evaluating(model.model, model.guide):
+    with seeded(how.seed, "terms", device=batch.x.device), evaluating(model.model, model.guide):
         terms = measure(model.model, model.guide, batch.split(200), objective, particle_chunk)
         forms = {} if exact else kl_terms(draw(Pair(model.model, model.guide), batch[:1]))[1]
     values: Report = {
@@ -80,99 +69,151 @@ def report(
         "rows_in_split": len(getattr(rows, split)),
         "log_marginal": result.mean,
         "error_over_rows": result.error_over_rows,
-        "bootstrap_interval": interval(result.estimate, seed=seed),
+        "bootstrap_interval": interval(result.estimate, seed=how.seed),
         "monte_carlo_error": result.monte_carlo_error,
         "bits_per_dimension": rows.measure.bits_per_dimension(result.mean),
         "test_bound" if split == "test" else f"{split}_bound": terms["bound"],
     }
     if not exact:
-        k_hat = result.pareto_k
-        known = k_hat[~k_hat.isnan()]
-        # The mean log-weight is the guide's ELBO only where the draws are.
-        of_guide = result.elbo if result.estimator.startswith(FROM_GUIDE.name) else None
-        compiled = isinstance(proposal, Compiled) and any(proposal.programs.values())
-        bias = proposal.bias if isinstance(proposal, Compiled) and proposal.precision == "bf16" else None
-        each = {name.removeprefix("kl_"): value for name, value in terms.items() if name.startswith("kl_")}
-        elbo = terms["elbo"] if of_guide is None else of_guide.mean().item()
-        values |= {
-            "jackknife": result.jackknife.mean().item(),
-            "excess": {"nats": result.excess(), "probability": 1e-6},
-            "elbo": elbo,
-            "elbo_error_over_rows": None if of_guide is None else standard_error(of_guide),
-            "gap": result.mean - elbo,
-            "gap_error_over_rows": None if of_guide is None else standard_error(result.estimate - of_guide),
-            "reconstruction": terms["reconstruction"],
-            "kl": terms["kl"],
-            "kl_forms": forms,
-            "active_units": int(terms["active_units"]),
-            "latent_dimensions": int(terms["latent_dimensions"]),
-            # Of all dimensions or of none: their shares are of the whole.
-            "kl_dimensions": {
-                "share": KL_SHARE,
-                "count": kl_dimensions(list(each.values())) if len(each) == terms["latent_dimensions"] else None,
-            },
-            "kl_per_dimension": each,
-            "ess": summary(result.ess),
-            "pareto_k": {
-                **summary(known),
-                "threshold": result.k_threshold,
-                "share_over_threshold": result.over_threshold.double().mean().item() if len(known) else None,
-                "rows_without_tail_diagnostic": len(k_hat) - len(known),
-            },
-            "rows_without_finite_estimate": len(result.invalid),
-            "zero_weights": int(result.zero_weights.sum()),
-            "rows_with_zero_weights": int((result.zero_weights > 0).sum()),
-            "stated_bias": judgement.bias,
-            # Of chains there are too few for an effective sample size or a k-hat to tell.
-            "unreliable_rows": [] if isinstance(check, Sandwich) else result.unreliable.nonzero().flatten().tolist(),
-            "repaired_rows": None if result.repaired is None else list(result.repaired),
-            "simulated": None
-            if not isinstance(check, Simulated)
-            else {
-                "lower": check.weighted(check.lower).mean().item(),
-                "upper": check.weighted(check.upper).mean().item(),
-                "width": check.width,
-                "width_error": check.error,
-                "validated": check.validated,
-                "rows": len(check.lower),
-            },
-            "sandwich": None
-            if not isinstance(check, Sandwich)
-            else {
-                "forward": check.forward.mean().item(),
-                "reverse": check.reverse.mean().item(),
-                "width": check.width,
-                "width_error": check.error,
-                "validated": check.validated,
-                "simulated_data": len(check.forward),
-                "acceptance": check.acceptance.mean().item(),
-            },
-            "compiled": compiled,
-            "precision": proposal.precision if isinstance(proposal, Compiled) else "fp32",
-            "precision_bias": None if bias is None else {"nats": bias[0], "error": bias[1]},
-            "worst_rows": [
-                {
-                    "row": row,
-                    "log_marginal": result.estimate[row].item(),
-                    "standard_error": result.standard_error[row].item(),
-                    "ess": result.ess[row].item(),
-                    "pareto_k": result.pareto_k[row].item(),
-                }
-                for row in worst_rows(result)
-            ],
-            "curve": [
-                {
-                    "K": k,
-                    "log_marginal": v.mean().item(),
-                    "error_over_rows": standard_error(v),
-                    # On the same rows: other rows would move all of the curve together.
-                    "to_last": (v - result.estimate).mean().item(),
-                    "to_last_error": standard_error(v - result.estimate),
-                }
-                for k, v in result.curve.items()
-            ],
+        values |= of_terms(result, terms) | {"kl_forms": forms} | of_weights(result) | of_check(check, judgement)
+        values |= of_precision(how.proposal) | {"worst_rows": worst(result), "curve": curve(result)}
+    return values | provenance(model, batch, rows, how.seed)
+
+
+def of_terms(result: "LogMarginal", terms: dict[str, float]) -> Report:
+    """The ELBO and its parts, and what the latent dimensions carry."""
+    from pyrovae.inference.estimate import standard_error
+    from pyrovae.inference.marginal import FROM_GUIDE
+    from pyrovae.inference.units import KL_SHARE, kl_dimensions
+
+    # The mean log-weight is the guide's ELBO only where the draws are.
+    of_guide = result.elbo if result.estimator.startswith(FROM_GUIDE.name) else None
+    each = {name.removeprefix("kl_"): value for name, value in terms.items() if name.startswith("kl_")}
+    elbo = terms["elbo"] if of_guide is None else of_guide.mean().item()
+    return {
+        "elbo": elbo,
+        "elbo_error_over_rows": None if of_guide is None else standard_error(of_guide),
+        "gap": result.mean - elbo,
+        "gap_error_over_rows": None if of_guide is None else standard_error(result.estimate - of_guide),
+        "reconstruction": terms["reconstruction"],
+        "kl": terms["kl"],
+        "active_units": int(terms["active_units"]),
+        "latent_dimensions": int(terms["latent_dimensions"]),
+        # Of all dimensions or of none: their shares are of the whole.
+        "kl_dimensions": {
+            "share": KL_SHARE,
+            "count": kl_dimensions(list(each.values())) if len(each) == terms["latent_dimensions"] else None,
+        },
+        "kl_per_dimension": each,
+    }
+
+
+def of_weights(result: "LogMarginal") -> Report:
+    """What the importance weights say of the estimate."""
+    k_hat = result.pareto_k
+    known = k_hat[~k_hat.isnan()]
+    return {
+        "jackknife": result.jackknife.mean().item(),
+        "excess": {"nats": result.excess(), "probability": 1e-6},
+        "ess": summary(result.ess),
+        "pareto_k": {
+            **summary(known),
+            "threshold": result.k_threshold,
+            "share_over_threshold": result.over_threshold.double().mean().item() if len(known) else None,
+            "rows_without_tail_diagnostic": len(k_hat) - len(known),
+        },
+        "rows_without_finite_estimate": len(result.invalid),
+        "zero_weights": int(result.zero_weights.sum()),
+        "rows_with_zero_weights": int((result.zero_weights > 0).sum()),
+        "unreliable_rows": result.unreliable.nonzero().flatten().tolist(),
+        "repaired_rows": None if result.repaired is None else list(result.repaired),
+    }
+
+
+def of_check(check: "Sandwich | Simulated | None", judgement: "Verdict") -> Report:
+    """What the check on simulated data found."""
+    from pyrovae.inference.annealed import Sandwich
+    from pyrovae.inference.simulation import Simulated
+
+    values: Report = {"stated_bias": judgement.bias, "simulated": None, "sandwich": None}
+    if check is None:
+        return values
+    width = {"width": check.width, "width_error": check.error, "validated": check.validated}
+    if isinstance(check, Simulated):
+        values["simulated"] = {
+            "lower": check.weighted(check.lower).mean().item(),
+            "upper": check.weighted(check.upper).mean().item(),
+            **width,
+            "rows": len(check.lower),
         }
-    values |= {
+    if isinstance(check, Sandwich):
+        values["sandwich"] = {
+            "forward": check.forward.mean().item(),
+            "reverse": check.reverse.mean().item(),
+            **width,
+            "simulated_data": len(check.forward),
+            "acceptance": check.acceptance.mean().item(),
+        }
+        # Of chains there are too few for an effective sample size or a k-hat to tell.
+        values["unreliable_rows"] = []
+    return values
+
+
+def of_precision(proposal: "Proposal | None") -> Report:
+    """Whether draws were compiled, in which precision, and what that did to the estimate."""
+    from pyrovae.inference.tracing.draws import Compiled
+
+    if not isinstance(proposal, Compiled):
+        return {"compiled": False, "precision": "fp32", "precision_bias": None}
+    bias = proposal.bias if proposal.precision == "bf16" else None
+    return {
+        "compiled": any(proposal.programs.values()),
+        "precision": proposal.precision,
+        "precision_bias": None if bias is None else {"nats": bias[0], "error": bias[1]},
+    }
+
+
+def worst(result: "LogMarginal") -> list[Report]:
+    """The rows whose estimates are the least certain."""
+    from pyrovae.inference.verdicts import worst_rows
+
+    return [
+        {
+            "row": row,
+            "log_marginal": result.estimate[row].item(),
+            "standard_error": result.standard_error[row].item(),
+            "ess": result.ess[row].item(),
+            "pareto_k": result.pareto_k[row].item(),
+        }
+        for row in worst_rows(result)
+    ]
+
+
+def curve(result: "LogMarginal") -> list[Report]:
+    """The bound of each smaller K, from the same draws."""
+    from pyrovae.inference.estimate import standard_error
+
+    return [
+        {
+            "K": k,
+            "log_marginal": v.mean().item(),
+            "error_over_rows": standard_error(v),
+            # On the same rows: other rows would move all of the curve together.
+            "to_last": (v - result.estimate).mean().item(),
+            "to_last_error": standard_error(v - result.estimate),
+        }
+        for k, v in result.curve.items()
+    ]
+
+
+def provenance(model: "Model", batch: "Batch", rows: "Rows", seed: int) -> Report:
+    """What the numbers are of, to the last bit."""
+    import pyro
+    import torch
+
+    from pyrovae.version import __version__
+
+    return {
         "seed": seed,
         "dtype": str(batch.x.dtype).removeprefix("torch."),
         "device": batch.x.device.type,
@@ -188,7 +229,6 @@ def report(
             "python": platform.python_version(),
         },
     }
-    return values
 
 
 def refuse_invalid(values: Report) -> None:

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -44,15 +45,27 @@ def rows_of(rows: "Rows", split: str, limit: int | None = None) -> "Batch":
         return Batch(rows.transform(rows.train[:limit]), given)
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How log p(x) is estimated.
+
+    Attributes:
+        num_particles: K.
+        seed: Of the draws.
+        proposal: Where they come from; None: the guide.
+        chunk_size: Particles evaluated at once; changes nothing but the memory.
+        repair: Score unreliable rows again, from a Gaussian fitted to each.
+    """
+
+    num_particles: int
+    seed: int = 0
+    proposal: "Proposal | None" = None
+    chunk_size: int | None = None
+    repair: bool = False
+
+
 def score(
-    model: "Model",
-    batch: "Batch",
-    num_particles: int,
-    seed: int = 0,
-    chunk_size: int | None = None,
-    say: Say | None = None,
-    proposal: "Proposal | None" = None,
-    store: "Scores | None" = None,
+    model: "Model", batch: "Batch", how: Scoring, store: "Scores | None" = None, say: Say | None = None
 ) -> "LogMarginal":
     """log p(x) of rows under a model: exact where the model has it, else importance-sampled, by default from its guide.
 
@@ -73,21 +86,21 @@ def score(
                 values.append(model.log_prob(block.x))
                 done(min(1000 * len(values), len(batch)))
         return exact(torch.cat(values))
-    proposal = proposal or FROM_GUIDE
+    proposal = how.proposal or FROM_GUIDE
     with (
         warnings.catch_warnings(record=True) as caught,
-        rows_done(len(batch), f"log p(x) by {proposal.name}, K = {num_particles}", say) as done,
+        rows_done(len(batch), f"log p(x) by {proposal.name}, K = {how.num_particles}", say) as done,
     ):
         warnings.simplefilter("always", CompileWarning)
         result = log_marginal(
             model.model,
             model.guide,
             batch.x,
-            num_particles,
-            chunk_size,
+            how.num_particles,
+            how.chunk_size,
             progress=done,
             proposal=proposal,
-            seed=seed,
+            seed=how.seed,
             store=store,
             given=batch.given,
         )
@@ -113,15 +126,15 @@ def repaired(model: "Model", batch: "Batch", result: "LogMarginal", say: Say | N
 def check_of(
     model: "Model",
     batch: "Batch",
-    num_particles: int,
-    seed: int,
-    proposal: "Proposal | None",
+    how: Scoring,
     store: "Scores | None" = None,
-    chunk_size: int | None = None,
     repair: "Proposal | None" = None,
     say: Say | None = None,
 ) -> "Sandwich | Simulated | None":
-    """The check of an estimate on simulated data, kept beside the scores; None where log p(x) is exact."""
+    """The check of an estimate on simulated data, kept beside the scores; None where log p(x) is exact.
+
+    `repair` is what its unreliable rows were scored again from, if they were.
+    """
     import torch
 
     from pyrovae.inference.annealed import Annealed, Sandwich, sandwich
@@ -131,19 +144,18 @@ def check_of(
 
     if isinstance(model, Exact):
         return None
-    pair = (model.model, model.guide)
+    pair, k, proposal = (model.model, model.guide), how.num_particles, how.proposal or FROM_GUIDE
     if isinstance(proposal, Annealed):
         count, names = CHECKED_ROWS, ("forward", "reverse", "acceptance")
         few = like(batch, count)
-        make: Callable[[], Any] = partial(sandwich, *pair, few.x, num_particles, proposal, seed, few.given)
-        build: Callable[..., Any] = partial(Sandwich, x=torch.empty(0), num_particles=num_particles, annealed=proposal)
+        make: Callable[[], Any] = partial(sandwich, *pair, few.x, k, proposal, how.seed, few.given)
+        build: Callable[..., Any] = partial(Sandwich, x=torch.empty(0), num_particles=k, annealed=proposal)
     else:
         # The weights of rows are not kept: of the models that runs hold, all latents are continuous.
         count, names = SIMULATED_ROWS, ("lower", "upper", "jackknife")
-        drawn_from = proposal or FROM_GUIDE
         few = like(batch, count)
-        make = partial(simulated, *pair, few.x, num_particles, drawn_from, seed, chunk_size, repair, few.given)
-        build = partial(Simulated, num_particles=num_particles, estimator=drawn_from.name)
+        make = partial(simulated, *pair, few.x, k, proposal, how.seed, how.chunk_size, repair, few.given)
+        build = partial(Simulated, num_particles=k, estimator=proposal.name)
 
     def checked() -> Any:
         if say is not None:
@@ -153,10 +165,8 @@ def check_of(
     return checked() if store is None else store.check(names, checked, build, repaired=repair is not None)
 
 
-def compile_draws(
-    model: "Model", batch: "Batch", num_particles: int, proposal: "Proposal | None", mode: str, precision: str
-) -> "Proposal | None":
-    """The proposal with its draws compiled, where that is asked for, or pays.
+def compile_draws(model: "Model", batch: "Batch", how: Scoring, mode: str = "auto", precision: str = "fp32") -> Scoring:
+    """The same with its draws compiled, where that is asked for, or pays.
 
     Raises:
         UsageError: it cannot be compiled, and --compile on or --precision bf16 asks for it.
@@ -168,32 +178,21 @@ def compile_draws(
     if mode == "off" and precision == "bf16":
         raise UsageError("--precision bf16: is for compiled draws; leave --compile off away")
     if isinstance(model, Exact) or mode == "off":
-        return proposal
+        return how
     try:
-        compiled = Compiled(proposal or FROM_GUIDE, precision)
+        compiled = replace(how, proposal=Compiled(how.proposal or FROM_GUIDE, precision))
     except UsageError as error:
         if mode == "on" or precision == "bf16":
             asked = "--precision bf16" if precision == "bf16" else "--compile on"
             raise UsageError(f"{asked}: {error}") from None
-        return proposal
+        return how
     forced = mode == "on" or precision == "bf16"
-    return (
-        compiled
-        if forced or worth_compiling(model.model, model.guide, batch.x, num_particles, batch.given)
-        else proposal
-    )
+    repaid = forced or worth_compiling(model.model, model.guide, batch.x, how.num_particles, batch.given)
+    return compiled if repaid else how
 
 
 def open_scores(
-    run: Run,
-    model: "Model",
-    rows: "Rows",
-    batch: "Batch",
-    num_particles: int,
-    seed: int = 0,
-    chunk_size: int | None = None,
-    proposal: "Proposal | None" = None,
-    split: str = "test",
+    run: Run, model: "Model", rows: "Rows", batch: "Batch", how: Scoring, split: str = "test"
 ) -> "Scores | None":
     """Where the scores of these rows are kept as they are made, and found again.
 
@@ -208,13 +207,13 @@ def open_scores(
 
     if isinstance(model, Exact) or not run.writable:
         return None
-    proposal = proposal or FROM_GUIDE
+    proposal = how.proposal or FROM_GUIDE
     settings = {
         "estimator": proposal.name,
         "proposal": repr(proposal),
-        "K": num_particles,
-        "seed": seed,
-        "chunk_size": chunk_size,
+        "K": how.num_particles,
+        "seed": how.seed,
+        "chunk_size": how.chunk_size,
         "split": split,
         "device": batch.x.device.type,
         "data": rows.hash,

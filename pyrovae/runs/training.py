@@ -34,8 +34,8 @@ from pyrovae.runs.options import RESUMABLE
 from pyrovae.runs.parts import option
 from pyrovae.runs.progress import Say, silent
 from pyrovae.runs.recipe import Options, Recipe, title, warnings
-from pyrovae.runs.report import Report, refuse_invalid, report
-from pyrovae.runs.scoring import rows_of
+from pyrovae.runs.report import Report, refuse_invalid, report_on
+from pyrovae.runs.scoring import Scoring, rows_of
 from pyrovae.runs.tables import describe_bound, describe_model, short_table
 from pyrovae.seeding import seeded
 
@@ -263,13 +263,12 @@ def conclude(prepared: Prepared, fitted: Fit, seconds: dict[str, float], plots: 
     run, rows, model, tell = prepared.run, prepared.rows, prepared.model, say or silent
     device = next(model.parameters()).device
     model.eval()
-    values = report(
+    values = report_on(
         model,
         rows_of(rows, "test", run.recipe.eval_rows).to(device),
         rows,
-        num_particles=run.recipe.eval_K,
+        Scoring(run.recipe.eval_K),
         objective=build_objective(run.recipe),
-        seed=0,
         say=say,
         particle_chunk=run.recipe.particle_chunk,
     )

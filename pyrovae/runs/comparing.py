@@ -1,0 +1,72 @@
+"""Runs side by side: scored on the same rows, beside exact baselines, a table for each measure."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pyrovae.runs.baseline import COMPONENTS, fit_baselines
+from pyrovae.runs.comparison import Scored, score_run, table
+from pyrovae.runs.comparison_tables import check_replaced, present
+from pyrovae.runs.directory import Run
+from pyrovae.runs.grouping import check_same_rows, load_rows, measure_of, name_pools, pools
+from pyrovae.runs.progress import Say, silent
+from pyrovae.runs.scoring import Scoring, rows_of, score
+
+if TYPE_CHECKING:
+    import torch
+
+
+def compare_runs(
+    runs: Sequence[Run],
+    how: Scoring,
+    out: Path,
+    *,
+    limit: int | None = None,
+    device: "torch.device | str" = "cpu",
+    pool: bool = True,
+    components: Sequence[int] = COMPONENTS,
+    say: Say = silent,
+) -> list[Scored]:
+    """Score runs, and say and write the tables.
+
+    Args:
+        runs: Of one measure or of both; those of a measure on the same rows.
+        how: How log p(x) is estimated; its seed is that of the bootstrap and the baselines, too.
+        out: The directory of tables and figures.
+        limit: Score only so many test rows, the first.
+        device: Where to compute.
+        pool: Whether runs that differ only in their seed are one line.
+        components: Numbers of components tried for the baselines; without any there are none.
+        say: Called with each line that a user should read.
+
+    Returns:
+        What was scored, baselines too.
+
+    Raises:
+        UsageError: the rows differ, or `out` has files of these names that are none of ours.
+    """
+    by_measure: dict[str, list[Run]] = {}
+    for run in runs:
+        by_measure.setdefault(measure_of(run), []).append(run)
+    for kind, members in by_measure.items():
+        check_same_rows(members)
+        check_replaced(out, kind)
+    together = pools(runs, pool)
+    names = name_pools(together)
+    loaded = load_rows(runs)
+    everything = []
+    for kind, members in by_measure.items():
+        rows = loaded[members[0].directory]
+        batch = rows_of(rows, "test", limit).to(device)
+        scored = [
+            Scored(name, *zip(*(score_run(run, rows, batch, how, say) for run in seeds), strict=True))
+            for name, seeds in zip(names, together, strict=True)
+            if measure_of(seeds[0]) == kind
+        ]
+        if components and rows.given.name is None:  # a baseline is of p(x)
+            baselines = fit_baselines(rows, components, how.seed, device, say)
+            scored += [Scored(model.description, [score(model, batch, how)]) for model in baselines]
+        present(table(scored, how.seed), rows, kind, len(batch), members[0].recipe.data, out, say)
+        everything += scored
+    say(f"tables and figures in {out}")
+    return everything
