@@ -1,8 +1,8 @@
-"""python -m pyrovae.compare RUN RUN ...: trained runs on the same rows, beside an exact mixture baseline.
+"""python -m pyrovae.compare RUN RUN ...: trained runs on the same rows, beside exact baselines.
 
-One table per measure: a mass and a density never meet. Unless told not to, each table has a mixture of the same
-measure, fit by EM on the same training rows with its number of components chosen on the validation rows, its log p(x)
-exact. What the intervals and ranks are of: `pyrovae.runs.comparison`.
+One table per measure: a mass and a density never meet. Unless told not to, each table has the baselines of its
+measure, fit to the same training rows with their number of components chosen on the validation rows, their log p(x)
+exact: a mixture, and for densities probabilistic PCA. What the intervals and ranks are of: `pyrovae.runs.comparison`.
 """
 
 import sys
@@ -35,10 +35,10 @@ def options_parser() -> Any:
     add_option(p, "--K", "particles per datum, drawn exactly (default 1000; 32 chains if annealed)", "INT")
     add_choices(p, "proposal", PROPOSALS)
     add_option(p, "--rows", "score only the first test rows (default: all)", "INT")
-    add_option(p, "--seed", "of the draws, the bootstrap and the baseline (default 0)", "INT")
+    add_option(p, "--seed", "of the draws, the bootstrap and the baselines (default 0)", "INT")
     add_option(p, "--no-pool", "a line for every run, also for those that differ only in --seed", action="store_true")
-    add_option(p, "--no-baseline", "add no mixture baseline", action="store_true")
-    add_option(p, "--components", "components of the baseline (default: chosen on the validation rows)", "INT")
+    add_option(p, "--no-baseline", "add no baseline", action="store_true")
+    add_option(p, "--components", "components of the baselines (default: chosen on the validation rows)", "INT")
     add_option(p, "--out", "where to write the tables and figures (default: comparison)", "DIR")
     add_option(p, "--device", "auto, cpu, cuda or cuda:N (default auto)", "NAME")
     add_option(p, "--threads", SETTINGS["threads"].help, "INT|auto")
