@@ -148,7 +148,7 @@ def only_names(path: Path) -> bool:
 def first_sentence(path: Path) -> str:
     """What a module says of itself first."""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return " ".join(text.split("\n\n")[0].split()).removesuffix(".")
+    return " ".join(text.split("\n\n")[0].split()).removesuffix(".").replace("|", "\\|")
 
 
 def table(files: Mapping[str, Path]) -> str:
@@ -160,11 +160,11 @@ def table(files: Mapping[str, Path]) -> str:
         if rows:
             lines += ["", f"| {layer.name} | |", "|---|---|"]
             lines += [f"| `{path.relative_to(ROOT / 'pyrovae')}` | {first_sentence(path)} |" for _, path in rows]
-    return "\n".join([*lines[1:], ""])
+    return "\n".join([*lines, "", ""])
 
 
 def fingerprint(graph: Graph) -> str:
-    """What tells whether a picture is of this graph."""
+    """What tells whether a picture is of this graph: it stands in the picture's description."""
     text = "\n".join(f"{module}: {' '.join(sorted(others))}" for module, others in sorted(graph.items()))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -181,12 +181,13 @@ class Column:
 COLUMNS = {
     "models": Column(0, 2),
     "data": Column(2.3, 2),
-    "inference": Column(4.6, 3),
-    "inference/tracing": Column(7.9, 1),
-    "inference/training": Column(9.2, 2),
-    "plots": Column(11.5, 2),
+    "inference": Column(4.6, 4),
+    "inference, its names": Column(4.6, 4),
+    "inference/tracing": Column(8.9, 1),
+    "inference/training": Column(10.2, 2),
+    "plots": Column(12.5, 2),
 }
-ACROSS = Column(2.0, 7)
+ACROSS = Column(3.0, 7)
 COLOURS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 Place = tuple[float, int]  # the middle of a box, in widths of a box, and its row from the ground
 
@@ -266,15 +267,20 @@ def _cost(arrows: Mapping[str, set[str]], places: Mapping[str, Place], moved: se
     return total
 
 
+def pictured(graph: Graph, files: Mapping[str, Path]) -> Graph:
+    """The modules of the picture: all but those that only give names and that no other imports."""
+    used = set().union(*(others for module, others in graph.items() if module != "pyrovae"))
+    names = {module for module in graph if only_names(files[module]) and module not in used} | {"pyrovae"}
+    return {module: others - names for module, others in graph.items() if module not in names}
+
+
 def draw(graph: Graph, files: Mapping[str, Path], target: Path = PICTURE) -> None:
-    """Write the picture: a box for each module, but for those that only give names and that no other imports."""
+    """Write the picture of what is `pictured`, with its `fingerprint` beside it where the format holds one."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.patches import FancyBboxPatch
 
-    used = set().union(*(others for module, others in graph.items() if module != "pyrovae"))
-    names = {module for module in graph if only_names(files[module]) and module not in used} | {"pyrovae"}
-    graph = {module: others - names for module, others in graph.items() if module not in names}
+    graph = pictured(graph, files)
     arrows, rows = drawn(graph), rows_of(graph)
     places = placed(arrows, rows)
     width, height = max(c.left + c.boxes for c in COLUMNS.values()), max(rows.values()) + 1

@@ -1,6 +1,7 @@
 """Probabilistic PCA: its log p(x) is exact, and its closed form is the maximum of the likelihood."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 from torch.testing import assert_close
 
+import pyrovae
 from pyrovae.errors import DataError, UsageError
 from pyrovae.models import PPCA
 
@@ -107,3 +109,15 @@ def test_what_is_refused() -> None:
         model.fit(torch.ones(10, D))
     with pytest.raises(UsageError, match="num_samples"):
         model.sample(0)
+
+
+@pytest.mark.slow
+def test_a_run_of_it_keeps_the_maximum(tmp_path: Path) -> None:
+    """Training starts where `fit` ends; what the run reports is the exact log p(x) of its test rows."""
+    options = {"data": "three-gaussians", "model": {"name": "ppca", "components": 1}, "epochs": 1, "lr": 1e-6}
+    run = pyrovae.train({**options, "device": "cpu", "seed": 0}, tmp_path / "run", plots=False)
+    rows = run.rows()
+    wanted = PPCA(2, 1).double()
+    wanted.fit(rows.train)
+    found = run.evaluation["log_marginal"]
+    assert found == pytest.approx(wanted.log_prob(rows.test[: run.evaluation["rows"]]).mean().item(), abs=1e-3)

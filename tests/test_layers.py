@@ -1,6 +1,7 @@
 """Imports point downwards: every module has a layer, and none imports from above its own."""
 
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,3 +86,23 @@ def test_every_arrow_of_the_picture_points_down(map_of: ModuleType, graph: dict[
     assert rows.keys() == graph.keys()
     for module, others in graph.items():
         assert all(rows[other] < rows[module] for other in others)
+
+
+def test_the_picture_is_of_these_modules(map_of: ModuleType, graph: dict[str, frozenset[str]]) -> None:
+    shown = map_of.fingerprint(map_of.pictured(graph, map_of.modules()))
+    drawn = shown in map_of.PICTURE.read_text(encoding="utf-8")
+    assert drawn, "docs/imports.svg is of other imports: run python docs/imports.py"
+
+
+def test_the_map_of_files_names_every_module_and_nothing_else(map_of: ModuleType) -> None:
+    """Each once, under the name of its layer, by the path of a file that is there."""
+    page = map_of.PAGE.read_text(encoding="utf-8")
+    (written,) = re.findall(f"{map_of.START}(.*?){map_of.END}", page, re.S)
+    named = re.findall(r"^\| `(\S+\.py)` \| \S", written, re.M)
+    package = map_of.ROOT / "pyrovae"
+    files = {str(path.relative_to(package)) for path in map_of.modules().values() if path.stat().st_size}
+    assert sorted(named) == sorted(files), "docs/concepts.md has another map: run python docs/imports.py"
+    for layer, rows in re.findall(r"^\| ([^|`]+) \| \|\n\|---\|---\|\n((?:\|.*\n)+)", written, re.M):
+        for name in re.findall(r"`(\S+)\.py`", rows):
+            module = name.removesuffix("__init__").rstrip("/").replace("/", ".") or "pyrovae"
+            assert map_of.LAYERS[map_of.layer_of(module)].name == layer

@@ -125,7 +125,7 @@ def build_objective(recipe: Recipe, steps_per_epoch: int = 1) -> "PyroELBO":
     from pyrovae.inference import objectives
 
     if recipe.is_exact:
-        return TraceEnum_ELBO(max_plate_nesting=1)
+        return TraceEnum_ELBO(max_plate_nesting=1, strict_enumeration_warning=False)  # for those without a site
     if recipe.elbo == "iwae":
         return objectives.IWAE(num_particles=recipe.K, num_averages=recipe.M)
     if recipe.alpha is not None:
