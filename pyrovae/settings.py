@@ -158,7 +158,7 @@ class Either:
     optional: bool = False
 
     def __str__(self) -> str:
-        return ", or ".join(map(str, self.kinds))
+        return " or ".join(map(str, self.kinds))
 
     def holds(self, value: object) -> bool:
         return (value is None and self.optional) or any(kind.holds(value) for kind in self.kinds)

@@ -237,7 +237,7 @@ def test_seeds_out_of_range(seed):
         ({"likelihood": {"name": "bernoulli", "scale": 1}}, "--likelihood.scale: not used by Bernoulli"),
         (
             {"likelihood": {"name": "gaussian", "scale": 0}},
-            "--likelihood.scale: expected a number above 0, or one of learned",
+            "--likelihood.scale: expected a number above 0 or one of learned",
         ),
         ({"likelihood": {"name": "gaussian", "scale": "free"}}, "--likelihood.scale: expected a number above 0"),
         ({"likelihood": {"name": "gaussian", "floor": -1}}, "--likelihood.floor"),

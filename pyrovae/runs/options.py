@@ -5,25 +5,26 @@ Of the parts, and of what a proposal may be, the classes say it themselves: `pyr
 
 from typing import Any
 
-from pyrovae.runs.parts import Choice, Setting, choices
+from pyrovae.runs.parts import Choices, Setting
 from pyrovae.settings import Either, Flag, Number, Several, Text, Whole, Words
 
+PAIRS, EXACT = ("pyrovae.models.vae", "PAIRS"), ("pyrovae.models.mixture", "BASELINES")
 # Models with an exact log p(x).
-BASELINES = choices("pyrovae.models.mixture", "BASELINES")
+BASELINES = Choices(EXACT)
 # Part -> choices; the first is the default, but for a likelihood, which is left to the data.
-PARTS: dict[str, dict[str, Choice]] = {
-    "model": choices("pyrovae.models.vae", "PAIRS") | BASELINES,
-    "prior": choices("pyrovae.models.priors", "PRIORS"),
-    "likelihood": choices("pyrovae.models.likelihoods", "LIKELIHOODS"),
-    "guide": choices("pyrovae.models.guides", "GUIDES"),
-    "network": choices("pyrovae.models.networks", "NETWORKS"),
+PARTS = {
+    "model": Choices(PAIRS, EXACT),
+    "prior": Choices(("pyrovae.models.priors", "PRIORS")),
+    "likelihood": Choices(("pyrovae.models.likelihoods", "LIKELIHOODS")),
+    "guide": Choices(("pyrovae.models.guides", "GUIDES")),
+    "network": Choices(("pyrovae.models.networks", "NETWORKS")),
 }
 # Where the draws of an estimate of log p(x) come from.
-PROPOSALS = choices("pyrovae.inference", "PROPOSALS")
+PROPOSALS = Choices(("pyrovae.inference", "PROPOSALS"))
 
 ELBOS = ("elbo", "iwae", "renyi")
 SWITCH = Words(("auto", "on", "off"))
-THREADS = Either((Whole(1, 4096), Words(("auto",))))
+THREADS = Either((Words(("auto",)), Whole(1, 4096)))
 
 
 class Beta:

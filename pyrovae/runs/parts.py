@@ -11,7 +11,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,38 @@ class Choice:
         return found[0]
 
 
+class Choices(Mapping[str, Choice]):
+    """The choices of a part by what a configuration calls them, read from the sources when they are first asked for.
+
+    Args:
+        tuples: Modules, and the tuples in them that name the classes; a tuple in one is an encoder and a decoder.
+    """
+
+    def __init__(self, *tuples: tuple[str, str]) -> None:
+        self.tuples = tuples
+
+    @cached_property
+    def found(self) -> dict[str, Choice]:
+        """All of them."""
+        found: dict[str, Choice] = {}
+        for module, name in self.tuples:
+            for element in tuple_in(module, name):
+                names = element.elts if isinstance(element, ast.Tuple) else [element]
+                choice = Choice(tuple(described(module, ast.unparse(name)) for name in names))
+                same = found[choice.name].classes if choice.name in found else ()
+                found[choice.name] = Choice(same + choice.classes)
+        return found
+
+    def __getitem__(self, name: str) -> Choice:
+        return self.found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.found)
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+
 def option(key: str) -> str:
     """A configuration key as it is typed: latent_dim -> latent-dim."""
     return key.replace("_", "-")
@@ -193,17 +225,6 @@ def fill(part: str, name: str, given: Mapping[str, Any], settings: Mapping[str, 
     return result
 
 
-def choices(module: str, name: str) -> dict[str, Choice]:
-    """The classes that a tuple in a module names, by what a configuration calls them."""
-    found: dict[str, Choice] = {}
-    for element in tuple_in(module, name):
-        names = element.elts if isinstance(element, ast.Tuple) else [element]
-        choice = Choice(tuple(described(module, ast.unparse(name)) for name in names))
-        same = found[choice.name].classes if choice.name in found else ()
-        found[choice.name] = Choice(same + choice.classes)
-    return found
-
-
 def tuple_in(module: str, name: str) -> list[ast.expr]:
     """The elements of a tuple that a module assigns to a name."""
     for node in tree(module).body:
@@ -213,14 +234,13 @@ def tuple_in(module: str, name: str) -> list[ast.expr]:
     raise LookupError(f"{module}: has no tuple {name}")
 
 
-@cache
+@lru_cache(maxsize=2)  # to take apart many trees at the end would take longer than to parse again
 def tree(module: str) -> ast.Module:
     """The source of a module of this package."""
     path = ROOT.joinpath(*module.split(".")[1:])
     return ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text("utf-8"))
 
 
-@cache
 def described(module: str, name: str) -> Class:
     """What the source of a class says, in that module or in the one that it is imported from."""
     for node in tree(module).body:
