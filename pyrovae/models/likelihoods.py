@@ -99,8 +99,8 @@ class Bernoulli(Likelihood):
             low, high = x.min().item(), x.max().item()
             raise DataError(
                 f"x: a Bernoulli likelihood has support {{0, 1}}, got values from {low:g} to {high:g} with "
-                f"{int(wrong.sum())} elements neither 0 nor 1; binarise them (--binarize) or use a Gaussian "
-                "likelihood (--likelihood gaussian)"
+                f"{int(wrong.sum())} elements neither 0 nor 1; binarise them or use a Gaussian likelihood",
+                settings=("binarize", "likelihood=gaussian"),
             )
 
 

@@ -237,7 +237,8 @@ def load(directory: str | Path) -> "Model":
         directory: A directory written by `python -m pyrovae.fit`.
 
     Returns:
-        A `VAE`, `HierarchicalVAE` or mixture with `.model(x)` and `.guide(x)`, in evaluation mode, on the CPU.
+        A `VAE`, `HierarchicalVAE` or exact model with `.model(x)` and `.guide(x)`, or a `ConditionalVAE` with
+        `.model(x, y)` and `.guide(x, y)`; in evaluation mode, on the CPU.
 
     Raises:
         CheckpointError: the directory is no run, or all its checkpoints are damaged.

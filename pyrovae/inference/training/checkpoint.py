@@ -93,9 +93,11 @@ def save(run: Path, checkpoint: Checkpoint, best: Iterable[int | None] = ()) -> 
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         blocked = os.path.lexists(folder) and not folder.is_dir()
-        remedy = f"{folder} is a file; move it away" if blocked else "Free space and continue with --resume"
+        remedy = f"{folder} is a file; move it away" if blocked else "Free space and resume the run"
         why = f"({error.strerror or error}){earlier}"
-        raise OutputError(f"checkpoint {target}: could not be written {why}. {remedy}") from error
+        raise OutputError(
+            f"checkpoint {target}: could not be written {why}. {remedy}", settings=() if blocked else ("resume",)
+        ) from error
     except Exception as error:  # safetensors reports a full disk by an exception of its own
         shutil.rmtree(temporary, ignore_errors=True)
         if type(error).__name__ != "SafetensorError":
@@ -311,7 +313,8 @@ def lock(run: Path) -> Iterator[str | None]:
                 if locked is False or (by_record and may_live(holder, os.fstat(descriptor).st_mtime)):
                     remedy = "" if locked is False else f", or remove {path} if it is gone"
                     raise OutputError(
-                        f"{run}: {described(holder)} is writing there; wait for it, choose another --out{remedy}"
+                        f"{run}: {described(holder)} is writing there; wait for it, choose another directory{remedy}",
+                        settings=("out",),
                     )
                 if is_same(descriptor, path):
                     break
@@ -324,7 +327,9 @@ def lock(run: Path) -> Iterator[str | None]:
     except OSError as error:
         if isinstance(error, OutputError):
             raise
-        raise OutputError(f"{run}: cannot be written ({error.strerror or error}); choose another --out") from error
+        raise OutputError(
+            f"{run}: cannot be written ({error.strerror or error}); choose another directory", settings=("out",)
+        ) from error
     notices = [f"{run}: took over the lock of {described(holder)}, which is gone"] if holder else []
     if locked is None:
         notices.append(f"{run}: its file system has no locks; start no second process there")
