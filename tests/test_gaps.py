@@ -11,7 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import EXACT
+from conftest import EXACT, assert_mean
 from test_individual import best_diagonal_gap
 from test_linear_gaussian import LinearGaussian
 from torch import Tensor
@@ -22,13 +22,13 @@ from pyrovae import fit, plots
 from pyrovae import gaps as gaps_command
 from pyrovae.command import main
 from pyrovae.errors import PairError, UsageError
-from pyrovae.inference import IWAE, information, measure, units
+from pyrovae.inference import IWAE, information, measure, simulated, units, verdict
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.estimate import Estimate
 from pyrovae.inference.individual import Individual
 from pyrovae.inference.information import split_kl
 from pyrovae.inference.pair import Pair
-from pyrovae.inference.suboptimality import QUANTITIES, Gaps, family_of, gaps
+from pyrovae.inference.suboptimality import QUANTITIES, Gaps, GuideAndGaussians, family_of, gaps
 from pyrovae.inference.units import use_of_units
 from pyrovae.inference.weights import draw
 from pyrovae.runs.suboptimality import describe
@@ -104,6 +104,56 @@ def test_the_parts_add_up(known):
     assert_close(result.approximation.values + result.amortisation.values, result.gap.values, **EXACT)
     assert_close(result.full_approximation.values + result.full_gain.values, result.approximation.values, **EXACT)
     assert_close(result.log_marginal.estimate - result.elbo.values, result.gap.values, **EXACT)
+
+
+def test_log_p_of_all_draws_is_tried_on_simulated_data(known):
+    """With few draws its two sides hold log p(x), of the mixture that was drawn from; what it finds is quoted."""
+    exact, _, _, result = known
+    guide, _ = off(exact)
+    said = verdict(result.log_marginal)
+    assert said.kind == "ok", said
+    x = exact.sample(400)
+    check = simulated(exact.model, guide, x, 2, GuideAndGaussians(Individual(steps=20, draws=8)), seed=2)
+    truth = exact.log_prob(exact.sample(20_000)).mean().item()
+    spread = exact.log_prob(x).std().item() / 20
+    for side, sign in ((check.lower, -1), (check.upper, 1)):
+        assert sign * (side.mean().item() - truth) > -5 * math.hypot(side.std().item() / 20, spread)
+    assert check.width > 5 * check.error
+    assert "mixture of the guide and of Gaussians" in check.estimator
+
+
+def test_draws_of_gaps_are_in_equal_shares_on_average(exact):
+    """Whatever their number: the mean weight is p(x) for every K, and no component has more than the others."""
+    guide, _ = off(exact)
+    x = exact.sample(1).expand(300, -1)
+    pair, batch = Pair(exact.model, guide), Batch(x)
+    sampler = GuideAndGaussians(Individual(steps=1))(pair, batch)
+    for k in (1, 2, 4):
+        log_w = torch.cat([sampler(k) for _ in range(200)])
+        ratios = (log_w - exact.log_prob(x)).exp().detach()
+        assert len(log_w) == 200 * k
+        assert_mean(ratios.reshape(200, -1).mean(1), 1.0, least=0.3)
+
+
+def test_a_mode_that_neither_guide_nor_gaussian_visits_is_found():
+    """z ~ N(0, 1), x|z ~ N(|z|, 0.1), and a guide on one mode, to which the Gaussians stay: half of p(x) is missing."""
+
+    def absolute(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z.abs(), 0.1), obs=x)
+
+    def one_mode(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 1.01, torch.full_like(x, 0.1 / math.sqrt(1.01))))
+
+    x = 1 + torch.rand(20, dtype=torch.float64)
+    result = gaps(absolute, one_mode, x, 200, individual=QUICK, seed=0).log_marginal
+    truth = dist.Normal(torch.zeros_like(x), math.sqrt(1.01)).log_prob(x) + math.log(2)
+    assert abs(result.mean - truth.mean() + math.log(2)) < 0.05
+    said = verdict(result)
+    assert said.kind == "lower bound only"
+    assert "the proposal misses part of the posterior" in said.reason
 
 
 def test_reported_errors_are_the_errors_made():

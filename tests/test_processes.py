@@ -42,7 +42,7 @@ def start(folder: Path, words: str) -> list[subprocess.Popen[str]]:
 
 
 def wait_for_checkpoint(run: Path) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not list((run / "checkpoints").glob("step-*")):
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -55,7 +55,7 @@ def test_processes_stop_together_and_one_goes_on_alone(tmp_path: Path, capsys: p
     try:
         wait_for_checkpoint(tmp_path / "run")
         processes[1].send_signal(signal.SIGTERM)
-        outputs = [process.communicate(timeout=120) for process in processes]
+        outputs = [process.communicate(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -77,7 +77,7 @@ def test_a_process_that_is_killed_is_missed_in_a_line(tmp_path: Path) -> None:
     try:
         wait_for_checkpoint(tmp_path / "run")
         processes[1].kill()
-        err = processes[0].communicate(timeout=120)[1]
+        err = processes[0].communicate(timeout=300)[1]
     finally:
         for process in processes:
             process.kill()

@@ -29,6 +29,7 @@ References:
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,12 +38,13 @@ from pyrovae.checks import check_count
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.estimate import Estimate, joined
 from pyrovae.inference.gaussians import Family, family
-from pyrovae.inference.individual import Individual
+from pyrovae.inference.individual import FittedGaussian, Individual
 from pyrovae.inference.information import Information, split_kl
-from pyrovae.inference.marginal import LogMarginal, block_of, join, summarise
+from pyrovae.inference.marginal import ORIGINAL_ROWS, LogMarginal, Origin, block_of, join, summarise
 from pyrovae.inference.modules import evaluating
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
+from pyrovae.inference.proposals import Sampler, particles_in
 from pyrovae.inference.unconstrained import Unconstrained
 from pyrovae.inference.units import Units, use_of_units
 from pyrovae.inference.validity import check_pair
@@ -153,8 +155,9 @@ def gaps(
                 progress(start + len(block))
         with keyed(seed, "gaps", "units", device=x.device):
             about_units, about_x = use_of_units(pair, batch), split_kl(pair, batch)
+    origin = Origin(pair, batch[:ORIGINAL_ROWS], GuideAndGaussians(method), seed or 0, chunk_size, whole=False)
     return Gaps(
-        join([marginal for marginal, _ in blocks]),
+        replace(join([marginal for marginal, _ in blocks]), origin=origin),
         **{name: joined([parts[name] for _, parts in blocks]) for name in QUANTITIES},
         family=method.family,
         guide_family=guide_family,
@@ -169,10 +172,7 @@ def of_block(
     pair: Pair, batch: Batch, num_particles: int, method: Individual, chunk: int
 ) -> tuple[LogMarginal, dict[str, Estimate]]:
     """log p(x) and every quantity of some rows."""
-    space = Unconstrained(pair, batch)
-    fitted = {"own": method.fit(pair, batch)}
-    if method.family != "full":
-        fitted["full"] = replace(method, family="full").fit(pair, batch)
+    space, fitted = Unconstrained(pair, batch), gaussians(pair, batch, method)
     proposals = ["guide", *fitted]
     log_w: dict[str, Tensor] = {}  # of each proposal's draws, by itself and in the mixture
     log_mixed: dict[str, Tensor] = {}
@@ -193,8 +193,7 @@ def of_block(
             mixed.append((log_joint - mixture).cpu())
         log_w[name], log_mixed[name] = torch.cat(alone), torch.cat(mixed)
     everything = torch.cat(list(log_mixed.values()))
-    words = "importance sampling from a mixture of the guide and of Gaussians fitted to each datum"
-    marginal = summarise(everything[torch.randperm(len(everything))], words)
+    marginal = summarise(everything[torch.randperm(len(everything))], GuideAndGaussians.name)
     influence = {name: (log_mixed[name] - marginal.estimate).exp() / len(proposals) for name in proposals}
 
     def quantity(times: float, elbos: dict[str, float]) -> Estimate:
@@ -213,6 +212,42 @@ def of_block(
         return Estimate(values, variances.sqrt())
 
     return marginal, {name: quantity(*parts) for name, parts in QUANTITIES.items()}
+
+
+def gaussians(pair: Pair, batch: Batch, method: Individual) -> dict[str, FittedGaussian]:
+    """The best Gaussians of each datum, of the method's family and of full covariance."""
+    fitted = {"own": method.fit(pair, batch)}
+    return fitted if method.family == "full" else fitted | {"full": replace(method, family="full").fit(pair, batch)}
+
+
+@dataclass(frozen=True)
+class GuideAndGaussians:
+    """What all draws together are from: a proposal, so that their log p(x) is tried on simulated data as others are."""
+
+    method: Individual
+    name: ClassVar[str] = "importance sampling from a mixture of the guide and of Gaussians fitted to each datum"
+
+    def __call__(self, pair: Pair, batch: Batch) -> Sampler:
+        space, fitted = Unconstrained(pair, batch), gaussians(pair, batch, self.method).values()
+
+        def weigh(u: Tensor) -> Tensor:
+            at = space(u)
+            log_r = torch.stack([at.log_guide.double(), *(q.log_prob(u).double() for q in fitted)])
+            return at.log_joint.double() - (torch.logsumexp(log_r, 0) - math.log(len(log_r)))
+
+        def sample(k: int) -> Tensor:
+            # An equal share of each; what cannot be shared equally is left to chance, so that none has more on average.
+            order = torch.randperm(1 + len(fitted))
+            shares = [k // len(order) + (int(place) < k % len(order)) for place in order]
+            parts = [space.draw(shares[0])] if shares[0] else []
+            for q, n in zip(fitted, shares[1:], strict=True):
+                parts.append(q.at(torch.randn(n, *q.loc.shape, dtype=q.loc.dtype, device=q.loc.device)))
+            return weigh(torch.cat(parts)[torch.randperm(k)])
+
+        def at(values: dict[str, Tensor]) -> Tensor:
+            return weigh(space.join(draw(pair, batch, particles_in(values), values)))
+
+        return Sampler(sample, at)
 
 
 @torch.no_grad()
