@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from pyrovae.inference import log_marginal as log_marginal
     from pyrovae.inference import log_weights as log_weights
     from pyrovae.models import MLP as MLP
+    from pyrovae.models import PPCA as PPCA
     from pyrovae.models import VAE as VAE
     from pyrovae.models import Bernoulli as Bernoulli
     from pyrovae.models import BernoulliMixture as BernoulliMixture
     from pyrovae.models import ConditionalVAE as ConditionalVAE
+    from pyrovae.models import ContinuousBernoulli as ContinuousBernoulli
     from pyrovae.models import ConvDecoder as ConvDecoder
     from pyrovae.models import ConvEncoder as ConvEncoder
+    from pyrovae.models import FlowPrior as FlowPrior
     from pyrovae.models import FullCovarianceNormal as FullCovarianceNormal
     from pyrovae.models import Gaussian as Gaussian
     from pyrovae.models import GaussianMixture as GaussianMixture
@@ -47,12 +50,15 @@ _HOME = {
     **dict.fromkeys(
         (
             "MLP",
+            "PPCA",
             "VAE",
             "Bernoulli",
             "BernoulliMixture",
             "ConditionalVAE",
+            "ContinuousBernoulli",
             "ConvDecoder",
             "ConvEncoder",
+            "FlowPrior",
             "FullCovarianceNormal",
             "Gaussian",
             "GaussianMixture",
