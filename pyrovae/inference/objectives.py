@@ -69,6 +69,9 @@ class Objective(PyroELBO, ABC):
         num_particles: K.
         num_averages: M; M * K particles are drawn at once.
         of_particles: It is made of terms of single particles, which may be drawn in chunks.
+        word: What the command line calls it, for one of `OBJECTIVES`.
+        title: What tables call it.
+        usual_particles: K there, unless given.
     """
 
     num_particles: int
@@ -240,6 +243,10 @@ class Renyi(ImportanceWeighted):
         num_averages: M.
     """
 
+    word: ClassVar[str] = "renyi"
+    title: ClassVar[str] = "Renyi"
+    usual_particles: ClassVar[int] = 5
+
     alpha: float
     num_particles: int = 1
     num_averages: int = 1
@@ -265,6 +272,10 @@ class IWAE(ImportanceWeighted):
         num_averages: M.
     """
 
+    word: ClassVar[str] = "iwae"
+    title: ClassVar[str] = "IWAE"
+    usual_particles: ClassVar[int] = 5
+
     num_particles: int = 1
     num_averages: int = 1
 
@@ -283,9 +294,13 @@ class StickingTheLanding(ImportanceWeighted):
         num_averages: M.
     """
 
+    word: ClassVar[str] = "sticking-the-landing"
+    title: ClassVar[str] = "sticking the landing"
+    usual_particles: ClassVar[int] = 1
+    held: ClassVar[tuple[str, ...]] = ("guide",)
+
     num_particles: int = 1
     num_averages: int = 1
-    held: ClassVar[tuple[str, ...]] = ("guide",)
 
     def reduce(self, log_weights: Tensor) -> Tensor:
         return log_mean_exp(log_weights, 1)
@@ -305,6 +320,10 @@ class ELBO(OfParticles):
         num_averages: M; the same as more particles.
         kl: "auto", or "sampled" never to use the analytic form.
     """
+
+    word: ClassVar[str] = "elbo"
+    title: ClassVar[str] = "ELBO"
+    usual_particles: ClassVar[int] = 1
 
     num_particles: int = 1
     beta: float | Schedule = 1.0
@@ -337,6 +356,10 @@ class ELBO(OfParticles):
     def kl_forms(self, particles: Particles) -> dict[str, str]:
         """By site, whether its KL is "analytic" or "sampled"."""
         return kl_terms(particles, self.kl == "auto")[1]
+
+
+# Those that have a name on the command line.
+OBJECTIVES = (ELBO, IWAE, Renyi, StickingTheLanding)
 
 
 @dataclass(frozen=True, repr=False)

@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from pyrovae.errors import UsageError
-from pyrovae.runs.options import BASELINES, PARTS, PROPOSALS
+from pyrovae.runs.options import BASELINES, OBJECTIVES, PARTS, PROPOSALS
 from pyrovae.runs.parts import Part, choose, fill
 from pyrovae.runs.recipe import Recipe, choose_likelihood, first
 
@@ -122,15 +122,17 @@ def build_objective(recipe: Recipe, steps_per_epoch: int = 1) -> "PyroELBO":
     """The objective that a recipe trains with."""
     from pyro.infer import TraceEnum_ELBO
 
-    from pyrovae.inference import objectives
-
     if recipe.is_exact:
         return TraceEnum_ELBO(max_plate_nesting=1, strict_enumeration_warning=False)  # for those without a site
-    if recipe.elbo == "iwae":
-        return objectives.IWAE(num_particles=recipe.K, num_averages=recipe.M)
-    if recipe.alpha is not None:
-        return objectives.Renyi(recipe.alpha, num_particles=recipe.K, num_averages=recipe.M)
-    return objectives.ELBO(num_particles=recipe.K, num_averages=recipe.M, beta=build_beta(recipe.beta, steps_per_epoch))
+    built: PyroELBO = OBJECTIVES[recipe.elbo].build(
+        "elbo",
+        {},
+        num_particles=recipe.K,
+        num_averages=recipe.M,
+        alpha=recipe.alpha,
+        beta=build_beta(recipe.beta, steps_per_epoch),
+    )
+    return built
 
 
 def build_beta(value: float | str | None, steps_per_epoch: int) -> Any:

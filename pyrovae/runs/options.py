@@ -22,7 +22,10 @@ PARTS = {
 # Where the draws of an estimate of log p(x) come from.
 PROPOSALS = Choices(("pyrovae.inference", "PROPOSALS"))
 
-ELBOS = ("elbo", "iwae", "renyi")
+# What is maximised, by word.
+OBJECTIVES = {
+    word: choice.classes[0] for word, choice in Choices(("pyrovae.inference.objectives", "OBJECTIVES")).items()
+}
 SWITCH = Words(("auto", "on", "off"))
 THREADS = Either((Words(("auto",)), Whole(1, 4096)))
 
@@ -55,8 +58,20 @@ class Beta:
 # None as a default is filled in by `resolve`, from the other choices.
 OPTIONS: dict[str, dict[str, Setting]] = {
     "Bound": {
-        "elbo": Setting(Words(ELBOS), "elbo", "elbo, iwae or renyi (default elbo)", "NAME"),
-        "K": Setting(Whole(), None, "particles per datum (default 1; 5 for iwae and renyi)", "INT"),
+        "elbo": Setting(
+            Words(tuple(OBJECTIVES)),
+            "elbo",
+            "; ".join(f"{word}: {bound.help}" for word, bound in OBJECTIVES.items()) + " (default elbo)",
+            "NAME",
+        ),
+        "K": Setting(
+            Whole(),
+            None,
+            "particles per datum (default "
+            + ", ".join(f"{bound.constants['usual_particles']} for {word}" for word, bound in OBJECTIVES.items())
+            + ")",
+            "INT",
+        ),
         "M": Setting(Whole(), 1, "outer averages of the K-particle bound (default 1)", "INT"),
         "alpha": Setting(Number(), None, "order of the Renyi bound, only with renyi (default 0.5)", "NUMBER"),
         "beta": Setting(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from pyrovae.errors import UsageError
-from pyrovae.runs.options import BASELINES, DERIVED, PARTS, SETTINGS
+from pyrovae.runs.options import BASELINES, DERIVED, OBJECTIVES, PARTS, SETTINGS
 from pyrovae.runs.parts import Part, choose, nearest, option
 from pyrovae.settings import read
 
@@ -197,15 +197,16 @@ def overlaid(stored: Options, options: Options) -> Options:
 def complete_bound(values: Options, given: Options) -> None:
     """Fill in K, alpha and beta, and refuse the ones that the bound does not use."""
     elbo = values["elbo"]
+    bound = OBJECTIVES[elbo]
     if values["K"] is None:
-        values["K"] = 1 if elbo == "elbo" else 5
-    if elbo != "renyi":
+        values["K"] = bound.constants["usual_particles"]
+    if "alpha" not in bound.takes:
         refuse(given, ("alpha",), f"--elbo {elbo} has no order; use --elbo renyi")
     elif values["alpha"] is None:
         values["alpha"] = 0.5
     elif abs(1 - values["alpha"]) < 1e-4:
         raise UsageError("--alpha 1: that is the ELBO; use --elbo elbo")
-    if elbo != "elbo":
+    if "beta" not in bound.takes:
         refuse(given, ("beta",), f"with --elbo {elbo} a weighted KL is not a bound on log p(x); use --elbo elbo")
     elif values["beta"] is None:
         values["beta"] = 1.0

@@ -4,6 +4,7 @@ import math
 import textwrap
 from typing import TYPE_CHECKING, Any
 
+from pyrovae.runs.options import OBJECTIVES
 from pyrovae.runs.recipe import Recipe
 from pyrovae.runs.report import Report
 
@@ -149,12 +150,12 @@ def describe_bound(recipe: Recipe) -> str:
     """The objective in words."""
     if recipe.is_exact:
         return "exact log p(x), latents summed out"
-    words = {"elbo": "ELBO", "iwae": "IWAE", "renyi": "Renyi"}[recipe.elbo] + f", K = {recipe.K}"
+    words = f"{OBJECTIVES[recipe.elbo].constants['title']}, K = {recipe.K}"
     if recipe.M != 1:
         words += f", M = {recipe.M}"
-    if recipe.elbo == "renyi":
+    if recipe.alpha is not None:
         words += f", alpha = {recipe.alpha:g}"
-    if recipe.elbo == "elbo" and recipe.beta != 1:
+    if recipe.beta not in (None, 1):
         words += f", beta = {recipe.beta}"
     return words
 
