@@ -1,8 +1,10 @@
 """One contract for every prior, likelihood and guide, and for the networks under them."""
 
 import copy
+import inspect
 import itertools
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +15,7 @@ import pytest
 import torch
 from conftest import EXACT, assert_mean
 from pyro import poutine
+from pyro.infer import TraceEnum_ELBO
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.testing import assert_close
@@ -24,7 +27,6 @@ from pyrovae.models import (
     VAE,
     Bernoulli,
     BernoulliMixture,
-    ContinuousBernoulli,
     ConvDecoder,
     ConvEncoder,
     FlowPrior,
@@ -41,6 +43,9 @@ from pyrovae.models import (
 from pyrovae.models.guides import SCALE_FLOOR, Guide
 from pyrovae.models.likelihoods import Likelihood
 from pyrovae.models.priors import Prior
+from pyrovae.runs import options
+from pyrovae.runs.parts import Choice, Class
+from pyrovae.settings import Either, Several, Words, kind_of, read
 
 Z = 2
 
@@ -57,33 +62,61 @@ def decoder(shape: tuple[int, ...], latent_dim: int = Z) -> Network:
     return ConvDecoder(latent_dim, shape, channels=(3, 4), hidden=6, activation="silu")
 
 
+# Settings with which parts are small enough to be looked at from everywhere.
+SMALL = {"components": 3, "rank": 1, "layers": 2, "hidden": 5}
+
+
+def variants(choice: Choice) -> list[dict[str, object]]:
+    """Settings of a class: its defaults, each other word, and a number where a word or a number is asked for."""
+    small = {key: value for key, value in SMALL.items() if key in choice.settings}
+    found: list[dict[str, object]] = []
+    for key, setting in choice.settings.items():
+        kinds = setting.kind.kinds if isinstance(setting.kind, Either) else (setting.kind,)
+        words = [word for kind in kinds if isinstance(kind, Words) for word in kind.names]
+        numbers = [0.7] if words and len(kinds) > 1 else []
+        found += [{**small, key: value} for value in (*numbers, *words)]
+    return found or [small]
+
+
+def named(cls: type, settings: dict[str, object], kind: str) -> str:
+    """Gaussian(learned)-MLP."""
+    words = ", ".join(str(value) for key, value in settings.items() if key not in SMALL)
+    return f"{cls.__name__}{f'({words})' if words else ''}-{kind}"
+
+
+def likelihood(cls: type[Likelihood], settings: dict[str, object], event: tuple[int, ...]) -> Likelihood:
+    return cls(decoder(cls.decoder_shape(event, **settings)), **settings)
+
+
+def classes(part: str) -> list[tuple[type, dict[str, object], tuple[str, ...]]]:
+    """Every class of a part, with settings, and what its constructor takes from the pair."""
+    choices = options.PARTS[part].values()
+    return [(c.classes[0].load(), settings, c.classes[0].takes) for c in choices for settings in variants(c)]
+
+
 GUIDES: dict[str, Callable[[], Guide]] = {
-    f"{cls.__name__}-{kind}": lambda cls=cls, shape=shape, options=options: cls(encoder(shape), Z, **options)
-    for cls, options in ((MeanFieldNormal, {}), (FullCovarianceNormal, {}), (LowRankNormal, {"rank": 1}))
+    named(cls, settings, kind): lambda cls=cls, shape=shape, settings=settings: cls(encoder(shape), Z, **settings)
+    for cls, settings, _ in classes("guide")
     for kind, shape in (("MLP", (4,)), ("Conv", (1, 5, 3)))
 }
 PRIORS: dict[str, Callable[[], Prior]] = {
-    "StandardNormal": lambda: StandardNormal(Z),
-    "MixtureOfGaussians": lambda: MixtureOfGaussians(Z, components=3),
-    "FlowPrior": lambda: FlowPrior(Z, layers=2, hidden=4),
-    **{
-        f"VampPrior({name})": lambda make=make: VampPrior(g := make(), g.event_shape, components=3)
-        for name, make in GUIDES.items()
-    },
+    cls.__name__: lambda cls=cls, settings=settings: cls(Z, **settings)
+    for cls, settings, takes in classes("prior")
+    if "guide" not in takes
+} | {
+    f"{cls.__name__}({name})": lambda cls=cls, make=make, settings=settings: cls(g := make(), g.event_shape, **settings)
+    for cls, settings, takes in classes("prior")
+    if "guide" in takes
+    for name, make in GUIDES.items()
 }
+# Events of two numbers for densities, which are integrated over the plane; of a few bits for masses.
+EVENTS = {"density": {"MLP": (2,), "Conv": (1, 2, 1)}, "mass": {"MLP": (4,), "Conv": (1, 2, 3)}}
 LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {
-    "Bernoulli-MLP": lambda: Bernoulli(decoder((4,))),
-    "Bernoulli-Conv": lambda: Bernoulli(decoder((1, 2, 3))),
-    "ContinuousBernoulli-MLP": lambda: ContinuousBernoulli(decoder((2,))),
-    "ContinuousBernoulli-Conv": lambda: ContinuousBernoulli(decoder((1, 2, 1))),
-    "Gaussian(0.7)-MLP": lambda: Gaussian(decoder((2,)), 0.7),
-    "Gaussian(0.7)-Conv": lambda: Gaussian(decoder((1, 2, 1)), 0.7),
-    "Gaussian(learned)-MLP": lambda: Gaussian(decoder((2,)), "learned"),
-    "Gaussian(per-dimension)-MLP": lambda: Gaussian(decoder((2,)), "per-dimension"),
-    "Gaussian(per-dimension)-Conv": lambda: Gaussian(decoder((1, 2, 1)), "per-dimension"),
-    "Gaussian(predicted)-MLP": lambda: Gaussian(decoder((2, 2)), "predicted"),
-    "Gaussian(predicted)-Conv": lambda: Gaussian(decoder((2, 1, 2)), "predicted"),
+    named(cls, settings, kind): lambda cls=cls, settings=settings, event=event: likelihood(cls, settings, event)
+    for cls, settings, _ in classes("likelihood")
+    for kind, event in EVENTS[cls.measure].items()
 }
+MASSES = [name for name, make in LIKELIHOODS.items() if make().measure == "mass"]
 PARTS = {**GUIDES, **LIKELIHOODS, **PRIORS}
 
 
@@ -118,9 +151,9 @@ def event_shape(part: nn.Module) -> tuple[int, ...]:
 def values(part: nn.Module, batch: tuple[int, ...]) -> Tensor:
     """Random values in the support."""
     out = torch.randn(*batch, *event_shape(part), dtype=torch.float64)
-    if isinstance(part, ContinuousBernoulli):
-        return out.sigmoid()
-    return (out > 0).double() if isinstance(part, Bernoulli) else out
+    if not isinstance(part, Likelihood):
+        return out
+    return (out > 0).double() if part.measure == "mass" else out.sigmoid()
 
 
 @every(PARTS)
@@ -172,8 +205,8 @@ def density_on_a_grid(p: dist.Distribution, shape: tuple[int, ...]) -> tuple[Ten
     return points, p.log_prob(points.reshape(-1, *shape)).exp() * cell
 
 
-# That of a continuous Bernoulli jumps at 0 and 1: tests/test_continuous_bernoulli.py integrates it between them.
-CONTINUOUS = [name for name in PARTS if "Bernoulli" not in name]
+# The density of a continuous Bernoulli jumps at 0 and 1: tests/test_continuous_bernoulli.py integrates between them.
+CONTINUOUS = [name for name in PARTS if name not in MASSES and not name.startswith("ContinuousBernoulli")]
 
 
 @every(CONTINUOUS)
@@ -190,11 +223,11 @@ def test_density_integrates_to_1_and_is_what_is_sampled(name: str) -> None:
         assert_mean(moments, mass @ wanted)
 
 
-@pytest.mark.parametrize("name", ["Bernoulli-MLP", "Bernoulli-Conv"])
+@pytest.mark.parametrize("name", MASSES)
 def test_masses_sum_to_1_and_are_what_is_sampled(name: str) -> None:
     """All 2^D images: total 1, and their frequencies are those of samples to 5 s.e."""
     part = build(name)
-    p, z = apply(part, ())
+    p, _ = apply(part, ())
     D = math.prod(part.event_shape)
     images = torch.tensor(list(itertools.product([0.0, 1.0], repeat=D)), dtype=torch.float64)
     mass = p.log_prob(images.reshape(-1, *part.event_shape)).exp().detach()
@@ -202,8 +235,7 @@ def test_masses_sum_to_1_and_are_what_is_sampled(name: str) -> None:
     samples = p.sample((20_000,)).flatten(1)
     assert_mean(samples, mass @ images, least=0.03)
     assert_mean(samples.unsqueeze(2) * samples.unsqueeze(1), torch.einsum("p,pi,pj->ij", mass, images, images))
-    probability = torch.sigmoid(part.decoder(z)).flatten()
-    assert_close(mass @ images, probability, **EXACT)
+    assert_close(mass @ images, p.mean.detach().flatten(), **EXACT)
 
 
 @pytest.mark.parametrize("name", [n for n in PRIORS if n.startswith(("Mixture", "Vamp"))])
@@ -678,6 +710,116 @@ def test_arguments_that_make_no_sense_are_refused(case: str) -> None:
     make, message = REFUSALS[case]
     with pytest.raises(UsageError, match=message):
         make()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the classes say of themselves
+
+CHOICES = {**options.PARTS, "proposal": options.PROPOSALS}
+CLASSES = {
+    f"{part} {cls.name}": cls
+    for part, choices in CHOICES.items()
+    for choice in choices.values()
+    for cls in choice.classes
+}
+
+
+def every_class() -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES)
+
+
+@every_class()
+def test_what_is_read_from_the_sources_is_what_python_says(cls: Class) -> None:
+    """Settings, their kinds and defaults, what else is taken, and the attributes: read without importing torch."""
+    loaded = cls.load()
+    parameters = inspect.signature(loaded).parameters
+    settings = {}
+    for name, parameter in parameters.items():
+        kind = kind_of(parameter.annotation)
+        if parameter.default is not parameter.empty and kind is not None:
+            settings[name] = (kind, parameter.default)
+    assert {name: setting.kind for name, setting in cls.settings.items()} == {
+        n: kind for n, (kind, _) in settings.items()
+    }
+    for name, (kind, default) in settings.items():
+        assert cls.settings[name].default == (kind.container(default) if isinstance(kind, Several) else default)
+    assert set(cls.takes) == parameters.keys() - settings.keys()
+    for name in {"word", "short", "measure"} & cls.constants.keys():
+        assert cls.constants[name] == getattr(loaded, name)
+
+
+@every_class()
+def test_every_setting_is_described_and_has_a_default_that_is_allowed(cls: Class) -> None:
+    """--help has a line for the class and one for each setting; what it says are no stumps of sentences."""
+    assert cls.help
+    for name, setting in cls.settings.items():
+        assert setting.default is None or setting.kind.holds(setting.default), name
+        assert len(setting.help) > 5, name
+    for text in (cls.help, *(setting.help for setting in cls.settings.values())):
+        assert not re.search(r'[\n`"]|\.$', text)
+        assert text.count("(") == text.count(")")
+
+
+@every_class()
+def test_a_value_that_is_not_allowed_is_refused_by_name(cls: Class) -> None:
+    """The constructor and the command line refuse alike, each in one line."""
+    offered = {
+        "latent_dim": Z,
+        "event_shape": (4,),
+        "guide": GUIDES["MeanFieldNormal-MLP"](),
+        "encoder": encoder((4,)),
+        "decoder": decoder((4,)),
+        "in_shape": (1, 4, 4),
+        "out_shape": (1, 4, 4),
+    }
+    for name, setting in cls.settings.items():
+        with pytest.raises(UsageError, match=f"^{name}: expected {re.escape(str(setting.kind))}, got 'no such'"):
+            cls.load()(**{key: offered[key] for key in cls.takes}, **{name: "no such"})
+        with pytest.raises(UsageError, match=f"^--part.{name}: expected {re.escape(str(setting.kind))}, got no such"):
+            read(f"--part.{name}", "no such", setting.kind)
+
+
+@pytest.mark.parametrize("part", CHOICES)
+def test_names_tell_choices_apart(part: str) -> None:
+    """In any case, and short names too; the classes of one word are of different measures, or a network's two ends."""
+    words = [word.lower() for name, choice in CHOICES[part].items() for word in (name, *choice.short)]
+    assert len(words) == len(set(words))
+    for choice in CHOICES[part].values():
+        if len(choice.classes) > 1 and part != "network":
+            measures = [cls.constants["measure"] for cls in choice.classes]
+            assert len(measures) == len(set(measures))
+        if part == "network":
+            encoding, decoding = choice.classes
+            assert encoding.settings.keys() == decoding.settings.keys()
+
+
+@pytest.mark.parametrize("cls", [cls for choice in options.BASELINES.values() for cls in choice.classes])
+def test_every_baseline_is_a_distribution(cls: Class) -> None:
+    """Its log p(x) sums or integrates to 1, is that of its Pyro model, and is of what it samples, after a fit."""
+    event = {"mass": (2, 3), "density": (2,)}[str(cls.constants["measure"])]
+    settings = {"components": 1 if cls.name == "PPCA" else 3}
+    model = cls.build("model", settings, event_shape=event).double()
+    scale = torch.arange(1.0, 1 + math.prod(event), dtype=torch.float64).reshape(event)
+    x = torch.randn(60, *event, dtype=torch.float64) * scale + 0.5
+    x = (x > 0).double() if model.measure == "mass" else x
+    assert model.fit(x) >= 1
+    with torch.no_grad():
+        objective = TraceEnum_ELBO(max_plate_nesting=1, strict_enumeration_warning=False)
+        loss = objective.loss(model.model, model.guide, x)
+        assert loss == pytest.approx(-model.log_prob(x).sum().item(), rel=1e-9)
+        samples = model.sample(20_000)
+        if model.measure == "mass":
+            points = torch.tensor(list(itertools.product([0.0, 1.0], repeat=6)), dtype=torch.float64)
+            mass = model.log_prob(points.reshape(-1, *event)).exp()
+        else:
+            reach = 12 * x.std(0)
+            axes = [
+                torch.linspace(m - r, m + r, 601, dtype=torch.float64) for m, r in zip(x.mean(0), reach, strict=True)
+            ]
+            points = torch.cartesian_prod(*axes)
+            mass = model.log_prob(points).exp() * math.prod((axis[1] - axis[0]).item() for axis in axes)
+        assert mass.sum().item() == pytest.approx(1, abs=1e-4)
+        assert_mean(samples.flatten(1), mass @ points)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -310,8 +310,12 @@ def evaluated(module: str, annotation: ast.expr) -> Any:
     names = dict(vars(settings))
     used = {node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)} - names.keys()
     for node in tree(module).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in used:
-            names[node.targets[0].id] = evaluated(module, node.value)
+        match node:
+            case ast.Assign(targets=[ast.Name(id=name)], value=value) if name in used:
+                names[name] = evaluated(module, value)
+            case ast.ImportFrom(module=str(other)) if other.split(".")[0] == module.split(".")[0]:
+                for name in used & {alias.name for alias in node.names}:
+                    names[name] = evaluated(other, ast.Name(name, ast.Load(), lineno=1, col_offset=0))
     return eval(compile(ast.Expression(annotation), module, "eval"), names)
 
 
