@@ -1,4 +1,15 @@
-"""NumPy's files, .npy and .npz: nothing is allocated or unpacked before their headers agree with their sizes."""
+"""NumPy's files, .npy and .npz: nothing is allocated or unpacked before their headers agree with their sizes.
+
+A .npy file is a header, a Python literal that says type, order and shape, and then the numbers. A .npz file is a zip
+archive of such files. Both may be damaged, cut short, or made to claim terabytes, so each claim is compared with what
+is known before it is believed:
+
+- the bytes that the header's shape and type make, with the bytes of the file, or of the archive's member;
+- of a member, with what its packed bytes can unpack to: deflate makes at most 1032 bytes of one;
+- the memory that all arrays need together, with what is available.
+
+Python objects are never unpickled, since unpickling runs what the file says.
+"""
 
 import math
 import os
@@ -19,6 +30,11 @@ POSITION = 16  # bytes of memory for each row that stays in its file: its place,
 
 
 def read_npy(path: Path, where: str, stream: str) -> Found:
+    """The rows of a .npy file, as a memory map; they are read from it once the splits are known, or stay in it.
+
+    Raises:
+        DataError: its header is not one, or does not agree with its size; or there is too little memory.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         header = _npy_header(file, where)
@@ -40,6 +56,11 @@ def read_npy(path: Path, where: str, stream: str) -> Found:
 
 
 def read_npz(path: Path, where: str) -> Found:
+    """Rows and labels of a .npz archive: `x` and `y`, or `x_train`, `y_train` and so on.
+
+    Raises:
+        DataError: it is no archive, or damaged; it lacks those keys; or there is too little memory.
+    """
     try:
         archive = zipfile.ZipFile(path)
     except OSError:
@@ -92,6 +113,7 @@ def _npz_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> 
 
 
 def _npz_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> np.ndarray:
+    """A member whose header was checked, unpacked."""
     with _zip_member(archive, info, where) as stream:
         return np.lib.format.read_array(stream, allow_pickle=False, max_header_size=LARGEST_HEADER)
 

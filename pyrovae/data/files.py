@@ -1,4 +1,14 @@
-"""Files and folders of the user's own: which reader reads which, tables, folders of images, and IDX files."""
+"""Files and folders of the user's own: which reader reads which, tables, folders of images, and IDX files.
+
+    .npz, .npy      `pyrovae.data.arrays`
+    .csv            numbers, with or without a header; a column named `y` or `label` holds the labels
+    a folder        8-bit images of one size; subfolders `train` and `test` (and `validation`) are the splits, others
+                    the labels
+    IDX             the files behind torchvision's data sets of handwriting, compared with their headers before use
+
+A file is a stranger's: whatever is wrong with it ends in one line that names the file and the place in it, never in a
+traceback of the library that reads it.
+"""
 
 import csv
 import gzip
@@ -24,6 +34,16 @@ OTHERS = 10_000  # files without pixels in a folder of images
 
 
 def read_path(path: Path, where: str, stream: str) -> Found:
+    """What a file or folder holds.
+
+    Args:
+        path: Of the file or folder, which exists.
+        where: It in words, for messages.
+        stream: Whether training rows stay in the file: "auto", "on" or "off".
+
+    Raises:
+        DataError: its kind is unknown, or it is damaged, not of numbers, or too large for the memory.
+    """
     readers: dict[str, Callable[[Path, str], Found]] = {
         ".npz": read_npz,
         ".npy": partial(read_npy, stream=stream),
@@ -41,6 +61,7 @@ def read_path(path: Path, where: str, stream: str) -> Found:
 
 
 def _read_csv(path: Path, where: str) -> Found:
+    """A table. Its first line is a header unless all its cells are numbers."""
     import pandas
 
     require_memory(10 * path.stat().st_size, where)
@@ -74,6 +95,7 @@ def _read_csv(path: Path, where: str) -> Found:
 
 
 def _is_number(cell: str) -> bool:
+    """Whether a cell holds a number, or nothing."""
     try:
         return not cell.strip() or float(cell) is not None
     except ValueError:
@@ -86,6 +108,7 @@ def _are_labels(column: Any) -> bool:
 
 
 def _read_folder(path: Path, where: str) -> Found:
+    """Images in the order of their paths, with the first subfolder on the way to each as its label."""
     given = [split for split in SPLITS if (path / split).is_dir()]
     folders = {split: path / split for split in given} if {"train", "test"} <= set(given) else {"train": path}
     files = {split: _image_files(folder) for split, folder in folders.items()}
@@ -146,6 +169,7 @@ def _image_shape(files: Sequence[Path]) -> tuple[int, ...]:
 
 @contextmanager
 def _image(file: Path) -> Iterator[Any]:
+    """An opened image; whatever goes wrong while it is read names the file."""
     from PIL import Image
 
     try:

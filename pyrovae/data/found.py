@@ -1,4 +1,9 @@
-"""What a source holds, before it is split: rows and labels as NumPy has them, and what they must be."""
+"""What a source holds, before it is split: rows and labels as NumPy has them, and what they must be.
+
+Every reader gives a `Found`. What it must be is checked here, alike for all of them; that its values are finite is
+found out later, in the one pass over all rows (`summary`). Memory is asked for before it is taken (`require_memory`):
+an array that does not fit is refused in a line, and the system ends no process.
+"""
 
 import os
 from collections.abc import Sequence
@@ -17,18 +22,33 @@ HELD_OUT = 10_000  # rows of validation and test at most, where they are taken o
 
 
 class Found(NamedTuple):
-    """What a source holds: rows and labels under "train", and under "test" and "validation" where it has them."""
+    """What a source holds.
+
+    Attributes:
+        x: Rows, shape (N, *event), under "train", and under "test" and "validation" where the source has them.
+        y: Labels of those of them that have some, numbers or names.
+        levels: Number of grey levels, if the rows are uint8.
+        notices: Sentences for the user.
+        columns: Names of the columns of a table, for messages and figures.
+        classes: Names of labels that are numbers.
+        stream: Whether the training rows stay where they are.
+    """
 
     x: dict[str, np.ndarray]
     y: dict[str, np.ndarray]
-    levels: int | None = 256  # of uint8 rows
+    levels: int | None = 256
     notices: tuple[str, ...] = ()
-    columns: Sequence[str] | None = None  # their names, for messages and figures
-    classes: tuple[str, ...] | None = None  # names of labels that are numbers
-    stream: bool = False  # whether the training rows stay where they are
+    columns: Sequence[str] | None = None
+    classes: tuple[str, ...] | None = None
+    stream: bool = False
 
 
 def check_shape(rows: np.ndarray, where: str) -> None:
+    """Refuse what are no rows of numbers.
+
+    Raises:
+        DataError: another type, fewer than two dimensions, or no element.
+    """
     if rows.dtype.kind not in "buif":
         raise DataError(f"{where}: expected numbers, got {rows.dtype}; save them as float32 or uint8")
     if rows.ndim < 2:
@@ -38,6 +58,11 @@ def check_shape(rows: np.ndarray, where: str) -> None:
 
 
 def check_agreement(x: dict[str, np.ndarray], where: str) -> None:
+    """Refuse splits that are not of one kind.
+
+    Raises:
+        DataError: they differ in event shape, or some are grey levels and others are not.
+    """
     for split, rows in x.items():
         if rows.shape[1:] != x["train"].shape[1:]:
             raise DataError(
@@ -52,6 +77,7 @@ def check_agreement(x: dict[str, np.ndarray], where: str) -> None:
 
 
 def of_levels(rows: np.ndarray) -> bool:
+    """Whether rows are of a type that holds grey levels, or zeros and ones; all other types are continuous."""
     return rows.dtype in (np.uint8, np.bool_)
 
 
@@ -85,6 +111,16 @@ def encode_labels(
 
 
 def require_memory(needed: int, where: str, remedy: str = "give fewer rows, or save them as one array in .npy") -> None:
+    """Refuse to take memory that is not there.
+
+    Args:
+        needed: Bytes.
+        where: What they are for, in words.
+        remedy: What the user may do.
+
+    Raises:
+        DataError: fewer are available.
+    """
     available = available_memory()
     if needed > available:
         raise DataError(
@@ -111,8 +147,14 @@ def shown_path(source: str | Path, path: Path) -> str:
 
 
 def counted(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    >>> counted(1, "row"), counted(3, "row")
+    ('1 row', '3 rows')
+    """
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def in_short(error: BaseException) -> str:
+    """What an error of another library says, in one line of at most 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -132,6 +132,12 @@ def _assembled(found: Found, name: str, where: str, foreign: bool = False) -> Da
 
 
 def _existing(source: str | Path) -> Path:
+    """The path of a source that is no name.
+
+    Raises:
+        DataError: nothing is there.
+        UsageError: nothing is there, and it looks like a name that is misspelt.
+    """
     path = Path(source).expanduser()
     if str(source) and os.path.exists(path):
         return path

@@ -114,7 +114,11 @@ class Data(Raw):
         )
 
     def _space(self, measure: str, binarize: str | None, standardize: bool) -> Space:
-        """The space of that name, with the settings that were chosen for it."""
+        """The space of that name, with the settings that were chosen for it.
+
+        Raises:
+            UsageError: there is none, or it has no use for a setting.
+        """
         check_choice("measure", measure, [space.name for space in SPACES])
         space = next(space for space in SPACES if space.name == measure)
         chosen: dict[str, Any] = {"binarize": binarize, "standardize": standardize or None}
@@ -126,6 +130,7 @@ class Data(Raw):
 
 
 def sha256(tensors: Iterable[Tensor], words: str = "") -> str:
+    """SHA-256, in hex, of words and of the type, shape and bytes of tensors."""
     digest = hashlib.sha256(words.encode())
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -2,6 +2,9 @@
 
 A likelihood says the `name` of its space as its measure, or is handed a `Space` of its own with `Data.rows`. To write a
 new one, subclass `Space`: its fields are the user's settings, and `read` gives a `Reading`, the `Measure` included.
+
+    Binary        {0,1}^D      grey levels or probabilities become bits, drawn or by a threshold
+    Continuous    R^D          grey levels are dequantised to [0,1]^D; all else stays in its units, or is standardised
 """
 
 import math
@@ -64,7 +67,7 @@ class Space(ABC):
 
 @dataclass(frozen=True)
 class Binary(Space):
-    """{0,1}^D.
+    """{0,1}^D, where log p(x) is of a mass.
 
     Attributes:
         binarize: How grey pixels become binary. "dynamic", the default for grey levels: training rows drawn anew
@@ -106,6 +109,11 @@ class Binary(Space):
         return Reading(measure, transform, binarize == "fixed", binarize, notices)
 
     def _require_probabilities(self, name: str, moments: Moments) -> None:
+        """Refuse continuous values that are no probabilities, or that nobody said are.
+
+        Raises:
+            DataError: whole numbers, values outside [0,1], or no binarisation chosen.
+        """
         found = f"{name}: values in [{moments.low:.6g}, {moments.high:.6g}]"
         if moments.whole.all():
             raise DataError(
@@ -127,7 +135,7 @@ class Binary(Space):
 
 @dataclass(frozen=True)
 class Continuous(Space):
-    """R^D: grey levels dequantised to [0,1]^D, or continuous data in its own units.
+    """R^D, where log p(x) is of a density: grey levels dequantised to [0,1]^D, or continuous data in its own units.
 
     Attributes:
         standardize: Of continuous data, (x - mean) / sd of the training rows; a constant column has its sd replaced

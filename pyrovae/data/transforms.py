@@ -1,7 +1,15 @@
 """From raw rows to the x of a model: binary, dequantised, standardised, or as they are.
 
 A transform is a small value that is called with raw rows, and perhaps a generator; those that draw do so anew whenever
-they are called.
+they are called, from torch's global generator of the rows' device if none is given:
+
+    AsFloat        x = raw
+    DrawnPixels    x = 1 with probability l / (L - 1), for a pixel of level l out of L
+    Threshold      x = 1 where that probability is over 1/2
+    Dequantize     x = (l + u) / L, u ~ U[0, 1)
+    Standardize    x = (raw - mean) / sd, of the training rows
+
+They are compared by their settings and can be pickled, so that other processes transform rows alike.
 """
 
 from dataclasses import dataclass
@@ -28,7 +36,7 @@ class DrawnPixels:
     levels: int | None
 
     def __call__(self, raw: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return (_uniform(raw, generator) < probability(raw, self.levels)).to(torch.float32)
+        return (_uniform(raw, generator) < _probability(raw, self.levels)).to(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Threshold:
     levels: int | None
 
     def __call__(self, raw: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return (probability(raw, self.levels) > 0.5).to(torch.float32)
+        return (_probability(raw, self.levels) > 0.5).to(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -79,8 +87,10 @@ def draw_once(
 
 
 def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """u ~ U[0, 1), one for each element."""
     return torch.rand(like.shape, dtype=torch.float32, device=like.device, generator=generator)
 
 
-def probability(raw: Tensor, levels: int | None) -> Tensor:
+def _probability(raw: Tensor, levels: int | None) -> Tensor:
+    """Of a pixel being 1: its level over the highest, or the value itself where there are no levels."""
     return raw.to(torch.float32) / (1 if levels is None else levels - 1)
