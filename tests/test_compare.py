@@ -182,11 +182,12 @@ def test_an_estimate_may_be_better_by_the_bias_that_is_stated():
     assert readable(frame)["rank"].tolist() == ["1", "2"]  # the better one's bias opens nothing
 
 
-def test_a_model_without_a_number_leaves_the_ranks_of_others_alone():
+@pytest.mark.parametrize("value", [math.nan, -math.inf, math.inf])
+def test_a_model_without_a_number_leaves_the_ranks_of_others_alone(value):
     """Though it would be the best in every resample that leaves its bad row out."""
     rows = shifted()
     broken = rows + 5
-    broken[3] = math.nan
+    broken[3] = value
     frame = table([Scored("broken", [exact(broken)]), Scored("a", [exact(rows)]), Scored("b", [exact(rows - 1)])])
     assert readable(frame)["rank"].tolist() == ["1", "2", "-"]
 
@@ -262,7 +263,7 @@ def test_the_verdict_of_a_pool_is_its_worst_and_its_reason_is_told():
     assert note == f"doubtful: lower bound only, {frame['reason']['doubtful']}"
 
 
-@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("value", [math.nan, -math.inf, math.inf])
 def test_a_model_without_a_mean_is_last_and_has_no_rank(value):
     broken = shifted()
     broken[7] = value

@@ -125,7 +125,9 @@ def table(scored: Sequence[Scored], seed: int = 0) -> "pd.DataFrame":
     from pyrovae.inference.estimate import standard_error
     from pyrovae.inference.marginal import FROM_GUIDE
 
-    ranked = sorted(scored, key=lambda s: s.estimate.mean().nan_to_num(nan=-float("inf")).item(), reverse=True)
+    ranked = sorted(
+        scored, key=lambda s: s.estimate.mean().nan_to_num(nan=-math.inf, posinf=-math.inf).item(), reverse=True
+    )
     estimates = torch.stack([entry.estimate for entry in ranked])
     estimates[~estimates.isfinite().all(1)] = math.nan  # else resamples without the bad rows would count
     resampled = means(estimates, seed=seed)
