@@ -145,6 +145,21 @@ def test_a_signal_within_a_print_is_noted(capfd: pytest.CaptureFixture[str]) -> 
     assert err == "\nstopping after this step and saving the state; once more stops at once\n"
 
 
+def test_a_wish_that_is_heard_twice_is_one_wish(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one of several processes, at once; a second one later, or of a process alone, ends it."""
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    for processes, later, wanted in (("1", 0.0, [143]), ("2", 0.0, []), ("2", 6.0, [143])):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        ended.clear()
+        with Stop() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            stop.since -= later
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop()
+        assert ended == wanted
+
+
 @pytest.mark.slow
 def test_interrupted_while_the_output_waits(tmp_path: Path) -> None:
     """`fit | less`: nobody reads, a print waits, and Ctrl-C still ends the run with its state saved."""
