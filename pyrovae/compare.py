@@ -49,6 +49,7 @@ def command(words: Sequence[str]) -> int:
     """Parse the options, score every run, print and write the tables."""
     options = given(options_parser().parse_args(words))
 
+    from pyrovae.inference.verdicts import Kind
     from pyrovae.processors import pick_device, threads
     from pyrovae.runs.baseline import COMPONENTS
     from pyrovae.runs.comparing import compare_runs
@@ -78,7 +79,7 @@ def command(words: Sequence[str]) -> int:
     how, pool = Scoring(k, seed, proposal), not options.get("no_pool")
     with threads(number, lambda text: say(f"note: {text}")):
         scored = compare_runs(runs, how, out, limit=limit, device=device, pool=pool, components=tried, say=say)
-    invalid = [f"{entry.name}: {entry.verdict.reason}" for entry in scored if entry.verdict.kind == "invalid"]
+    invalid = [f"{entry.name}: {entry.verdict.reason}" for entry in scored if entry.verdict.kind == Kind.INVALID]
     if invalid:
         raise NumericalError("invalid: " + "; ".join(invalid))
     return 0

@@ -27,6 +27,7 @@ are chains: `ok` where that sandwich is narrower than 0.1 nat (`pyrovae.inferenc
 
 import math
 from dataclasses import dataclass
+from enum import StrEnum
 
 from pyrovae.checks import describe
 from pyrovae.errors import PairError, PyrovaeError, UsageError
@@ -44,17 +45,32 @@ LEAST_BIAS = 1e-4
 MOST_NAMED = 5
 
 
+class Kind(StrEnum):
+    """What may be said of an estimate, from the most to the least."""
+
+    EXACT = "exact"
+    OK = "ok"
+    UNCHECKED = "unchecked"
+    LOWER_BOUND = "lower bound only"
+    INVALID = "invalid"
+
+    @property
+    def is_firm(self) -> bool:
+        """Whether the number may be quoted as log p(x), within what the verdict states."""
+        return self in (Kind.EXACT, Kind.OK)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """A judgement of an estimate.
 
     Attributes:
-        kind: "exact", "ok", "unchecked", "lower bound only" or "invalid".
+        kind: "exact", "ok", "unchecked", "lower bound only" or "invalid", see `Kind`.
         reason: Why, in words.
         bias: How far the mean may be too low besides its Monte Carlo error, in nats: 0 where exact, None unless ok.
     """
 
-    kind: str
+    kind: Kind
     reason: str
     bias: float | None = None
 
@@ -81,12 +97,12 @@ def verdict(result: LogMarginal, check: Sandwich | Simulated | None = None) -> V
     if result.invalid:
         named = ", ".join(f"{i} ({result.estimate[i].item():g})" for i in result.invalid[:MOST_NAMED])
         return Verdict(
-            "invalid",
+            Kind.INVALID,
             f"log p(x) is not a finite number for {len(result.invalid)} of {rows} rows, the first being {named}; their "
             "weights are all zero, NaN or infinite under this model",
         )
     if result.num_particles == 0:
-        return Verdict("exact", "log p(x) in closed form", 0.0)
+        return Verdict(Kind.EXACT, "log p(x) in closed form", 0.0)
     if isinstance(check, Sandwich):
         return by_sandwich(result, check)
     return by_draws(result) or by_simulation(result, check)
@@ -96,11 +112,11 @@ def by_sandwich(result: LogMarginal, check: Sandwich) -> Verdict:
     """The verdict of annealed importance sampling."""
     tail = f"on {len(check.forward)} simulated data the sandwich is {short(check.width, check.error)} nats wide"
     if not check.validated:
-        return Verdict("lower bound only", f"{tail}, not narrower than 0.1; more temperatures narrow it")
+        return Verdict(Kind.LOWER_BOUND, f"{tail}, not narrower than 0.1; more temperatures narrow it")
     bias = jackknifed(result)
     if not bias <= MOST_BIAS:
         return by_jackknife(bias)
-    return Verdict("ok", f"{tail}, and the jackknife finds a bias of {max(bias, 0.0):.1g} nats", check.width)
+    return Verdict(Kind.OK, f"{tail}, and the jackknife finds a bias of {max(bias, 0.0):.1g} nats", check.width)
 
 
 def by_draws(result: LogMarginal) -> Verdict | None:
@@ -108,17 +124,17 @@ def by_draws(result: LogMarginal) -> Verdict | None:
     rows = len(result.estimate)
     if result.num_particles < LEAST_DRAWS_FOR_TAIL:
         why = f"K = {result.num_particles} is too small for k-hat"
-        return Verdict("lower bound only", f"no tail diagnostic: {why}")
+        return Verdict(Kind.LOWER_BOUND, f"no tail diagnostic: {why}")
     over, single = int(result.over_threshold.sum()), int(result.unreliable.sum())
     if over > MOST_ROWS_OVER * rows:
         return Verdict(
-            "lower bound only",
+            Kind.LOWER_BOUND,
             f"{over} of {rows} rows have a k-hat over {result.k_threshold:.2f}, more than {100 * MOST_ROWS_OVER:g} % "
             f"(the largest in rows {named(result)}); a larger K or a better proposal raises it",
         )
     if single:
         return Verdict(
-            "lower bound only",
+            Kind.LOWER_BOUND,
             f"{single} of {rows} rows may be missed by any distance, with a k-hat over {MOST_K_HAT:g} or an effective "
             f"sample size below {LEAST_ESS:g} (the worst: {named(result, single)}); they ask for a better proposal",
         )
@@ -138,7 +154,7 @@ def by_simulation(result: LogMarginal, check: Simulated | None) -> Verdict:
         origin = result.origin
         if origin is None or isinstance(origin.proposal, Annealed):
             why = "what is never drawn they do not show, and nothing was tried on simulated data"
-            return Verdict("unchecked", f"{draws}, but {why}")
+            return Verdict(Kind.UNCHECKED, f"{draws}, but {why}")
         try:
             if origin.whole:
                 raise PairError(WHOLE)
@@ -150,23 +166,23 @@ def by_simulation(result: LogMarginal, check: Simulated | None) -> Verdict:
             )
         except (PyrovaeError, ValueError, RuntimeError) as error:
             why = str(error).strip().split("\n")[0]
-            return Verdict("unchecked", f"{draws}, but the pair cannot be tried on simulated data: {why}")
+            return Verdict(Kind.UNCHECKED, f"{draws}, but the pair cannot be tried on simulated data: {why}")
     if missed := int(check.upper.isposinf().sum()):
         return Verdict(
-            "lower bound only",
+            Kind.LOWER_BOUND,
             f"of {missed} of {len(check.lower)} simulated data the latents are where the proposal has no density: its "
             "support misses part of the prior's",
         )
     tail = f"on {len(check.lower)} simulated data the sandwich is {short(check.width, check.error)} nats wide"
     if not check.validated:
-        return Verdict("lower bound only", f"{tail}, not narrower than 0.1: the proposal misses part of the posterior")
+        return Verdict(Kind.LOWER_BOUND, f"{tail}, not narrower than 0.1: the proposal misses part of the posterior")
     bias = stated_bias(result, check)
     if not bias <= MOST_STATED_BIAS:
         return Verdict(
-            "lower bound only",
+            Kind.LOWER_BOUND,
             f"{tail}, but by the jackknife these rows are worse than those, and may be {bias:.2g} nats too low",
         )
-    return Verdict("ok", f"{draws}; {tail}; too low by at most {bias:.1g} nats on average", bias)
+    return Verdict(Kind.OK, f"{draws}; {tail}; too low by at most {bias:.1g} nats on average", bias)
 
 
 def short(value: float, error: float) -> str:
@@ -189,9 +205,9 @@ def jackknifed(result: LogMarginal) -> float:
 def by_jackknife(bias: float) -> Verdict:
     """The verdict of an estimate whose own draws show a bias."""
     if math.isnan(bias):  # of a single draw, or where one weight is all of a row's
-        return Verdict("lower bound only", "a bias cannot be told: for some row all weight is on one draw")
+        return Verdict(Kind.LOWER_BOUND, "a bias cannot be told: for some row all weight is on one draw")
     return Verdict(
-        "lower bound only",
+        Kind.LOWER_BOUND,
         f"the jackknife finds it {bias:.2g} nats too low, more than {MOST_BIAS:g}; a larger K raises it",
     )
 

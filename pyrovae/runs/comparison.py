@@ -49,8 +49,6 @@ COLUMNS = (
     *("seeds", "spread", "seed_means"),
     *("verdict", "reason", "exact", "K", "monte_carlo_error", "elbo"),
 )
-# From the most to the least that can be said of an estimate.
-VERDICTS = ("exact", "ok", "unchecked", "lower bound only", "invalid")
 
 
 @dataclass
@@ -91,7 +89,9 @@ class Scored:
     @property
     def verdict(self) -> "Verdict":
         """The least of them."""
-        return max(self.judgements, key=lambda v: VERDICTS.index(v.kind))
+        from pyrovae.inference.verdicts import Kind
+
+        return max(self.judgements, key=lambda judgement: list(Kind).index(judgement.kind))
 
     @property
     def slack(self) -> float:
@@ -102,6 +102,15 @@ class Scored:
     def monte_carlo_error(self) -> float:
         """Of the mean over rows and seeds. Seeds are scored with the same noise, so that averaging reduces nothing."""
         return sum(result.monte_carlo_error for result in self.results) / len(self.results)
+
+    @property
+    def elbo(self) -> float | None:
+        """The pair's ELBO; None for draws from another proposal, whose mean log-weight is something else."""
+        from pyrovae.inference.marginal import FROM_GUIDE
+
+        if not all(result.estimator.startswith(FROM_GUIDE.name) for result in self.results):
+            return None
+        return sum(result.elbo.mean().item() for result in self.results) / len(self.results)
 
     @property
     def num_particles(self) -> int:
@@ -123,7 +132,7 @@ def table(scored: Sequence[Scored], seed: int = 0) -> "pd.DataFrame":
 
     from pyrovae.inference.bootstrap import ends, means
     from pyrovae.inference.estimate import standard_error
-    from pyrovae.inference.marginal import FROM_GUIDE
+    from pyrovae.inference.verdicts import Kind
 
     ranked = sorted(
         scored, key=lambda s: s.estimate.mean().nan_to_num(nan=-math.inf, posinf=-math.inf).item(), reverse=True
@@ -143,8 +152,7 @@ def table(scored: Sequence[Scored], seed: int = 0) -> "pd.DataFrame":
     _, rank_highs = ends(1.0 + perhaps.sum(-1, dtype=torch.float64), interpolation="nearest")
     records = []
     for i, entry in enumerate(ranked):
-        judgement, finite = entry.verdict, bool(estimates[i].isfinite().all())
-        difference = estimates[i] - estimates[0]
+        difference, finite = estimates[i] - estimates[0], bool(estimates[i].isfinite().all())
         records.append(
             {
                 "name": entry.name,
@@ -162,15 +170,12 @@ def table(scored: Sequence[Scored], seed: int = 0) -> "pd.DataFrame":
                 "seeds": len(entry.results),
                 "spread": entry.spread,
                 "seed_means": entry.means,
-                "verdict": judgement.kind,
-                "reason": judgement.reason,
-                "exact": judgement.kind == "exact",
+                "verdict": entry.verdict.kind.value,
+                "reason": entry.verdict.reason,
+                "exact": entry.verdict.kind == Kind.EXACT,
                 "K": entry.num_particles or None,
                 "monte_carlo_error": entry.monte_carlo_error,
-                # Of draws from another proposal the mean log-weight is not the pair's ELBO.
-                "elbo": sum(r.elbo.mean().item() for r in entry.results) / len(entry.results)
-                if all(r.estimator.startswith(FROM_GUIDE.name) for r in entry.results)
-                else None,
+                "elbo": entry.elbo,
             }
         )
     whole = {"rank_low": "Int64", "rank_high": "Int64", "K": "Int64"}

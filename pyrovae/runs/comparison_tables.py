@@ -143,8 +143,10 @@ def aligned(frame: "pd.DataFrame") -> str:
 
 def legend(frame: "pd.DataFrame") -> list[str]:
     """What a reader of the table has to know, a line each."""
+    from pyrovae.inference.verdicts import Kind
     from pyrovae.plots import SIGNS
 
+    firm = [kind for kind in Kind if kind.is_firm]
     notes = []
     if (~frame["exact"]).any():
         sampled = frame[~frame["exact"]]
@@ -153,7 +155,7 @@ def legend(frame: "pd.DataFrame") -> list[str]:
             f"{sampled['monte_carlo_error'].max():.1g}"
         )
     ranked = frame[frame["rank_low"].notna()]
-    if (~ranked["verdict"].isin(["exact", "ok"])).any():
+    if (~ranked["verdict"].isin(firm)).any():
         notes.append(
             "rank: by 95 % of the resamples, and a model of which only a lower bound is known may deserve rank 1, so "
             "that any other may have it above"
@@ -168,7 +170,7 @@ def legend(frame: "pd.DataFrame") -> list[str]:
         notes.append(
             f"one seed: the spread over seeds is unknown of {which}; intervals and ranks are of these runs alone"
         )
-    doubtful = frame[~frame["verdict"].isin(["exact", "ok"])]
+    doubtful = frame[~frame["verdict"].isin(firm)]
     return notes + [f"{entry['name']}: {entry['verdict']}, {entry['reason']}" for _, entry in doubtful.iterrows()]
 
 

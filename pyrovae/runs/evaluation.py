@@ -3,6 +3,8 @@
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,15 +75,8 @@ def evaluate(
     for note in [*run.notices, *(notes_on(scores) if scores is not None else ())]:
         say(f"note: {note}")
     asked = {"objective": build_objective(run.recipe), "particle_chunk": run.recipe.particle_chunk}
-    try:
+    with keeping(run, scores, len(batch)):
         values = report_on(model, batch, rows, compiled, split=split, store=scores, say=say, **asked)
-    except KeyboardInterrupt:
-        if scores is None or not (kept := Scores(run.directory, scores.settings).found):
-            raise
-        message = (
-            f"stopped; the scores of {kept} of {len(batch)} rows are kept, and the same command goes on from there"
-        )
-        raise Interrupted(message, run.directory, trained=True) from None
     values["notices"] = run.notices
     run.keep("evaluation.json" if split == "test" else f"evaluation-{split}.json", values, say)
     refuse_invalid(values)
@@ -92,6 +87,22 @@ def evaluate(
     if netcdf is not None:
         save_draws(netcdf, model, batch, rows, how, say)
     return values
+
+
+@contextmanager
+def keeping(run: Run, scores: Scores | None, rows: int) -> Iterator[None]:
+    """Say how many scores are kept of an evaluation that is stopped.
+
+    Raises:
+        Interrupted: it was, and some are.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if scores is None or not (kept := Scores(run.directory, scores.settings).found):
+            raise
+        message = f"stopped; the scores of {kept} of {rows} rows are kept, and the same command goes on from there"
+        raise Interrupted(message, run.directory, trained=True) from None
 
 
 def notes_on(scores: Scores) -> list[str]:

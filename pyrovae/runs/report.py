@@ -57,7 +57,7 @@ def report_on(
         terms = measure(model.model, model.guide, batch.split(200), objective, particle_chunk)
         forms = {} if exact else kl_terms(draw(Pair(model.model, model.guide), batch[:1]))[1]
     values: Report = {
-        "verdict": judgement.kind,
+        "verdict": judgement.kind.value,
         "reason": judgement.reason,
         "estimator": result.estimator,
         "K": None if exact else result.num_particles,
@@ -237,7 +237,9 @@ def refuse_invalid(values: Report) -> None:
     Raises:
         NumericalError: the verdict is "invalid"; the rows are named, and nothing is averaged without them.
     """
-    if values["verdict"] == "invalid":
+    from pyrovae.inference.verdicts import Kind
+
+    if values["verdict"] == Kind.INVALID:
         raise NumericalError(f"invalid: {values['reason']}")
 
 

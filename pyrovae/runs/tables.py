@@ -109,17 +109,24 @@ def describe(name: str, values: Report) -> str:
             line("unreliable rows", str(len(bad)), listed(bad) + again)
         if values["zero_weights"]:
             line("weights of zero", f"{values['zero_weights']}", f"in {values['rows_with_zero_weights']} rows")
-        lines += ["", f"  {'K-curve, from the same draws':<44}   less the last, on the same rows"]
-        for point in values["curve"]:
-            last = point["K"] == values["K"]
-            paired = "" if last else number(point["to_last"], point["to_last_error"])
-            line(f"  L_{point['K']}", number(point["log_marginal"], point["error_over_rows"]), paired)
-        lines += ["", "  worst rows      log p(x)   Monte Carlo error      ess    k-hat"]
-        for row in values["worst_rows"]:
-            k_hat = "-" if math.isnan(row["pareto_k"]) else f"{row['pareto_k']:.2f}"
-            error, ess = short(row["standard_error"]), f"{row['ess']:.1f}"
-            lines.append(f"  {row['row']:>10}{row['log_marginal']:>14.2f}{error:>20}{ess:>9}{k_hat:>9}")
+        lines += describe_rows(values)
     return "\n".join(lines)
+
+
+def describe_rows(values: Report) -> list[str]:
+    """The K-curve and the worst rows."""
+    lines = ["", f"  {'K-curve, from the same draws':<44}   less the last, on the same rows"]
+    for point in values["curve"]:
+        last = point["K"] == values["K"]
+        paired = "" if last else number(point["to_last"], point["to_last_error"])
+        label, bound = f"  L_{point['K']}", number(point["log_marginal"], point["error_over_rows"])
+        lines.append(f"  {label:<26}{bound:>18}{'   ' + paired if paired else ''}".rstrip())
+    lines += ["", "  worst rows      log p(x)   Monte Carlo error      ess    k-hat"]
+    for row in values["worst_rows"]:
+        k_hat = "-" if math.isnan(row["pareto_k"]) else f"{row['pareto_k']:.2f}"
+        error, ess = short(row["standard_error"]), f"{row['ess']:.1f}"
+        lines.append(f"  {row['row']:>10}{row['log_marginal']:>14.2f}{error:>20}{ess:>9}{k_hat:>9}")
+    return lines
 
 
 def listed(rows: list[int], most: int = 10) -> str:
@@ -148,6 +155,11 @@ def describe_model(recipe: Recipe) -> str:
 
 def describe_bound(recipe: Recipe) -> str:
     """The objective in words."""
+    return reported_bound(recipe) + (f", beta = {recipe.beta}" if recipe.beta not in (None, 1) else "")
+
+
+def reported_bound(recipe: Recipe) -> str:
+    """The bound that is reported, in words: what is maximised may weigh the KL otherwise."""
     if recipe.is_exact:
         return "exact log p(x), latents summed out"
     words = f"{OBJECTIVES[recipe.elbo].constants['title']}, K = {recipe.K}"
@@ -155,13 +167,13 @@ def describe_bound(recipe: Recipe) -> str:
         words += f", M = {recipe.M}"
     if recipe.alpha is not None:
         words += f", alpha = {recipe.alpha:g}"
-    if recipe.beta not in (None, 1):
-        words += f", beta = {recipe.beta}"
     return words
 
 
 def short_table(recipe: Recipe, values: dict[str, Any], fitted: "Fit", seconds: dict[str, float]) -> str:
     """What a run ends with; `seconds` are those of each stage."""
+    from pyrovae.inference.verdicts import Kind
+
     exact = values["K"] is None
     rate = fitted.metrics["rows_per_second"].median()
     which = "all" if values["rows"] == values["rows_in_split"] else "the first"
@@ -180,10 +192,9 @@ def short_table(recipe: Recipe, values: dict[str, Any], fitted: "Fit", seconds: 
         ),
     ]
     if not exact:
-        reason, *more = textwrap.wrap(values["reason"], 80) if values["verdict"] != "ok" else [""]
+        reason, *more = textwrap.wrap(values["reason"], 80) if values["verdict"] != Kind.OK else [""]
         lines += [("verdict", values["verdict"], reason), *(("", "", part) for part in more)]
-        bound = describe_bound(recipe).split(", beta")[0]
-        lines.insert(1, (f"bound, {bound}", number(values["test_bound"]), "nats per datum"))
+        lines.insert(1, (f"bound, {reported_bound(recipe)}", number(values["test_bound"]), "nats per datum"))
         lines.append(("KL(q(z|x) || p(z))", number(values["kl"]), f"nats per datum, {in_words(values['kl_forms'])}"))
         lines += units_in_words(values)
     if values["bits_per_dimension"] is not None:

@@ -2,8 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from pyrovae.inference.diagnostics import remarks
 from pyrovae.inference.precision import check_precision
 from pyrovae.inference.training.checkpoint import load_latest, lock, steps
 from pyrovae.inference.training.trainer import Fit, fit
+from pyrovae.inference.verdicts import Kind
 from pyrovae.models import Gaussian, HierarchicalVAE
 from pyrovae.processes import leading, several
 from pyrovae.processors import pick_device, threads
@@ -100,14 +101,7 @@ def train(
     started = time.perf_counter()
     progress = say if leading() else None
     tell = progress or silent
-    options = dict(recipe.given) if isinstance(recipe, Recipe) else recipe
-    if resume:
-        recipe = continued(directory, options)
-    else:
-        if several() and options.get("seed") is None:
-            raise UsageError("--seed: several processes must be given one, so that they agree")
-        recipe = recipe.settled(data_hash="") if isinstance(recipe, Recipe) else Recipe(**options)
-    prepared = prepare(recipe, directory, resume, tell)
+    prepared = prepare(recipe_of(recipe, directory, resume), directory, resume, tell)
     run = prepared.run
     if leading():
         check_folders(run.directory)
@@ -127,13 +121,33 @@ def train(
             raise Interrupted(f"stopped at {where}; the state is saved", run.directory, trained=False)
         seconds = {"start": ready - started, "training": time.perf_counter() - ready}
         if leading():
-            try:
-                with threads(run.recipe.threads):
-                    conclude(prepared, fitted, seconds, plots, progress)
-            except KeyboardInterrupt:
-                message = "stopped while evaluating; the training is saved"
-                raise Interrupted(message, run.directory, trained=True) from None
+            with saved(run), threads(run.recipe.threads):
+                conclude(prepared, fitted, seconds, plots, progress)
     return run
+
+
+@contextmanager
+def saved(run: Run) -> Iterator[None]:
+    """Say that a training is saved whose evaluation is stopped.
+
+    Raises:
+        Interrupted: it was.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        message = "stopped while evaluating; the training is saved"
+        raise Interrupted(message, run.directory, trained=True) from None
+
+
+def recipe_of(asked: Recipe | Options, directory: str | Path | None, resume: bool) -> Recipe:
+    """The recipe of a new run, or of the one to resume."""
+    options = dict(asked.given) if isinstance(asked, Recipe) else asked
+    if resume:
+        return continued(directory, options)
+    if several() and options.get("seed") is None:
+        raise UsageError("--seed: several processes must be given one, so that they agree")
+    return asked.settled(data_hash="") if isinstance(asked, Recipe) else Recipe(**options)
 
 
 def prepare(recipe: Recipe, directory: str | Path | None, resume: bool, say: Say) -> Prepared:
@@ -285,7 +299,7 @@ def conclude(prepared: Prepared, fitted: Fit, seconds: dict[str, float], plots: 
 
 def next_command(run: Run, values: Report) -> str:
     """What may be done next, after a semicolon."""
-    if values["verdict"] == "exact":  # there is nothing that more draws would raise
+    if values["verdict"] == Kind.EXACT:  # there is nothing that more draws would raise
         return ""
     what = " --repair scores those rows again" if values["unreliable_rows"] else " for a larger K"
     return f"; python -m pyrovae.evaluate {run.directory}{what}"
