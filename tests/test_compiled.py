@@ -295,7 +295,7 @@ def test_bfloat16_is_for_products_of_particles_only() -> None:
     rounded = [n for n in program.after.graph.nodes if n.target is torch.ops.aten.mm.default]
     assert len(rounded) == 2  # the decoder's
     assert not any(n.target is torch.ops.aten.addmm.default for n in program.after.graph.nodes)
-    (before,) = program.prepare(x)
+    (before,) = program.prepare(Batch(x))
     loc, raw = pair.guides[0].head(pair.guides[0].encoder(x)).chunk(2, -1)
     assert any(t.shape == (5, 6) and torch.allclose(t, torch.cat([loc, raw], -1)) for t in before)
 
