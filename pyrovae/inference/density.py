@@ -15,7 +15,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyrovae.inference.look import WRAPPERS, Look, densities, plain
+from pyrovae.inference.look import WRAPPERS, Look, densities, is_delta, plain
 from pyrovae.inference.unconstrained import bijection
 from pyrovae.inference.weights import At, draw, run, sample_sites
 
@@ -40,7 +40,7 @@ class Density:
                     f"guide site '{name}' is a pyro.factor, which makes log q(z|x) no density, so that the weights are "
                     "not of log p(x); remove it from the guide"
                 )
-        deltas = {name for name, site in drawn.items() if isinstance(plain(site["fn"]), dist.Delta)}
+        deltas = {name for name, site in drawn.items() if is_delta(site)}
         noise = [name for name in drawn if name not in self.look.base.latents and name not in deltas]
         points = []
         for name, site in drawn.items():
@@ -50,7 +50,7 @@ class Density:
                 continue
             if fault := self.mismatch(name, p[name], site):
                 return fault
-            if name not in deltas or isinstance(plain(p[name]["fn"]), dist.Delta):
+            if name not in deltas or is_delta(p[name]):
                 continue
             points.append(name)
         if points and not noise:
@@ -82,14 +82,14 @@ class Density:
                 f"site '{name}' is masked, but what is masked still matters to other sites, so that it is a latent "
                 "without a density; leave out what it enters as well, or the mask"
             )
-        delta = isinstance(plain(q["fn"]), dist.Delta)
+        delta = is_delta(q)
         kinds = [kind(site["fn"]) for site in (p, q)]
         if not delta and {"discrete", "continuous"} == set(kinds):
             return (
                 f"site '{name}' is {kinds[0]} in the model and {kinds[1]} in the guide, so that a probability is "
                 "weighed against a density; take the same kind in both (of relaxed distributions too)"
             )
-        if delta and isinstance(plain(p["fn"]), dist.Delta) and q["fn"].log_prob(q["value"]).any():
+        if delta and is_delta(p) and q["fn"].log_prob(q["value"]).any():
             return f"guide site '{name}' is a Delta with a log_density, as the model's is without; remove it"
         return None
 
@@ -139,7 +139,7 @@ class MapOfNoise:
         self.values = {
             name: site["value"].detach().clone()
             for name, site in self.sites.items()
-            if not site["is_observed"] and not isinstance(plain(site["fn"]), dist.Delta)
+            if not site["is_observed"] and not is_delta(site)
         }
         self.sizes = [self.values[name][0, 0].numel() for name in noise]
 

@@ -38,7 +38,7 @@ class Look:
         self.values = {
             name: site["value"]
             for name, site in sample_sites(self.base.guide_trace).items()
-            if not site["is_observed"] and not isinstance(plain(site["fn"]), dist.Delta)
+            if not site["is_observed"] and not is_delta(site)
         }
 
     @contextmanager
@@ -204,6 +204,11 @@ def plain(distribution: Any) -> Any:
     while isinstance(distribution, WRAPPERS):
         distribution = distribution.base_dist
     return distribution
+
+
+def is_delta(site: dict) -> bool:
+    """Whether a site's distribution is a Delta, whatever was put around it."""
+    return isinstance(plain(site["fn"]), dist.Delta)
 
 
 def taken(value: Tensor, particles: int, rows: Tensor) -> Tensor:
