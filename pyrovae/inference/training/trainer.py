@@ -271,8 +271,8 @@ class Trainer:
         divided = self.settings.batch_size < len(self.source) or not self.processes.alone
         with undone(self.pair), self.diagnosis.diagnosing(batch, rows):
             self.trial = tried(self.pair, self.objective, batch, len(self.source), divided, self.notice)
-        if self.trial.whole and validation is not None:
-            raise UsageError(f"validation: {WHOLE}, so that it cannot be run on others; leave validation out")
+            if self.trial.whole and validation is not None:
+                raise UsageError(f"validation: {WHOLE}, so that it cannot be run on others; leave validation out")
 
     @torch.no_grad()
     def inspect(self) -> None:
