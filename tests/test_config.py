@@ -394,6 +394,8 @@ def test_an_exact_model_has_the_settings_of_its_measure():
         assert resolved.model == Part("mixture", expected)
         assert Recipe(**resolved.replace().given).model.settings.items() >= expected.items()
         assert build_model(resolved, (64,)).components == expected["components"]
+    with pytest.raises(UsageError, match="--model ppca: is for a density, and the rows are of a mass; choose"):
+        build_rows(resolve({"model": "ppca", "likelihood": "bernoulli"}))
     with pytest.raises(UsageError, match=r"--model.covariance: not used by BernoulliMixture; it has components"):
         build_rows(resolve({"model": {"name": "mixture", "covariance": "tied"}, "likelihood": "bernoulli"}))
     with pytest.raises(UsageError, match=r"--model.floor: expected a number above 0 and below 0.5, got 0.7"):

@@ -779,6 +779,11 @@ def test_a_value_that_is_not_allowed_is_refused_by_name(cls: Class) -> None:
             read(f"--part.{name}", "no such", setting.kind)
 
 
+def test_the_table_of_the_readme_names_every_class() -> None:
+    text = (PACKAGE.parent / "README.md").read_text()
+    assert [cls.name for cls in CLASSES.values() if f"`{cls.name}`" not in text] == []
+
+
 @pytest.mark.parametrize("part", CHOICES)
 def test_names_tell_choices_apart(part: str) -> None:
     """In any case, and short names too; the classes of one word are of different measures, or a network's two ends."""

@@ -139,7 +139,10 @@ class Choice:
         """
         found = [cls for cls in self.classes if cls.constants.get("measure") in (None, measure)]
         if not found:
-            raise UsageError(f"{self.name}: has no {measure}, only a {self.measure}")
+            raise UsageError(
+                f"--model {self.name}: is for a {self.measure}, and the rows are of a {measure}; choose a --likelihood "
+                f"that is a {self.measure}, or another model"
+            )
         return found[0]
 
 
