@@ -73,7 +73,8 @@ def best_of(
         iterations = model.fit(train, seed)
         with torch.no_grad():
             bound = torch.cat([model.log_prob(block) for block in validation.split(1000)]).mean().item()
-        say(f"baseline: {model.description}, validation log p(x) {bound:.2f} nats after {iterations} iterations")
+        took = "1 iteration" if iterations == 1 else f"{iterations} iterations"
+        say(f"baseline: {model.description}, validation log p(x) {bound:.2f} nats after {took}")
         if bound <= best_bound:
             break
         best, best_bound, best_count = model, bound, count
