@@ -328,6 +328,13 @@ def test_names_are_bounded_as_words_are(tmp_path: Path) -> None:
             read_yaml(tmp_path / "options.yaml")
 
 
+def test_a_file_larger_than_it_may_be_is_not_read(tmp_path: Path) -> None:
+    """However little it says."""
+    (tmp_path / "options.yaml").write_text("data: digits\n#" + "x" * 100_000)
+    with pytest.raises(ValueError, match="100,014 bytes, more than the 100,000 it may have"):
+        read_yaml(tmp_path / "options.yaml")
+
+
 def test_a_date_is_a_word(tmp_path: Path) -> None:
     """A data set or a directory may be called so, and no option takes a date."""
     (tmp_path / "options.yaml").write_text("data: 2020-01-01\nout: 2020-01-01 10:00:00")
