@@ -632,8 +632,8 @@ def test_chunks_bound_memory_and_change_nothing_else(monkeypatch):
     run = train()
     sizes: list[int] = []
     module = sys.modules["pyrovae.inference.proposals"]
-    log_weights = module.log_weights
-    monkeypatch.setattr(module, "log_weights", lambda m, g, x, k: sizes.append(k) or log_weights(m, g, x, k))
+    draw = module.draw
+    monkeypatch.setattr(module, "draw", lambda pair, batch, k, *at: sizes.append(k) or draw(pair, batch, k, *at))
     whole = scored(run, "--K 100 --rows 90")
     assert set(sizes) == {100}
     sizes.clear()
