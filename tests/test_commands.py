@@ -633,7 +633,12 @@ def test_chunks_bound_memory_and_change_nothing_else(monkeypatch):
     sizes: list[int] = []
     module = sys.modules["pyrovae.inference.proposals"]
     draw = module.draw
-    monkeypatch.setattr(module, "draw", lambda pair, batch, k, *at: sizes.append(k) or draw(pair, batch, k, *at))
+
+    def watched(pair, batch, k, *at):
+        sizes.extend([k] * (not at))  # what is drawn, not what is scored where it is
+        return draw(pair, batch, k, *at)
+
+    monkeypatch.setattr(module, "draw", watched)
     whole = scored(run, "--K 100 --rows 90")
     assert set(sizes) == {100}
     sizes.clear()
