@@ -99,7 +99,7 @@ def compare(before: Path, after: Path) -> bool:
     """Print what differs; whether nothing does."""
     same = True
     for number, name in enumerate(RUNS):
-        if not (before / str(number)).exists():
+        if not all((directory / str(number) / "evaluation.json").exists() for directory in (before, after)):
             continue
         then, now = (numbers(directory / str(number)) for directory in (before, after))
         differing = {}

@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -111,3 +112,18 @@ def test_what_is_given_wrongly_is_refused_by_name() -> None:
         run((LABELS, LABELS))
     with pytest.raises(UsageError, match="validation_given: 0 tensors, where training has 1"):
         run((LABELS,), validation=V)
+
+
+def test_an_objective_of_pyros_own_is_trained_and_reported_like_ours() -> None:
+    """With the same draws Trace_ELBO is the ELBO with a sampled KL; latents without draws leave the bound alone."""
+    options = {"epochs": 2, "batch_size": 5, "seed": 3, "progress": False, "compile": "off"}
+    ours, theirs = Conditional(), Conditional()
+    for pair, objective in ((ours, ELBO(kl="sampled")), (theirs, Trace_ELBO(max_plate_nesting=1))):
+        result = fit(
+            pair.model, pair.guide, X, objective, given=(LABELS,), validation=V, validation_given=(V_LABELS,), **options
+        )
+        last = result.history[-1]
+        assert last["validation_elbo"] == pytest.approx(last["reconstruction"] - last["kl"], rel=1e-9)
+        assert last["latent_dimensions"] == Z
+    for a, b in zip(weights(ours), weights(theirs), strict=True):
+        assert_close(a, b, rtol=1e-9, atol=1e-11)

@@ -16,11 +16,13 @@ from torch import Tensor
 from pyrovae.errors import UsageError
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.kl import kl_terms
-from pyrovae.inference.objectives import OfParticles, as_objective
+from pyrovae.inference.objectives import ELBO, Objective, OfParticles, as_objective
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.units import ACTIVE_VARIANCE, marginal_kl, posterior_mean
-from pyrovae.inference.weights import Particles, draw
+from pyrovae.inference.validity import check_pair
+from pyrovae.inference.weights import Latent, draw
+from pyrovae.seeding import same_noise
 
 
 @torch.no_grad()
@@ -38,7 +40,8 @@ def measure(
         model: Pyro model, called as model(x, *given).
         guide: Pyro guide, called as guide(x, *given).
         batches: Tensors x of shape (n, *event), or batches of x and what is given beside it.
-        objective: Its own bound is measured unscaled, whatever its beta. For an objective of Pyro's own, only -loss/n.
+        objective: Its own bound is measured unscaled, whatever its beta. Of an objective of Pyro's own it is -loss/n,
+            and the rest is measured where the pair has log-weights per datum.
         particle_chunk: Draw so many particles at a time, for memory. The bound is that of all of them, the rest is
             measured on the first chunk.
 
@@ -55,15 +58,16 @@ def measure(
     for part in batches:
         batch = part if isinstance(part, Batch) else Batch(part)
         rows += len(batch)
-        if isinstance(objective, OfParticles):
-            particles, values = terms_of(pair, batch, objective, particle_chunk)
-            for site, latent in particles.latents.items():
-                center, noise = posterior_mean(latent)
-                first, second = moments.setdefault(site, [torch.zeros_like(center[0]), torch.zeros_like(center[0])])
-                first += center.sum(0)
-                second += (center.square() - noise).sum(0)
-        else:
-            values = {"bound": objective.combine(objective.draw(pair, batch, 1))}
+        latents, values = (
+            terms_of(pair, batch, objective, particle_chunk)
+            if isinstance(objective, OfParticles)
+            else terms_beside(pair, batch, objective)
+        )
+        for site, latent in latents.items():
+            center, noise = posterior_mean(latent)
+            first, second = moments.setdefault(site, [torch.zeros_like(center[0]), torch.zeros_like(center[0])])
+            first += center.sum(0)
+            second += (center.square() - noise).sum(0)
         for name, value in values.items():
             totals[name] = totals.get(name, 0.0) + value.double().sum().item()
     if not rows:
@@ -80,20 +84,32 @@ def measure(
 
 def terms_of(
     pair: Pair, batch: Batch, objective: OfParticles, particle_chunk: int | None
-) -> tuple[Particles, dict[str, Tensor]]:
-    """The first chunk of draws, and the bound and its terms by name, each of shape (N,)."""
+) -> tuple[dict[str, Latent], dict[str, Tensor]]:
+    """The latents of the first chunk of draws, and the bound and its terms by name, each of shape (N,)."""
     size, *sizes = objective.chunks(particle_chunk)
     particles = draw(pair, batch, size)
     terms = [objective.terms(particles), *(objective.draw(pair, batch, k) for k in sizes)]
     kl = torch.stack([value.mean(0) for value in kl_terms(particles)[0].values()]).sum(0)
     reconstruction = particles.log_likelihood.mean(0)
-    return particles, {
+    return particles.latents, {
         "bound": objective.combine(torch.cat(terms, 1)),
         "elbo": reconstruction - kl,
         "reconstruction": reconstruction,
         "kl": kl,
         **{f"kl_{site}[{d}]": v for site, z in particles.latents.items() for d, v in enumerate(marginal_kl(z))},
     }
+
+
+def terms_beside(pair: Pair, batch: Batch, objective: Objective) -> tuple[dict[str, Latent], dict[str, Tensor]]:
+    """The bound of an objective that draws by itself, and the terms of the ELBO from draws of the same noise."""
+    bound = {"bound": objective.combine(objective.draw(pair, batch, 1))}
+    with same_noise(batch.x.device):
+        try:
+            check_pair(pair, batch)
+            latents, terms = terms_of(pair, batch, ELBO(), None)
+        except ValueError:  # as of latents that are summed out, of which there are no draws
+            return {}, bound
+    return latents, terms | bound
 
 
 def remarks(metrics: dict[str, float]) -> list[str]:
