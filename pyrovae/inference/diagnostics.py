@@ -89,7 +89,8 @@ def terms_of(
     size, *sizes = objective.chunks(particle_chunk)
     particles = draw(pair, batch, size)
     terms = [objective.terms(particles), *(objective.draw(pair, batch, k) for k in sizes)]
-    kl = torch.stack([value.mean(0) for value in kl_terms(particles)[0].values()]).sum(0)
+    kls = [value.mean(0) for value in kl_terms(particles)[0].values()]
+    kl = torch.stack(kls or [torch.zeros_like(particles.log_likelihood[0])]).sum(0)  # 0 of a model without latents
     reconstruction = particles.log_likelihood.mean(0)
     return particles.latents, {
         "bound": objective.combine(torch.cat(terms, 1)),
