@@ -39,6 +39,7 @@ from pyrovae.inference import (
     verdict,
 )
 from pyrovae.inference.batch import Batch
+from pyrovae.inference.information import split_kl
 from pyrovae.inference.precision import device_of
 from pyrovae.inference.proposals import FromGuide
 from pyrovae.inference.simulation import like
@@ -157,6 +158,36 @@ def test_gaps_are_those_of_the_conditional_posterior(exact) -> None:
     assert_close(result.gap.values, torch.zeros(12, dtype=torch.float64), rtol=0, atol=0.02)
     kl = result.information.kl  # to the prior given the same labels
     assert ((kl.values - kl_of(exact, x, y)).abs() < 6 * kl.errors).all()
+    assert result.information.aggregate_kl is None
+
+
+def test_an_aggregate_posterior_has_no_distance_from_many_priors() -> None:
+    """z that repeats p(z|y), and nothing of x: I(z; (x, y)) is I(z; y) > 0, with a KL of 0. Sorted, in many blocks."""
+    y = labels(401).argmax(1).sort().values
+    x = torch.zeros(len(y), 1)
+
+    def pair(shift: float) -> Pair:
+        def prior(y: Tensor) -> dist.Distribution:
+            return dist.Normal(shift * y.float().unsqueeze(-1), 1.0).to_event(1)
+
+        def guide(x: Tensor, y: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", prior(y))
+
+        def model(x: Tensor, y: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", prior(y))
+                pyro.sample("x", dist.Normal(x, 1.0).to_event(1), obs=x)
+
+        return Pair(model, guide)
+
+    split = split_kl(pair(3.0), Batch(x, (y,)))
+    assert split.mutual_information.mean > 0.5
+    assert split.aggregate_kl is None
+    assert_close(split.kl.values, torch.zeros_like(split.kl.values), rtol=0, atol=1e-5)
+    same = split_kl(pair(0.0), Batch(x, (y,))).aggregate_kl
+    assert same is not None
+    assert_close(same.values, torch.zeros_like(same.values), rtol=0, atol=1e-5)
 
 
 def kl_of(exact: Conditional, x: Tensor, y: Tensor) -> Tensor:

@@ -437,6 +437,22 @@ def test_a_guide_with_dropout_cannot_be_held(exact: LinearGaussian) -> None:
         StickingTheLanding().differentiable_loss(vae.model, vae.guide, x)
 
 
+def test_averages_of_a_held_guide_see_each_batch_once(exact: LinearGaussian) -> None:
+    """The guide is run twice, and batch normalisation is as under the ELBO."""
+    x, seen = exact.sample(6), []
+    for bound in (ELBO(), StickingTheLanding()):
+        norm = torch.nn.BatchNorm1d(D)
+        guide = MeanFieldNormal(Network(torch.nn.Sequential(norm, torch.nn.Linear(D, 8)), D, 8), Q).double()
+        vae = exact.vae(guide)
+        bound.differentiable_loss(vae.model, vae.guide, x)
+        seen.append(norm)
+    plain, held = seen
+    assert plain.num_batches_tracked == held.num_batches_tracked == 1
+    assert plain.running_mean.abs().max() > 0
+    assert torch.equal(plain.running_mean, held.running_mean)
+    assert torch.equal(plain.running_var, held.running_var)
+
+
 def test_what_is_declared_by_pyro_param_is_held_too() -> None:
     """q = N(0.3 + 0 x, 1) is the posterior where x says nothing of z."""
     pyro.clear_param_store()

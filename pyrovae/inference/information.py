@@ -7,7 +7,8 @@ it was drawn for, and how far the aggregate posterior is from the prior:
     I(x; z)              = E log q(z|x) - log q(z)             at most log N
     KL(q(z) || p(z))     = E log q(z) - log p(z)
 
-A row that is given a label y has q(z|x, y) and p(z|y) for q(z|x) and p(z): z is then also told what the row was given.
+A row that is given a label y has q(z|x, y) for q(z|x): z is then also told what the row was given. Where the prior
+depends on y as well, E log q(z) - log p(z|y) is the distance to no one prior, may be below 0, and is left out.
 
 References:
     Hoffman and Johnson 2016, ELBO surgery, http://approximateinference.org/2016/accepted/HoffmanJohnson2016.pdf
@@ -17,6 +18,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from pyrovae.checks import check_count
 from pyrovae.errors import PairError
@@ -30,6 +32,8 @@ from pyrovae.inference.weights import draw
 
 # Elements of latents whose densities under the guide are taken at once: 64 MiB in single precision.
 LATENTS_AT_ONCE = 2**24
+# Rows that are drawn for at once.
+BLOCK = 200
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,13 @@ class Information:
 
     Attributes:
         mutual_information: log q(z|x_n) - log q(z): its mean is I(x; z).
-        aggregate_kl: log q(z) - log p(z): its mean is KL(q(z) || p(z)), the distance to the prior.
-        kl: log q(z|x_n) - log p(z), the sum of the two, draw by draw.
+        aggregate_kl: log q(z) - log p(z): its mean is KL(q(z) || p(z)), the distance to the prior; None where rows that
+            are given different things have different priors.
+        kl: log q(z|x_n) - log p(z), the sum of the two, draw by draw; to the row's own prior.
     """
 
     mutual_information: Estimate
-    aggregate_kl: Estimate
+    aggregate_kl: Estimate | None
     kl: Estimate
 
     @property
@@ -76,10 +81,10 @@ def split_kl(pair: Pair, batch: Batch, num_particles: int = 10) -> Information:
         PairError: the guide has auxiliary sites, so that q(z|x) is not known.
     """
     check_count("num_particles", num_particles, 2)
-    own, aggregate, log_prior = [], [], []
+    own, aggregate, log_prior, one_prior = [], [], [], True
     with evaluating(pair):
         for _ in range(num_particles):
-            blocks = [draw(pair, block, 1) for block in batch.split(200)]
+            blocks = [draw(pair, block, 1) for block in batch.split(BLOCK)]
             latents = blocks[0].latents
             if auxiliary := set(blocks[0].log_guides) - set(latents):
                 raise PairError(f"guide site '{min(auxiliary)}' is auxiliary, so that q(z|x) alone is not known")
@@ -96,5 +101,15 @@ def split_kl(pair: Pair, batch: Batch, num_particles: int = 10) -> Information:
             own.append(log_q.diagonal())
             aggregate.append(torch.logsumexp(log_q, 1) - math.log(len(batch)))
             log_prior.append(torch.cat([b.log_prior[0] for b in blocks]).double())
+            one_prior = one_prior and (not batch.given or torch.allclose(log_prior[-1], under_others(pair, batch, z)))
     q, mean_q, p = torch.stack(own), torch.stack(aggregate), torch.stack(log_prior)
-    return Information(of_draws(q - mean_q), of_draws(mean_q - p), of_draws(q - p))
+    return Information(of_draws(q - mean_q), of_draws(mean_q - p) if one_prior else None, of_draws(q - p))
+
+
+def under_others(pair: Pair, batch: Batch, z: dict[str, Tensor]) -> Tensor:
+    """log p of the draw of each row, (N, 1, *event), where it is given what its neighbour is given: shape (N,)."""
+    log_p = []
+    for rows in torch.arange(len(batch), device=batch.x.device).split(BLOCK):
+        values = {site: value[rows].transpose(0, 1) for site, value in z.items()}
+        log_p.append(draw(pair, batch.roll(1)[rows], 1, at=values).log_prior[0])
+    return torch.cat(log_p).double()

@@ -82,16 +82,24 @@ class Pair(nn.Module):
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the parameters fixed: what is run meanwhile has no gradient by them, but has one by its inputs."""
+        """Hold the parameters fixed: what is run meanwhile has no gradient by them, but has one by its inputs.
+
+        Buffers, such as the averages of batch normalisation, are as before at the end.
+        """
         modules = list(dict.fromkeys(self.parts.modules()))
         before = [(module, name, p) for module in modules for name, p in module._parameters.items() if p is not None]
+        buffers = [(module, name, b) for module in modules for name, b in module._buffers.items() if b is not None]
         # By their dictionaries: under a trace they hold tensors that are no parameters, and the same holds of these.
         for module, name, parameter in before:
             module._parameters[name] = parameter.detach()  # type: ignore[assignment]
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer.clone()
         try:
             with HeldParam():
                 yield
         finally:
+            for module, name, buffer in buffers:
+                module._buffers[name] = buffer
             for module, name, parameter in before:
                 module._parameters[name] = parameter
 

@@ -76,9 +76,10 @@ def report(result: "Gaps", rows: "Rows", split: str, seed: int, device: str) -> 
 
     p, units, information = result.log_marginal, result.units, result.information
     judgement = verdict(p)
-    estimates = {name: getattr(result, name) for name in QUANTITIES} | {
-        name: getattr(information, name) for name in ("kl", "mutual_information", "aggregate_kl")
-    }
+    estimates = {name: getattr(result, name) for name in QUANTITIES}
+    estimates |= {"kl": information.kl, "mutual_information": information.mutual_information}
+    if information.aggregate_kl is not None:
+        estimates["aggregate_kl"] = information.aggregate_kl
     means = {
         name: {"mean": e.mean, "error_over_rows": e.error_over_rows, "monte_carlo_error": e.monte_carlo_error}
         for name, e in {"log_marginal": p, **estimates}.items()
@@ -152,9 +153,10 @@ def describe(name: str, values: Report) -> str:
         line("    beyond a Gaussian", "full_approximation", "what they would leave")
     line("  amortisation", "amortisation", "ELBO of the best Gaussian - ELBO of the guide")
     lines.append("")
-    line("KL(q(z|x) || p(z))", "kl", "the sum of the next two")
+    line("KL(q(z|x) || p(z))", "kl", "the sum of the next two" if "aggregate_kl" in values else "to each row's prior")
     line("  I(x; z)", "mutual_information", f"at most log N = {values['mutual_information_limit']:.2f}")
-    line("  KL(q(z) || p(z))", "aggregate_kl", "aggregate posterior of these rows to prior")
+    if "aggregate_kl" in values:
+        line("  KL(q(z) || p(z))", "aggregate_kl", "aggregate posterior of these rows to prior")
     active, carrying = values["active_units"], values["kl_dimensions"]
     for label, count, note in (
         ("active units", active["variance"], "with a variance of E[z|x] over 0.01"),
