@@ -112,6 +112,8 @@ def test_what_is_given_wrongly_is_refused_by_name() -> None:
         run((LABELS, LABELS))
     with pytest.raises(UsageError, match="validation_given: 0 tensors, where training has 1"):
         run((LABELS,), validation=V)
+    with pytest.raises(UsageError, match="validation_given: given without validation rows"):
+        run((LABELS,), validation_given=(V_LABELS,))
 
 
 def test_an_objective_of_pyros_own_is_trained_and_reported_like_ours() -> None:

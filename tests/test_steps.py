@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,7 +26,7 @@ from pyrovae.errors import DataError, NumericalError, UsageError
 from pyrovae.inference import ELBO, IWAE, Capacity, LinearWarmup, Renyi, StickingTheLanding, adam, fit, measure
 from pyrovae.inference import precision as rounding
 from pyrovae.inference.batch import Batch
-from pyrovae.inference.objectives import as_objective
+from pyrovae.inference.objectives import ImportanceWeighted, OfParticles, as_objective
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import flushing
 from pyrovae.inference.tracing.bfloat16 import HalfProducts
@@ -38,7 +39,7 @@ from pyrovae.inference.training import step as steps
 from pyrovae.inference.training.counts import worth_compiling
 from pyrovae.inference.training.gradients import Gradient
 from pyrovae.inference.training.step import NotFinite, Step
-from pyrovae.inference.weights import NEGLIGIBLE, log_mean_exp
+from pyrovae.inference.weights import NEGLIGIBLE, Particles, log_mean_exp
 from pyrovae.models import (
     MLP,
     VAE,
@@ -460,6 +461,42 @@ def test_an_objective_may_not_override_what_training_does_not_ask_for() -> None:
         class Doubled(IWAE):
             def bound(self, *args: Tensor) -> Tensor:
                 return 2 * super().bound(*args)
+
+
+def test_a_bound_of_ones_own_is_one_number_for_each_datum() -> None:
+    """A mean over data would be taken for their sum, and terms without their dimension be chunked along the data."""
+
+    @dataclass(frozen=True)
+    class OfAll(ImportanceWeighted):
+        num_particles: int = 1
+        num_averages: int = 1
+
+        def reduce(self, log_weights: Tensor) -> Tensor:
+            return log_weights.mean()
+
+    @dataclass(frozen=True)
+    class Flat(OfParticles):
+        num_particles: int = 3
+        num_averages: int = 1
+
+        def terms(self, particles: Particles) -> Tensor:
+            return particles.log_weights
+
+        def combine(self, terms: Tensor, **settings: Tensor | float) -> Tensor:
+            return terms.mean(0)
+
+        def settings(self, step: int) -> dict[str, float]:
+            return {}
+
+    for objective, wrong in (
+        (OfAll(), r"the bound of OfAll has shape \(\) for \d+ data, expected \(\d+,\)"),
+        (Flat(), r"the terms of Flat have shape \(3, \d+\), expected \(T, 3, \d+\)"),
+    ):
+        pair = vae()
+        with pytest.raises(UsageError, match=wrong):
+            objective.bound(pair.model, pair.guide, X[:7])
+        with pytest.raises(UsageError, match=wrong):
+            trained(pair, objective, compile="off")
 
 
 def test_what_differs_by_rounding_and_what_does_not() -> None:

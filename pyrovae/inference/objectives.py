@@ -107,7 +107,11 @@ class Objective(PyroELBO, ABC):
     @property
     @final
     def taken(self) -> Taken:
-        """The count of steps of loops that do not count by themselves; no part of the value."""
+        """The count of steps of loops that do not count by themselves; no part of the value.
+
+        It goes on from one such loop to the next: where settings depend on the step, give each loop, as each `SVI`, an
+        objective of its own. `fit` counts by itself.
+        """
         return self.__dict__.setdefault("_taken", Taken())
 
     @final
@@ -135,7 +139,9 @@ class Objective(PyroELBO, ABC):
                 reparameterised sampler.
         """
         terms = self.draw(Pair(model, guide), Batch.of(x, given), sum(self.chunks()))
-        return self.combine(terms, **self.settings(self.taken.steps))
+        bound = self.combine(terms, **self.settings(self.taken.steps))
+        check_per_datum(self, bound, len(x))
+        return bound
 
     @final
     def differentiable_loss(self, model: Callable, guide: Callable, x: Tensor, *given: Tensor) -> Tensor:
@@ -203,7 +209,13 @@ class OfParticles(Objective):
         particles = draw(pair, batch, num_particles, held=self.held if with_gradient else ())
         if with_gradient:
             check_reparameterised(particles)
-        return self.terms(particles)
+        terms, shape = self.terms(particles), particles.log_weights.shape
+        if terms.ndim != 3 or terms.shape[1:] != shape:
+            raise UsageError(
+                f"objective: the terms of {type(self).__name__} have shape {tuple(terms.shape)}, expected "
+                f"(T, {shape[0]}, {shape[1]}) for {shape[0]} particles of {shape[1]} data; stack them along dimension 0"
+            )
+        return terms
 
     @final
     def of(self, particles: Particles) -> Tensor:
@@ -416,6 +428,15 @@ def as_objective(objective: object) -> Objective:
             "(Renyi and IWAE for RenyiELBO), or Pyro's Trace_ELBO, TraceMeanField_ELBO or TraceEnum_ELBO"
         )
     return FromPyro(objective)
+
+
+def check_per_datum(objective: Objective, bound: Tensor, rows: int) -> None:
+    """Refuse a bound that is not one number for each datum: its sum would be no sum over data."""
+    if objective.of_particles and bound.shape != (rows,):
+        raise UsageError(
+            f"objective: the bound of {type(objective).__name__} has shape {tuple(bound.shape)} for {rows} data, "
+            f"expected ({rows},), one number for each; reduce the dimension of particles alone"
+        )
 
 
 def check_reparameterised(particles: Particles) -> None:

@@ -133,6 +133,8 @@ def fit(
     check_rows("data", data[:1] if hasattr(data, "announce") else data)
     check_given(given, len(data), "data")
     check_programs(model, guide, len(given))
+    if validation is None and validation_given:
+        raise UsageError("validation_given: given without validation rows; pass validation=, or leave it out")
     scored = None if validation is None else Batch.of(validation, validation_given, "validation")
     if batch_size > len(data):
         raise UsageError(f"batch_size: {batch_size} is more than the {len(data)} training rows")

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pyrovae.errors import PairError, UsageError
 from pyrovae.inference.automatic import automatic, check_automatic, set_up
 from pyrovae.inference.batch import Batch
-from pyrovae.inference.objectives import Objective
+from pyrovae.inference.objectives import Objective, check_per_datum
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.tracing.checked import Before
 from pyrovae.inference.validity import WHOLE, examine, why_no_density
@@ -99,7 +99,9 @@ def probe(pair: Pair, objective: Objective, batch: Batch, notice: Callable[[str]
         FlopCounterMode(display=False) as counter,
     ):
         terms = objective.draw(pair, batch, sum(objective.chunks()))
-        loss = -objective.combine(terms, **objective.settings(0)).sum()
+        bound = objective.combine(terms, **objective.settings(0))
+        check_per_datum(objective, bound, len(batch))
+        loss = -bound.sum()
         depends_on = leaves(loss)
         if not depends_on:
             raise UsageError("fit: found no parameters to train in the model and the guide")
