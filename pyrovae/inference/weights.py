@@ -147,9 +147,26 @@ def draw(
     if "guide" in held:
         log_q = held_densities(pair, batch, q, log_q)
 
+    latents = latents_of(p, q, log_p, log_q)
+    zero = batch.x.new_zeros(shape, dtype=next((v.dtype for v in log_p.values()), None))
+    return Particles(
+        log_likelihood=sum((log_p[name] for name in p if name not in latents), zero),
+        log_prior=sum((log_p[name] for name in latents), zero),
+        log_guide=sum(log_q.values(), zero),
+        latents=latents,
+        log_guides=log_q,
+        model_trace=model_trace,
+        guide_trace=guide_trace,
+    )
+
+
+def latents_of(
+    p: dict[str, dict], q: dict[str, dict], log_p: dict[str, Tensor], log_q: dict[str, Tensor]
+) -> dict[str, Latent]:
+    """The latent sites of a model and a guide, and their log-densities, in the model's order."""
     names = [name for name, site in p.items() if not site["is_observed"]]
     order = [name for name in q if name in p]
-    latents = {
+    return {
         name: Latent(
             value=q[name]["value"],
             prior=p[name]["fn"],
@@ -161,16 +178,6 @@ def draw(
         )
         for i, name in enumerate(names)
     }
-    zero = batch.x.new_zeros(shape, dtype=next((v.dtype for v in log_p.values()), None))
-    return Particles(
-        log_likelihood=sum((log_p[name] for name in p if name not in latents), zero),
-        log_prior=sum((log_p[name] for name in latents), zero),
-        log_guide=sum(log_q.values(), zero),
-        latents=latents,
-        log_guides=log_q,
-        model_trace=model_trace,
-        guide_trace=guide_trace,
-    )
 
 
 def held_densities(pair: Pair, batch: Batch, q: dict[str, dict], log_q: dict[str, Tensor]) -> dict[str, Tensor]:
