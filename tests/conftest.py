@@ -2,7 +2,10 @@
 
 import math
 import os
+import secrets
+import socket
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib import import_module
 
 import pyro
@@ -16,6 +19,15 @@ SOLVED = {"rtol": 0.0, "atol": 1e-8}  # one linear solve away
 
 # Commands and kernels that tests start: what they compute is as small as here.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def free_port() -> int:
+    """A port to meet at, below those that other processes are given by chance until ours are there."""
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            port = secrets.choice(range(20_000, 30_000))
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from conftest import free_port
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor, nn
 from torch.distributions import constraints
@@ -735,9 +736,11 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path, monkeypatch):
             torch.save([before, mixture.state_dict(), result.metrics["train_bound"].tolist()], sys.argv[1])
         """)
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     words = [*launch, script, tmp_path / "two"]
-    subprocess.run(words, check=True, capture_output=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(words, capture_output=True, timeout=300, env=environment, text=True)
+    assert ended.returncode == 0, ended.stderr
     monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "one")])
     runpy.run_path(str(script))
     (before, one, bounds), (_, two, bounds_of_two) = (torch.load(tmp_path / name) for name in ("one", "two"))

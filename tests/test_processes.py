@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import free_port
 
 from pyrovae import fit as fit_command
 from pyrovae.errors import UsageError
@@ -24,10 +24,7 @@ WORDS = "--data three-gaussians --latent-dim 2 --network.hidden 4 --batch-size 1
 
 def start(folder: Path, words: str) -> list[subprocess.Popen[str]]:
     """Two processes of a run, as a launcher starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     return [
         subprocess.Popen(
             [sys.executable, "-m", "pyrovae.fit", *WORDS.split(), *words.split()],
