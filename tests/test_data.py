@@ -1579,3 +1579,9 @@ def test_labels_of_characters_that_do_not_exist(tmp_path):
     labels.view(np.uint32)[7] = 0x7FFFFFFF
     with raises(DataError, "labels are no text"):
         load_data(saved(tmp_path / "x.npz", x=FLOATS, y=labels))
+
+
+def test_a_whole_number_that_no_float_holds_is_refused_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(f"a,b\n1,2\n{'9' * 400},3\n3,4\n4,5\n")
+    with pytest.raises(DataError, match="column 'a' is not numeric"):
+        load_data(tmp_path / "x.csv")

@@ -184,3 +184,10 @@ def test_a_best_epoch_of_another_shape_is_given_up_and_said(stopped: Checkpoint,
     save(tmp_path, stopped, [5])
     notices = train(Pair(), tmp_path, resume=True).notices
     assert any("lacks" in notice and "the best epoch so far is lost" in notice for notice in notices)
+
+
+def test_a_setting_that_a_record_lacks_is_no_fault_where_it_is_none() -> None:
+    from pyrovae.inference.training.resuming import differences
+
+    assert differences({"seed": 1}, {"seed": 1, "particle_chunk": None}) == []
+    assert differences({"seed": 1}, {"seed": 1, "particle_chunk": 5}) == ["particle_chunk None then, 5 now"]

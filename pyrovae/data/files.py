@@ -70,7 +70,7 @@ def _read_csv(path: Path, where: str) -> Found:
             first = next((row for row in csv.reader(stream) if row), [])
         header = None if all(map(_is_number, first)) else 0
         table = pandas.read_csv(path, header=header, encoding="utf-8-sig", low_memory=False)
-    except (ValueError, csv.Error) as error:
+    except (ValueError, OverflowError, csv.Error) as error:
         reason = "it is empty" if isinstance(error, pandas.errors.EmptyDataError) else in_short(error)
         raise DataError(f"{where}: not a table of comma-separated numbers ({reason}); save it again") from error
     if table.empty:
@@ -84,7 +84,9 @@ def _read_csv(path: Path, where: str) -> Found:
         raise DataError(f"{where}: two columns of labels, {' and '.join(map(repr, labels))}; keep one")
     for column in table.columns:
         if not pandas.api.types.is_numeric_dtype(table[column]):
-            words = table[column][pandas.to_numeric(table[column], errors="coerce").isna() & table[column].notna()]
+            # As words: a whole number may be larger than any float.
+            numbers = pandas.to_numeric(table[column].astype(str), errors="coerce")
+            words = table[column][numbers.isna() & table[column].notna()]
             value = f": {words.iloc[0]!r} in row {words.index[0]}" if len(words) else ""
             raise DataError(f"{where}: column {column!r} is not numeric{value}; leave it out or encode it")
     rows = table.to_numpy()

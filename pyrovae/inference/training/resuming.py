@@ -31,7 +31,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [
         f"{name} {then.get(name)!r:.100} then, {value!r} now"
         for name, value in now.items()
-        if type(then.get(name)) is not type(value) or then[name] != value
+        if type(then.get(name)) is not type(value) or then.get(name) != value
     ]
 
 
