@@ -16,7 +16,7 @@ from torch import Tensor
 from pyrovae.errors import UsageError
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.kl import kl_terms
-from pyrovae.inference.objectives import ELBO, Objective, OfParticles, as_objective
+from pyrovae.inference.objectives import ELBO, OfParticles, as_objective
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.units import ACTIVE_VARIANCE, marginal_kl, posterior_mean
@@ -55,14 +55,19 @@ def measure(
     pair, objective, rows = Pair(model, guide), as_objective(objective), 0
     totals: dict[str, float] = {}
     moments: dict[str, list[Tensor]] = {}
+    beside: bool | None = None  # whether a pair has log-weights for an objective that needs none; known from one batch
     for part in batches:
         batch = part if isinstance(part, Batch) else Batch(part)
         rows += len(batch)
-        latents, values = (
-            terms_of(pair, batch, objective, particle_chunk)
-            if isinstance(objective, OfParticles)
-            else terms_beside(pair, batch, objective)
-        )
+        if isinstance(objective, OfParticles):
+            latents, values = terms_of(pair, batch, objective, particle_chunk)
+        else:
+            latents, values = {}, {"bound": objective.combine(objective.draw(pair, batch, 1))}
+            beside = has_log_weights(pair, batch) if beside is None else beside
+            if beside:
+                with same_noise(batch.x.device):
+                    latents, terms = terms_of(pair, batch, ELBO(), None)
+                values = terms | values
         for site, latent in latents.items():
             center, noise = posterior_mean(latent)
             first, second = moments.setdefault(site, [torch.zeros_like(center[0]), torch.zeros_like(center[0])])
@@ -101,16 +106,13 @@ def terms_of(
     }
 
 
-def terms_beside(pair: Pair, batch: Batch, objective: Objective) -> tuple[dict[str, Latent], dict[str, Tensor]]:
-    """The bound of an objective that draws by itself, and the terms of the ELBO from draws of the same noise."""
-    bound = {"bound": objective.combine(objective.draw(pair, batch, 1))}
-    with same_noise(batch.x.device):
-        try:
-            check_pair(pair, batch)
-            latents, terms = terms_of(pair, batch, ELBO(), None)
-        except ValueError:  # as of latents that are summed out, of which there are no draws
-            return {}, bound
-    return latents, terms | bound
+def has_log_weights(pair: Pair, batch: Batch) -> bool:
+    """Whether a pair's weights are of log p(x), and not of latents that are summed out, of which there are no draws."""
+    try:
+        check_pair(pair, batch)
+    except ValueError:
+        return False
+    return True
 
 
 def remarks(metrics: dict[str, float]) -> list[str]:

@@ -12,7 +12,7 @@ from pyrovae.errors import CheckpointError, DataError, Interrupted, UsageError
 from pyrovae.files import write_json
 from pyrovae.inference.diagnostics import remarks
 from pyrovae.inference.precision import check_precision
-from pyrovae.inference.training.checkpoint import load_latest, lock, steps
+from pyrovae.inference.training.checkpoint import kept_in, load_latest, lock
 from pyrovae.inference.training.trainer import Fit, fit
 from pyrovae.inference.verdicts import Kind
 from pyrovae.models import Gaussian, HierarchicalVAE
@@ -222,7 +222,7 @@ def take_steps(prepared: Prepared, begin: Callable[[], None], say: Say | None, s
     """Run the training loop."""
     recipe, rows, model = prepared.run.recipe, prepared.rows, prepared.model
     tell = say or silent
-    resume = prepared.resume and has_checkpoints(prepared.run.directory)
+    resume = prepared.resume and kept_in(prepared.run.directory)
     if prepared.resume and not resume:
         tell("note: the run was stopped before its first checkpoint, so it starts from the beginning")
     every = max(1, recipe.epochs // EPOCH_LINES)
@@ -319,11 +319,6 @@ def observations(model: "Model", fitted: Fit, rows: "Rows", device: "torch.devic
     return notes
 
 
-def has_checkpoints(directory: Path) -> bool:
-    """Whether a run has come as far as a checkpoint, whole or not."""
-    return bool(steps(directory))
-
-
 def continued(directory: str | Path | None, options: Options) -> Recipe:
     """The recipe of the run to continue, with options that may differ from its own.
 
@@ -333,7 +328,7 @@ def continued(directory: str | Path | None, options: Options) -> Recipe:
     if directory is None:
         raise UsageError("resume: name the directory of the run to continue")
     run = open_run(str(directory))
-    if has_checkpoints(run.directory):
+    if kept_in(run.directory):
         run.pair_with(load_latest(run.directory))  # sizes that its weights do not have are refused here
     stored, changed = run.recipe, run.recipe.replace(**options)
     asked = [key for key in options if getattr(changed, key) != getattr(stored, key)]
@@ -350,7 +345,7 @@ def continued(directory: str | Path | None, options: Options) -> Recipe:
 
 def check_epochs(directory: Path, stored: Recipe, epochs: int) -> None:
     """Refuse a number of epochs that a run cannot be continued to."""
-    if not has_checkpoints(directory):
+    if not kept_in(directory):
         return
     done, _, _ = position(load_latest(directory), directory)
     if epochs < done:

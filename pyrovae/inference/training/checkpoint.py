@@ -121,6 +121,11 @@ def name_of(step: int) -> str:
     return f"step-{step:09d}"
 
 
+def kept_in(run: Path | None) -> bool:
+    """Whether a run has come as far as a checkpoint, whole or not."""
+    return run is not None and bool(steps(run))
+
+
 def steps(run: Path) -> list[int]:
     """Steps with a checkpoint, newest first."""
     try:

@@ -22,11 +22,6 @@ from pyrovae.inference.weights import draw, sample_sites
 from pyrovae.seeding import derive_seed, reseed
 
 
-def has_checkpoints(directory: Path | None) -> bool:
-    """Whether a run has kept any."""
-    return directory is not None and bool(checkpoints.steps(directory))
-
-
 class Diagnosis:
     """A run, looked at where a number is not finite.
 
@@ -88,7 +83,7 @@ class Diagnosis:
             shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             where += f", {kind} {shown}" if names else ""
         last = f"the last good step is {state.step - 1}" if state.step else "no step has been taken"
-        kept = f"; the checkpoints in {self.directory} are intact" if has_checkpoints(self.directory) else ""
+        kept = f"; the checkpoints in {self.directory} are intact" if checkpoints.kept_in(self.directory) else ""
         return (
             f"epoch {state.epoch + 1}, step {state.step}: {what}{where}; {last}{kept}. "
             "Lower the learning rate, or look at these rows"

@@ -1,12 +1,13 @@
 """The processes of a run, one or several, and the device of this one."""
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from pyrovae.processes import several
 
 
 class Processes:
@@ -49,11 +50,6 @@ class Processes:
         return bool(self.total(torch.tensor([float(stop)], device=self.device)).item())
 
 
-def only_process() -> bool:
-    """Whether no launcher has started others beside this process."""
-    return int(os.environ.get("WORLD_SIZE", "1")) == 1
-
-
 @contextmanager
 def accelerated(requested: torch.device | None, here: torch.device) -> Iterator[Processes]:
     """Set up Accelerate, which keeps its state in a singleton; a single process gives it back afterwards.
@@ -65,7 +61,7 @@ def accelerated(requested: torch.device | None, here: torch.device) -> Iterator[
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    alone = only_process()
+    alone = not several()
     if alone:
         AcceleratorState._reset_state(reset_partial_state=True)
     on_cpu = here.type == "cpu" if alone or requested else not torch.cuda.is_available()

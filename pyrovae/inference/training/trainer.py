@@ -30,16 +30,17 @@ from pyrovae.inference.tracing.checked import Before
 from pyrovae.inference.training import checkpoint as checkpoints
 from pyrovae.inference.training.batches import Data, RowSource, Source, unchanged
 from pyrovae.inference.training.counts import worth_compiling
-from pyrovae.inference.training.diagnosis import Diagnosis, has_checkpoints, look_for_divergence
+from pyrovae.inference.training.diagnosis import Diagnosis, look_for_divergence
 from pyrovae.inference.training.gradients import check_chunk
 from pyrovae.inference.training.optimizers import Factory, adam, check_layout
-from pyrovae.inference.training.processes import Processes, accelerated, is_of_the_network, only_process
+from pyrovae.inference.training.processes import Processes, accelerated, is_of_the_network
 from pyrovae.inference.training.record import Bar, Fit, Metrics, Notices, Progress, Record, without_bounds
 from pyrovae.inference.training.saving import Keeper
 from pyrovae.inference.training.settings import Settings
 from pyrovae.inference.training.step import NotFinite, Step
 from pyrovae.inference.training.trial import Trial, tried
 from pyrovae.inference.validity import WHOLE
+from pyrovae.processes import several
 from pyrovae.processors import threads as using_threads
 from pyrovae.seeding import derive_seed, reseed, same_noise, seeded
 
@@ -150,7 +151,7 @@ def fit(
     pair, notices = Pair(model, guide), Notices(on_notice)
     here = requested or next((p.device for p in pair.parameters()), torch.device("cpu"))
     settings = Settings(epochs, batch_size, seed, precision, particle_chunk)
-    if only_process():  # of several, each is told its device later
+    if not several():  # of several, each is told its device later
         check_precision(precision, here)
     with (
         seeded(seed, "fit", device=here),
@@ -170,11 +171,10 @@ def fit(
         except RuntimeError as error:
             if processes.alone or isinstance(error, PyrovaeError) or not is_of_the_network(error):
                 raise
-            kept = (
-                f"; the checkpoints in {directory} are intact: continue with resume" if has_checkpoints(where) else ""
-            )
             lost = f"process {processes.rank}: another process of this run cannot be reached"
-            raise OutputError(lost + kept) from error
+            if checkpoints.kept_in(where):
+                lost += f"; the checkpoints in {directory} are intact: continue with resume"
+            raise OutputError(lost) from error
 
 
 class Trainer:
@@ -291,7 +291,7 @@ class Trainer:
 
     def refuse_others(self) -> None:
         """Refuse a directory that holds another run."""
-        if self.directory is not None and self.processes.rank == 0 and checkpoints.steps(self.directory):
+        if self.processes.rank == 0 and checkpoints.kept_in(self.directory):
             raise UsageError(
                 f"directory: {self.directory} holds the checkpoints of another run; pass resume=True, or choose another"
             )

@@ -48,7 +48,7 @@ def tried(
         PairError: it gives no bound per datum, or works on all of its rows only.
         UsageError: it has nothing to train, or parameters that are not found.
     """
-    whole, no_density = looked_at(pair, objective, batch, total, divided)
+    whole, no_density = examined(pair, objective, batch, total, divided)
     if no_density is not None:
         notice(f"{no_density}. It is trained all the same, and what is recorded is no bound")
     of_particles = objective.of_particles
@@ -60,7 +60,7 @@ def tried(
     return Trial(whole, no_density, flops)
 
 
-def looked_at(pair: Pair, objective: Objective, batch: Batch, total: int, divided: bool) -> tuple[bool, str | None]:
+def examined(pair: Pair, objective: Objective, batch: Batch, total: int, divided: bool) -> tuple[bool, str | None]:
     """Whether the pair works on all rows only, and why its guide has no density, if it has none."""
     guide, of_particles = pair.guide, objective.of_particles
     whole = per_row = bool(automatic(guide))
