@@ -352,6 +352,8 @@ def test_gaussian_starts_at_the_moments_of_the_data(name: str) -> None:
     part = build(name)
     spread = torch.tensor([0.5, 2.0]).double().reshape(part.event_shape)
     x = 3 + spread * torch.randn(400, *part.event_shape, dtype=torch.float64)
+    if part.mean == "sigmoid":
+        x = (x - 3).sigmoid()
     z = torch.randn(6, Z, dtype=torch.float64)
     shape = part.decoder.out_shape
     weights_add = part.decoder(z) - part.decoder.output_bias.reshape(shape)
@@ -368,7 +370,8 @@ def test_gaussian_starts_at_the_moments_of_the_data(name: str) -> None:
     elif part.scale == 0.7:
         deviation = torch.tensor(0.7, dtype=torch.float64)
     assert part.unit.item() == pytest.approx((x - x.mean(0)).square().mean().sqrt().item(), rel=1e-12)
-    assert_close(part.unit * start, x.mean(0).expand_as(start), **EXACT)
+    mean = start.sigmoid() if part.mean == "sigmoid" else part.unit * start
+    assert_close(mean, x.mean(0).expand_as(start), **EXACT)
     assert_close(scale, deviation.expand_as(scale), rtol=0, atol=1e-8)
 
 
@@ -448,6 +451,35 @@ def test_the_units_of_the_data_are_a_constant(scale: str, factor: float) -> None
     assert other.scale_at_floor(z) == 1
     sd = (x - x.mean(0)).square().mean().sqrt().item()
     assert_close(other(z).stddev, torch.full((200, 4), 1e-3 * factor * sd, dtype=torch.float64), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("scale", [0.7, "learned", "per-dimension", "predicted"])
+def test_a_sigmoid_mean_is_that_of_the_output_and_touches_no_scale(scale: float | str) -> None:
+    """With the same decoder: mean 1 / (1 + exp(-output)) in the data's units, the scale as it was."""
+    plain = Gaussian(decoder((2, 4) if scale == "predicted" else (4,)), scale).double()
+    bounded = Gaussian(plain.decoder, scale, mean="sigmoid").double()
+    x = torch.rand(200, 4, dtype=torch.float64)
+    plain.initialise(x)
+    bounded.initialise(x)
+    z = torch.randn(6, Z, dtype=torch.float64)
+    with torch.no_grad():
+        plain.decoder.output_bias.normal_(0, 3)
+    out = plain(z).mean / plain.unit
+    assert_close(bounded(z).mean, 1 / (1 + (-out).exp()), **EXACT)
+    assert_close(bounded(z).stddev, plain(z).stddev, **EXACT)
+
+
+def test_a_sigmoid_mean_is_for_data_between_0_and_1() -> None:
+    """Training rows outside are refused with what was found; constant ones at 0 and 1 start at 0.001 and 0.999."""
+    part = Gaussian(decoder((4,)), mean="sigmoid")
+    with pytest.raises(DataError, match=r"from -1 to 2 with 2 elements outside; rescale"):
+        part.initialise(torch.tensor([[0.0, 1.0, 2.0, 0.5], [0.0, -1.0, 1.0, 0.5]]))
+    part.initialise(torch.tensor([0.0, 1.0, 0.3, 0.5]).expand(7, 4))
+    with torch.no_grad():
+        for weight in (m.weight for m in part.decoder.modules() if isinstance(m, nn.Linear)):
+            weight.zero_()
+    assert_close(part(torch.zeros(Z)).mean, torch.tensor([0.001, 0.999, 0.3, 0.5]), rtol=1e-5, atol=0)
+    part.check_support(part(torch.zeros(Z)).sample() + 2)  # a density on R^D: a draw may lie outside
 
 
 def test_constant_data_keep_their_units() -> None:

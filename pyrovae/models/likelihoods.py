@@ -112,12 +112,18 @@ class Gaussian(Likelihood):
     The floor keeps any element from driving the density to infinity; `scale_at_floor` tells how much of it has been
     driven there.
 
+    With mean="sigmoid" the mean is in the data's own units, and between 0 and 1 whatever the output; the scale is as
+    before. It is for data in [0, 1], such as dequantised grey levels, and others are refused by `initialise`. It bounds
+    the mean and no more: p(x|z) is a density on R^D still, so draws of x, and later rows, may lie outside.
+
     Args:
         decoder: Maps z to the event of x; with scale="predicted", to (2, *event): mean and scale.
         scale: A number, fixed, in the data's own units; "learned", one for all elements; "per-dimension", one for each
             element; or "predicted", by the decoder.
         floor: Least scale that is not fixed, as a share of the data's standard deviation; 0.001 unless given. A fixed
             scale has none.
+        mean: "identity", the decoder's output in standard deviations of the data; or "sigmoid", its logistic function,
+            for data in [0, 1].
     """
 
     measure = "density"
@@ -129,6 +135,7 @@ class Gaussian(Likelihood):
         decoder: Network,
         scale: Positive | Literal["learned", "per-dimension", "predicted"] = "learned",
         floor: NotNegative | None = None,
+        mean: Literal["identity", "sigmoid"] = "identity",
     ) -> None:
         out_shape = decoder.out_shape
         if scale == "predicted":
@@ -142,7 +149,7 @@ class Gaussian(Likelihood):
         if floor is not None and not isinstance(scale, str):
             raise UsageError(f"floor: not used, since the scale is fixed to {scale}; leave it out")
         self.floor = RELATIVE_FLOOR if floor is None else float(floor)
-        self.scale = scale
+        self.scale, self.mean = scale, mean
         self.register_buffer("unit", torch.ones(()))
         if scale in ("learned", "per-dimension"):
             shape = out_shape if scale == "per-dimension" else ()
@@ -157,10 +164,14 @@ class Gaussian(Likelihood):
         out = self.decoder(z)
         if self.scale == "predicted":
             loc, raw_scale = out.unbind(-1 - len(self.event_shape))
-            return self.unit * loc, self.unit * (self.floor + softplus(raw_scale))
+            return self.mean_of(loc), self.unit * (self.floor + softplus(raw_scale))
         if isinstance(self.scale, str):
-            return self.unit * out, (self.unit * (self.floor + softplus(self.raw_scale))).expand_as(out)
-        return self.unit * out, torch.full_like(out, self.scale)
+            return self.mean_of(out), (self.unit * (self.floor + softplus(self.raw_scale))).expand_as(out)
+        return self.mean_of(out), torch.full_like(out, self.scale)
+
+    def mean_of(self, out: Tensor) -> Tensor:
+        """The mean of p(x|z), of the same shape as the decoder's output for it."""
+        return out.sigmoid() if self.mean == "sigmoid" else self.unit * out
 
     def forward(self, z: Tensor) -> dist.Distribution:
         return dist.Normal(*self.loc_and_scale(z), validate_args=False).to_event(len(self.event_shape))
@@ -169,13 +180,21 @@ class Gaussian(Likelihood):
         """Start the mean at the mean of x, and a scale that is not fixed at half the standard deviation of x.
 
         At the whole of it, noise would explain the data as they are, and training begins by collapsing the posterior.
+        A sigmoid starts at the mean of x clipped to [0.001, 0.999].
+
+        Raises:
+            DataError: the mean is a sigmoid, and x has values outside [0, 1].
         """
         wide = x.double()  # squares of small numbers vanish in single precision
         spread = (wide - wide.mean(0)).square().mean(0).sqrt()
         overall = spread.square().mean().sqrt()
         self.unit.copy_(overall if overall > 0 else torch.ones(()))
         unit = overall if overall > 0 else 1.0
-        loc = (wide.mean(0) / unit).to(x)
+        if self.mean == "sigmoid":
+            self.check_unit_interval(x)
+            loc = torch.logit(wide.mean(0).clamp(1e-3, 1 - 1e-3)).to(x)
+        else:
+            loc = (wide.mean(0) / unit).to(x)
         relative = (overall if self.scale == "learned" else spread) / unit
         excess = (0.5 * relative - self.floor).clamp(min=0.1 * self.floor + 1e-6).to(x)
         raw_scale = excess + torch.log(-torch.expm1(-excess))  # inverse softplus
@@ -191,6 +210,16 @@ class Gaussian(Likelihood):
         if not x.isfinite().all():
             raise DataError(
                 f"x: a Gaussian likelihood needs finite values, got {int((~x.isfinite()).sum())} that are not"
+            )
+
+    def check_unit_interval(self, x: Tensor) -> None:
+        """Refuse training data that a mean between 0 and 1 cannot follow."""
+        outside = int(((x < 0) | (x > 1)).sum())
+        if outside:
+            raise DataError(
+                f"x: mean='sigmoid' is for data in [0, 1], got values from {x.min():g} to {x.max():g} with {outside} "
+                "elements outside; rescale them or use mean='identity'",
+                settings=("likelihood.mean=identity",),
             )
 
     @torch.no_grad()
