@@ -41,7 +41,7 @@ import torch
 import yaml
 
 from pyrovae.command import explain
-from pyrovae.errors import CheckpointError, DataError, OutputError, PyrovaeError, UsageError
+from pyrovae.errors import CheckpointError, DataError, NumericalError, OutputError, PyrovaeError, UsageError
 
 LONG = 2000  # characters of a message that is no message any more
 SLOW = 10.0  # seconds
@@ -396,7 +396,7 @@ TARGETS = {
     "idx": Target(write_idx, damage_idx, read_idx),
     "config": Target(write_run, damage_config, read_config, (UsageError, CheckpointError)),
     "weights": Target(write_run, damage_checkpoint, read_weights, (CheckpointError,)),
-    "resumed": Target(write_run, damage_checkpoint, read_resumed, (CheckpointError, UsageError)),
+    "resumed": Target(write_run, damage_checkpoint, read_resumed, (CheckpointError, NumericalError, UsageError)),
     "scores": Target(write_run, damage_scores, read_scores, (CheckpointError, OutputError)),
 }
 
