@@ -47,6 +47,8 @@ LAYERS = (
     Layer("inference/tracing", ("inference.tracing", "inference.tracing.*"), "inference"),
     Layer("inference/training", ("inference.training", "inference.training.*"), "inference"),
     Layer("inference, its names", ("inference",), "inference"),
+    Layer("quality", ("quality.*",), "quality"),
+    Layer("quality, its names", ("quality",), "quality"),
     Layer("plots", ("plots", "plots.*"), "plots"),
     Layer("runs", ("runs", "runs.*")),
     Layer("command", ("command",)),

@@ -1,0 +1,9 @@
+"""How near pictures are to data: reconstructions to their rows, samples to a data set. Arrays in, no likelihood out."""
+
+from pyrovae.quality.reconstructions import QUALITIES as QUALITIES
+from pyrovae.quality.reconstructions import Quality as Quality
+from pyrovae.quality.reconstructions import is_image as is_image
+from pyrovae.quality.reconstructions import psnr as psnr
+from pyrovae.quality.reconstructions import reconstruction_quality as reconstruction_quality
+from pyrovae.quality.reconstructions import sse as sse
+from pyrovae.quality.reconstructions import ssim as ssim
