@@ -1,6 +1,9 @@
 """Imports point downwards: every module has a layer, and none imports from above its own."""
 
+import importlib
 import importlib.util
+import inspect
+import pkgutil
 import re
 import sys
 from collections.abc import Iterator
@@ -9,7 +12,10 @@ from types import ModuleType
 
 import pytest
 
+import pyrovae
+
 PATH = Path(__file__).parents[1] / "docs" / "imports.py"
+PACKAGE = Path(pyrovae.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +112,38 @@ def test_the_map_of_files_names_every_module_and_nothing_else(map_of: ModuleType
         for name in re.findall(r"`(\S+)\.py`", rows):
             module = name.removesuffix("__init__").rstrip("/").replace("/", ".") or "pyrovae"
             assert map_of.LAYERS[map_of.layer_of(module)].name == layer
+
+
+# What a base class answers for those of its classes that have nothing to say; and a constructor is its class's own.
+HOOKS = {"Network.output_bias", "Network.forward", "Prior.initialise", "Objective.__post_init__"}
+
+
+def overridden() -> Iterator[str]:
+    """Methods of one class of the package that another writes anew, though they already do something."""
+    modules = [importlib.import_module(found.name) for found in pkgutil.walk_packages(pyrovae.__path__, "pyrovae.")]
+    classes = {cls for module in modules for cls in vars(module).values() if inspect.isclass(cls)}
+    for cls in (cls for cls in classes if cls.__module__.startswith("pyrovae.")):
+        for base in (base for base in cls.__mro__[1:] if base.__module__.startswith("pyrovae.")):
+            for name, member in vars(base).items():
+                code = getattr(member, "fget", None) or getattr(member, "__func__", member)
+                abstract = getattr(code, "__isabstractmethod__", False)
+                written = (
+                    inspect.isfunction(code)
+                    and not abstract
+                    and Path(code.__code__.co_filename).is_relative_to(PACKAGE)
+                )
+                if written and name in vars(cls) and name != "__init__":
+                    yield f"{base.__name__}.{name}"
+
+
+def test_what_a_class_does_no_other_class_does_otherwise() -> None:
+    """Abstract or final: a method is written once, so that to read it is to know it."""
+    assert set(overridden()) == HOOKS
+
+
+def test_pairs_are_made_of_the_layers_they_name() -> None:
+    """No pair is a case of another: each says what it is made from, and what they share cannot be made by itself."""
+    pairs = pyrovae.models.vae.PAIRS
+    assert [(a, b) for a in pairs for b in pairs if a is not b and issubclass(a, b)] == []
+    with pytest.raises(TypeError, match="abstract"):
+        pyrovae.models.LatentLayers(None, [], None, [None])

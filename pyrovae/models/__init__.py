@@ -27,3 +27,4 @@ from pyrovae.models.priors import StandardNormal as StandardNormal
 from pyrovae.models.priors import VampPrior as VampPrior
 from pyrovae.models.vae import VAE as VAE
 from pyrovae.models.vae import HierarchicalVAE as HierarchicalVAE
+from pyrovae.models.vae import LatentLayers as LatentLayers

@@ -3,10 +3,13 @@
     VAE:              p(x, z) = p(z) p(x|z)                                  q(z|x)
     HierarchicalVAE:  p(x, z) = p(zL) ... p(z1|z2) p(x|z1)                   q(z1|x) q(z2|z1) ... q(zL|zL-1)
 
+Both are `LatentLayers`, with everything that the number of layers leaves alike; each says what it is made from.
+
 `model(x)` and `guide(x)` are ordinary Pyro programs: every site is inside one plate over the data, and parameters are
 those of torch modules (the Pyro parameter store is not used).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import ClassVar
@@ -23,8 +26,8 @@ from pyrovae.models.priors import Prior
 from pyrovae.settings import Whole, check
 
 
-class HierarchicalVAE(nn.Module):
-    """Several latent layers: a VAE with any number L of them.
+class LatentLayers(nn.Module, ABC):
+    """A model with any number L of latent layers, each given the one above, and its guide.
 
     Args:
         prior: p(zL).
@@ -33,12 +36,16 @@ class HierarchicalVAE(nn.Module):
         likelihood: p(x|z1).
         guides: q(z1|x), q(z2|z1), ..., q(zL|zL-1), from the data upwards.
 
+    Attributes:
+        word: What it is called where it is chosen by name.
+
     Raises:
         UsageError: neighbouring parts disagree on the number of latent dimensions; both sides are named.
     """
 
-    word: ClassVar[str] = "hierarchical"
+    word: ClassVar[str]
 
+    @abstractmethod
     def __init__(
         self, prior: Prior, conditionals: Sequence[Guide], likelihood: Likelihood, guides: Sequence[Guide]
     ) -> None:
@@ -181,7 +188,7 @@ class HierarchicalVAE(nn.Module):
         return self.decode(self.encode(x))
 
 
-class VAE(HierarchicalVAE):
+class VAE(LatentLayers):
     """One latent layer: a variational autoencoder, with one latent site "z".
 
     Args:
@@ -197,6 +204,28 @@ class VAE(HierarchicalVAE):
 
     def __init__(self, prior: Prior, likelihood: Likelihood, guide: Guide) -> None:
         super().__init__(prior, [], likelihood, [guide])
+
+
+class HierarchicalVAE(LatentLayers):
+    """Several latent layers: a VAE with latent sites "z1", ..., "zL".
+
+    Args:
+        prior: p(zL).
+        conditionals: p(z1|z2), ..., p(zL-1|zL), from the data upwards: each a module that maps the layer above to a
+            distribution, such as any guide class over a network from Z_above.
+        likelihood: p(x|z1).
+        guides: q(z1|x), q(z2|z1), ..., q(zL|zL-1), from the data upwards.
+
+    Raises:
+        UsageError: neighbouring parts disagree on the number of latent dimensions; both sides are named.
+    """
+
+    word = "hierarchical"
+
+    def __init__(
+        self, prior: Prior, conditionals: Sequence[Guide], likelihood: Likelihood, guides: Sequence[Guide]
+    ) -> None:
+        super().__init__(prior, conditionals, likelihood, guides)
 
 
 PAIRS = (VAE, HierarchicalVAE)

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from pyrovae.inference.proposals import Proposal
     from pyrovae.models.conditional import ConditionalVAE
     from pyrovae.models.exact import Exact
-    from pyrovae.models.vae import HierarchicalVAE
+    from pyrovae.models.vae import LatentLayers
 
-    Model = HierarchicalVAE | ConditionalVAE | Exact
+    Model = LatentLayers | ConditionalVAE | Exact
 
 
 def build_rows(recipe: Recipe) -> "Rows":

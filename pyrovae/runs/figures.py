@@ -67,7 +67,7 @@ def write_plots(
     import torch
 
     from pyrovae import plots
-    from pyrovae.models import ConditionalVAE, HierarchicalVAE
+    from pyrovae.models import ConditionalVAE, LatentLayers
     from pyrovae.seeding import seeded
 
     name, folder, style = directory.name, inside(directory, "plots"), style_of(recipe, rows)
@@ -84,7 +84,7 @@ def write_plots(
         points = rows.event_shape == (2,)
         x = model.sample(1000 if points else 64, mean=pictures)
         save_figure(plots.samples(x, f"{name}, {drawn}", style), folder, "samples")
-        if not isinstance(model, HierarchicalVAE):
+        if not isinstance(model, LatentLayers):
             return
         x = rows.test[:1000].to(device)
         codes = model.encode(x)

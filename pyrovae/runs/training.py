@@ -15,7 +15,7 @@ from pyrovae.inference.precision import check_precision
 from pyrovae.inference.training.checkpoint import kept_in, load_latest, lock
 from pyrovae.inference.training.trainer import Fit, fit
 from pyrovae.inference.verdicts import Kind
-from pyrovae.models import Gaussian, HierarchicalVAE
+from pyrovae.models import Gaussian, LatentLayers
 from pyrovae.processes import leading, several
 from pyrovae.processors import pick_device, threads
 from pyrovae.runs.build import build_model, build_objective, build_optimizer, build_rows, build_schedule, settle
@@ -308,7 +308,7 @@ def next_command(run: Run, values: Report) -> str:
 def observations(model: "Model", fitted: Fit, rows: "Rows", device: "torch.device") -> list[str]:
     """Posterior collapse and a scale at its floor, in words."""
     notes = remarks(fitted.history[fitted.best_epoch - 1])
-    if isinstance(model, HierarchicalVAE) and isinstance(model.likelihood, Gaussian):
+    if isinstance(model, LatentLayers) and isinstance(model.likelihood, Gaussian):
         share = model.likelihood.scale_at_floor(model.encode(rows.validation[:500].to(device)))
         if share > 0:
             notes.append(

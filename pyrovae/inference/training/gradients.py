@@ -10,6 +10,7 @@ What changes between steps is an input (the parameters, the batch, the objective
 (noise, dropout), so that each is one graph of tensor operations (see `pyrovae.inference.tracing`).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -30,18 +31,22 @@ from pyrovae.inference.training.optimizers import as_accumulated
 from pyrovae.seeding import same_noise
 
 
-class Part(nn.Module):
+class Part(nn.Module, ABC):
     """Something computed of a pair and a batch, as a module whose parameters and buffers are all that it depends on.
 
     Args:
         objective: The objective.
         pair: The pair.
         precision: One of `PRECISIONS`.
+        num_particles: How many are drawn; None: all of the objective's.
     """
 
-    def __init__(self, objective: Objective, pair: Pair, precision: str = "fp32") -> None:
+    def __init__(
+        self, objective: Objective, pair: Pair, precision: str = "fp32", num_particles: int | None = None
+    ) -> None:
         super().__init__()
         self.objective, self.pair, self.precision = objective, pair, precision
+        self.num_particles = num_particles or sum(objective.chunks())
         self.names = [name for name, p in pair.parts.named_parameters() if p.requires_grad]
         self.settings = list(objective.settings(0))
         for i, value in enumerate(pair.stored.values()):
@@ -68,9 +73,9 @@ class Part(nn.Module):
                 context.enter_context(HalfProducts())
             return self.compute(leaves, *inputs)
 
+    @abstractmethod
     def compute(self, leaves: Sequence[Tensor], *inputs: Any) -> Any:
         """The computation itself."""
-        raise NotImplementedError
 
     def gradients(self, value: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
         """The gradients of a scalar by what asks for one; None for what does not, or is not used."""
@@ -79,10 +84,10 @@ class Part(nn.Module):
         # Here too, so that in a graph it is compiled with the rest.
         return as_accumulated([next(found) if leaf.requires_grad else None for leaf in leaves], leaves)
 
-    def draw(self, tensors: Sequence[Tensor], num_particles: int) -> Tensor:
+    def draw(self, tensors: Sequence[Tensor]) -> Tensor:
         """The objective's terms of draws for a batch of these tensors, shape (T, num_particles, N)."""
         x, *given = tensors
-        return self.objective.draw(self.pair, Batch(x, tuple(given)), num_particles)
+        return self.objective.draw(self.pair, Batch(x, tuple(given)), self.num_particles)
 
 
 class Gradient(Part):
@@ -91,7 +96,7 @@ class Gradient(Part):
     def compute(self, leaves: Sequence[Tensor], *inputs: Any) -> Any:
         tensors = len(inputs) - len(self.settings)
         with torch.enable_grad():
-            terms = self.draw(inputs[:tensors], sum(self.objective.chunks()))
+            terms = self.draw(inputs[:tensors])
             settings = dict(zip(self.settings, inputs[tensors:], strict=True))
             loss = -self.objective.combine(terms, **settings).sum()
             gradients = self.gradients(loss, leaves)
@@ -101,22 +106,18 @@ class Gradient(Part):
 class Terms(Part):
     """(x, *given) -> the terms of K' particles, shape (T, K', N)."""
 
-    def __init__(self, objective: Objective, pair: Pair, precision: str, num_particles: int) -> None:
-        super().__init__(objective, pair, precision)
-        self.num_particles = num_particles
-
     def compute(self, leaves: Sequence[Tensor], *inputs: Any) -> Any:
         with torch.no_grad():
-            return self.draw(inputs, self.num_particles)
+            return self.draw(inputs)
 
 
-class Pullback(Terms):
+class Pullback(Part):
     """(x, *given, s) -> the gradients of sum s t, with t the terms of K' particles and s of their shape."""
 
     def compute(self, leaves: Sequence[Tensor], *inputs: Any) -> Any:
         *tensors, slope = inputs
         with torch.enable_grad():
-            return self.gradients((self.draw(tensors, self.num_particles) * slope).sum(), leaves)
+            return self.gradients((self.draw(tensors) * slope).sum(), leaves)
 
 
 class Code:
