@@ -93,6 +93,7 @@ def test_a_run_holds_all_it_promises(trained):
     pictures = {Path(name).stem for name in names if name.endswith(".png")}
     assert pictures == {
         "training_curves", "samples", "reconstructions", "neighbourhood", "latent_map", "traversals", "k_curve",
+        "density",
     }  # fmt: skip
     assert all((trained / "plots" / f"{name}.png").stat().st_size > 5000 for name in pictures)
     assert steps(trained) == [8, 4]

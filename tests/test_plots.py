@@ -1,7 +1,9 @@
 """Figures hold the data that they were given, and leave matplotlib's global state alone."""
 
 import ast
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 from matplotlib.collections import PathCollection, QuadMesh
 from matplotlib.colors import to_rgb
+from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.text import Text
@@ -88,6 +91,7 @@ def test_drawing_leaves_global_state_alone(metrics: pd.DataFrame, table: pd.Data
         plots.training_curves(metrics),
         plots.reconstructions(images, images),
         plots.samples(points),
+        plots.densities(points, {"normal": lambda x: -x.square().sum(1) / 2 - math.log(2 * math.pi)}),
         plots.neighbourhood(profiles, profiles[:, None]),
         plots.latent_map(torch.randn(30, 5), torch.arange(30) % 3),
         plots.traversals(points[None], torch.linspace(-2, 2, 3)),
@@ -621,3 +625,52 @@ def test_comparison_has_every_seed_on_its_axis(table: pd.DataFrame) -> None:
 def test_comparison_names_the_missing_column(table: pd.DataFrame) -> None:
     with pytest.raises(UsageError, match="'error'"):
         plots.comparison(table.drop(columns="error"))
+
+
+def normal(scale: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    return torch.distributions.Independent(torch.distributions.Normal(torch.zeros(2), scale), 1).log_prob
+
+
+def test_the_regions_of_a_density_hold_their_share_of_it() -> None:
+    """Of a standard normal of the plane, the region that holds a share s is the disc of radius sqrt(-2 log(1 - s))."""
+    x = 4 * torch.rand(500, 2, dtype=torch.double) - 2
+    x[:2] = torch.tensor([[-4.0, -4.0], [4.0, 4.0]])  # the frame holds all of it
+    axes = plots.densities(x, {"normal": normal(1.0)}, size=200).axes[0]
+    edges = [c for c in axes.collections if isinstance(c, ContourSet) and not c.filled]
+    radii = [np.linalg.norm(edge.get_paths()[0].vertices, axis=1) for edge in edges]
+    assert len(radii) == 3
+    for radius, share in zip(radii, (0.5, 0.9, 0.99), strict=True):
+        np.testing.assert_allclose(radius, math.sqrt(-2 * math.log(1 - share)), rtol=0.01)
+
+
+def test_a_region_that_the_frame_cuts_is_not_drawn() -> None:
+    """Within 1.3 standard deviations there are 65 % of a normal of the plane: no region of 90 or 99 % is there."""
+    corners = torch.tensor([[-1.0, -1.0], [1.0, 1.0]])
+    axes = plots.densities(corners, {"wide": normal(1.0)}).axes[0]
+    assert len([c for c in axes.collections if isinstance(c, ContourSet) and not c.filled]) == 1
+
+
+def test_densities_draw_each_model_over_the_same_data_and_components_as_ellipses() -> None:
+    x, means = torch.randn(50, 2), torch.tensor([[1.0, -1.0]])
+    covariances = torch.tensor([[[4.0, 1.0], [1.0, 2.0]]])
+    figure = plots.densities(x, {"narrow": normal(0.5), "wide": normal(2.0)}, {"wide": (means, covariances)})
+    narrow, wide = figure.axes
+    assert [axes.get_title() for axes in figure.axes] == ["narrow", "wide"]
+    for points in offsets(figure):
+        np.testing.assert_allclose(points, x)
+    assert len(narrow.lines) == 1  # what the legend needs, without a point
+    for drawn, radius in zip(wide.lines, (1, 2), strict=True):
+        away = np.asarray(drawn.get_xydata()) - means.numpy()
+        squares = np.einsum("pi,ij,pj->p", away, np.linalg.inv(covariances[0]), away)
+        np.testing.assert_allclose(squares, radius**2, rtol=1e-5)
+    with pytest.raises(UsageError, match="components: 'tall' is no model's name; choose from narrow"):
+        plots.densities(x, {"narrow": normal(0.5)}, {"tall": (means, covariances)})
+
+
+def test_densities_are_of_the_plane() -> None:
+    with pytest.raises(UsageError, match=r"x: expected shape \(N, 2\)"):
+        plots.densities(torch.randn(5, 3), {"normal": normal(1.0)})
+    with pytest.raises(UsageError, match="models: expected at least one"):
+        plots.densities(torch.randn(5, 2), {})
+    with pytest.raises(UsageError, match=r"'one' gives a log p\(x\) of shape \(6400, 1\), expected \(6400,\)"):
+        plots.densities(torch.randn(5, 2), {"one": lambda x: x[:, :1]})

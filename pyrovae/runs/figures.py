@@ -11,6 +11,7 @@ from pyrovae.runs.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Tensor
 
     from pyrovae.data import Rows
     from pyrovae.inference.training.trainer import Fit
@@ -84,6 +85,8 @@ def write_plots(
         points = rows.event_shape == (2,)
         x = model.sample(1000 if points else 64, mean=pictures)
         save_figure(plots.samples(x, f"{name}, {drawn}", style), folder, "samples")
+        if points:
+            write_density(model, rows, folder, name, style)
         if not isinstance(model, LatentLayers):
             return
         x = rows.test[:1000].to(device)
@@ -103,6 +106,26 @@ def write_plots(
         save_figure(plots.traversals(model.decode(paths), steps.tolist(), dims, heading, style), folder, "traversals")
 
     save_curve(Run(directory, recipe), values)
+
+
+def write_density(model: "Model", rows: "Rows", folder: Path, name: str, style: "Style") -> None:
+    """Draw p(x) of a model of the plane over test rows: exact where it is, else by a hundred draws for each point."""
+    from pyrovae import plots
+    from pyrovae.inference import log_marginal
+    from pyrovae.models import Exact, GaussianMixture
+
+    x = rows.test[:1000]
+    if isinstance(model, Exact):
+        components = {name: (model.means, model.covariances)} if isinstance(model, GaussianMixture) else None
+        figure = plots.densities(x, {name: model.log_prob}, components, style=style)
+    else:
+        device, title = next(model.parameters()).device, "log p(x) by 100 draws from the guide for each point"
+
+        def log_prob(points: "Tensor") -> "Tensor":
+            return log_marginal(model.model, model.guide, points.to(device), 100, seed=0).estimate
+
+        figure = plots.densities(x, {name: log_prob}, title=title, style=style, size=60)
+    save_figure(figure, folder, "density")
 
 
 def write_conditional(
