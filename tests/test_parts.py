@@ -832,7 +832,7 @@ def test_names_tell_choices_apart(part: str) -> None:
 
 @pytest.mark.parametrize("cls", [cls for choice in options.BASELINES.values() for cls in choice.classes])
 def test_every_baseline_is_a_distribution(cls: Class) -> None:
-    """Its log p(x) sums or integrates to 1, is that of its Pyro model, and is of what it samples, after a fit."""
+    """Its log p(x) sums to 1, is that of its Pyro model, of what it samples, and of seen and missing parts."""
     event = {"mass": (2, 3), "density": (2,)}[str(cls.constants["measure"])]
     settings = {"components": 1 if cls.name == "PPCA" else 3}
     model = cls.build("model", settings, event_shape=event).double()
@@ -857,6 +857,8 @@ def test_every_baseline_is_a_distribution(cls: Class) -> None:
             mass = model.log_prob(points).exp() * math.prod((axis[1] - axis[0]).item() for axis in axes)
         assert mass.sum().item() == pytest.approx(1, abs=1e-4)
         assert_mean(samples.flatten(1), mass @ points)
+        seen = torch.rand(len(x), *event) < 0.5  # a mask for each row: what is seen and what is missing make up p(x)
+        assert_close(model.log_prob_seen(x, seen) + model.log_prob_missing(x, seen), model.log_prob(x))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ References:
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import pyro
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributions.transforms import ReshapeTransform
 
 from pyrovae.errors import DataError, UsageError
+from pyrovae.models.seen import Conditional, gaussian_parts, patterns
 from pyrovae.settings import Count, Whole, check, checked
 
 RELATIVE_FLOOR = 1e-6  # of the mean variance of the rows
@@ -84,6 +85,72 @@ class Exact(nn.Module, ABC):
     @abstractmethod
     def sample(self, num_samples: int, mean: bool = False) -> Tensor:
         """Draws of x from p(x), or of the means of p(x | z), shape (num_samples, *event)."""
+
+    @abstractmethod
+    def conditional(self, x: Tensor, seen: Tensor) -> Conditional:
+        """log p(x_seen) and p(x_missing | x_seen), both in closed form: see `pyrovae.models.seen`.
+
+        `gaussian_parts` has it for a Gaussian, `mixture_given` for a mixture. All else of the seen and the missing
+        follows from it: `log_prob_seen`, `log_prob_missing`, `impute`.
+
+        Args:
+            x: Rows, shape (N, *event); missing elements may be anything.
+            seen: Boolean, of the event's shape: True where x is seen, alike for all rows.
+        """
+
+    def log_prob_seen(self, x: Tensor, seen: Tensor) -> Tensor:
+        """Exact log p(x_seen) in nats, the missing elements summed or integrated out, shape (N,).
+
+        Args:
+            x: Rows, shape (N, *event); missing elements may be anything.
+            seen: Boolean, of the event's shape, or (N, *event): True where x is seen.
+        Raises:
+            UsageError: `seen` is of another type or shape.
+        """
+        return self._by_pattern(x, seen, lambda some, mask: self.conditional(some, mask).log_prob_seen)
+
+    def log_prob_missing(self, x: Tensor, seen: Tensor) -> Tensor:
+        """Exact log p(x_missing | x_seen) in nats, shape (N,); arguments and errors as for `log_prob_seen`."""
+
+        def of(some: Tensor, mask: Tensor) -> Tensor:
+            given = self.conditional(some, mask)
+            if mask.all():  # nothing has probability 1; torch has no distributions of no elements
+                return torch.zeros_like(given.log_prob_seen)
+            return given.missing.log_prob(some.flatten(1)[:, ~mask.flatten()].to(given.log_prob_seen))
+
+        return self._by_pattern(x, seen, of)
+
+    @torch.no_grad()
+    def impute(self, x: Tensor, seen: Tensor, num_draws: int = 1, mean: bool = False) -> Tensor:
+        """Rows with draws from p(x_missing | x_seen) in the place of what is missing, with torch's random state.
+
+        Args:
+            x: Rows, shape (N, *event); missing elements may be anything.
+            seen: Boolean, of the event's shape, or (N, *event): True where x is seen.
+            num_draws: S, draws of each row.
+            mean: The mean of p(x_missing | x_seen) in place of draws, the same S times.
+        Returns:
+            Shape (S, N, *event); its seen elements are those of x.
+        Raises:
+            UsageError: num_draws is no whole number of at least 1, or `seen` is of another type or shape.
+        """
+        check("num_draws", num_draws, Whole(1))
+        filled = x.flatten(1).repeat(num_draws, 1, 1)
+        for mask, rows in patterns(seen, len(x), self.event_shape):
+            if mask.all():
+                continue
+            gone = (~mask.flatten()).nonzero().flatten()
+            # A mixture draws from all its components at once: in blocks of rows, to bound memory.
+            for block in rows.split(max(1, 2**22 // (num_draws * len(gone)))):
+                missing = self.conditional(x[block], mask).missing
+                values = missing.mean.expand(num_draws, -1, -1) if mean else missing.sample((num_draws,))
+                filled[:, block.unsqueeze(-1), gone] = values.to(filled)
+        return filled.unflatten(2, self.event_shape)
+
+    def _by_pattern(self, x: Tensor, seen: Tensor, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """A number for each row, shape (N,), by a function of the rows that have one mask, and that mask."""
+        parts = [(rows, of(x[rows], mask)) for mask, rows in patterns(seen, len(x), self.event_shape)]
+        return torch.cat([values for _, values in parts])[torch.cat([rows for rows, _ in parts]).argsort()]
 
     @abstractmethod
     def initialise(self, x: Tensor) -> None:
@@ -151,6 +218,13 @@ class PPCA(Exact):
     def log_prob(self, x: Tensor) -> Tensor:
         self._check(x)
         return self().log_prob(x.to(self.loc))
+
+    def conditional(self, x: Tensor, seen: Tensor) -> Conditional:
+        """Of the Gaussian p(x), in double precision."""
+        noise = torch.eye(self.event_numel, dtype=torch.float64, device=self.loc.device) * self.log_scale.exp()
+        factor = torch.cat([self.weight, noise], 1)
+        log_prob, loc, scale_tril = gaussian_parts(self.loc, factor, x.flatten(1), seen.flatten())
+        return Conditional(log_prob, dist.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False))
 
     @torch.no_grad()
     def sample(self, num_samples: int, mean: bool = False) -> Tensor:

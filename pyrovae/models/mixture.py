@@ -46,6 +46,7 @@ from torch.nn import functional as F
 
 from pyrovae.errors import DataError, NumericalError, UsageError
 from pyrovae.models.exact import PPCA, Exact
+from pyrovae.models.seen import Conditional, gaussian_parts, mixture_given
 from pyrovae.settings import Count, NotNegative, Number, Whole, check, checked
 
 RELATIVE_FLOOR = 1e-6  # of the mean variance of the rows
@@ -394,6 +395,15 @@ class GaussianMixture(Mixture):
         every = torch.arange(self.components, device=self.means.device)
         return torch.stack([self.component(c).log_prob(x) for c in every], -1)
 
+    def conditional(self, x: Tensor, seen: Tensor) -> Conditional:
+        """A mixture of the components' Gaussians, in double precision."""
+        flat, mask = x.flatten(1), seen.flatten()
+        each = [gaussian_parts(*part, flat, mask) for part in zip(self.means.flatten(1), self.scale_tril, strict=True)]
+        log_probs, locs, factors = (torch.stack(parts, -1) for parts in zip(*each, strict=True))
+        loc, scale_tril = locs.movedim(-1, 1), factors.movedim(-1, 0)
+        components = dist.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
+        return mixture_given(self.mixing_logits.double().log_softmax(-1) + log_probs, components)
+
     def _fit_components(self, x: Tensor, responsibilities: Tensor, chunk: int) -> None:
         counts = responsibilities.sum(0)
         live = counts > EMPTY
@@ -502,6 +512,13 @@ class BernoulliMixture(Mixture):
         # x l - softplus(l), summed over dimensions: one matrix product, where broadcasting would hold (N, C, D).
         logits = self.logits.flatten(1)
         return x.flatten(1) @ logits.T + F.logsigmoid(-logits).sum(-1)
+
+    def conditional(self, x: Tensor, seen: Tensor) -> Conditional:
+        """A mixture of what is missing of each component, whose elements are independent."""
+        there, gone = self.logits.flatten(1)[:, seen.flatten()], self.logits.flatten(1)[:, ~seen.flatten()]
+        log_probs = x.to(there).flatten(1)[:, seen.flatten()] @ there.T + F.logsigmoid(-there).sum(-1)
+        components = dist.Bernoulli(logits=gone.expand(len(x), *gone.shape)).to_event(1)
+        return mixture_given(self.mixing_logits.log_softmax(-1) + log_probs, components)
 
     def _fit_components(self, x: Tensor, responsibilities: Tensor, chunk: int) -> None:
         counts = responsibilities.sum(0)
