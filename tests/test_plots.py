@@ -115,6 +115,34 @@ def test_every_event_is_drawn_by_every_figure_with_its_title(event: tuple[int, .
         assert texts(figure).count("VAE, digits") == 1
 
 
+def test_a_grid_has_every_image_in_rows_with_names_under_them() -> None:
+    x = torch.rand(100, 3, 6, 4)
+    figure = plots.grid(x, 10, "Draws")
+    drawn = tiles(figure)
+    assert len(drawn) == 100
+    for image, tile in zip(x, drawn, strict=True):  # row by row, channels last
+        np.testing.assert_allclose(tile, image.permute(1, 2, 0), atol=1e-6)
+    named = plots.grid(x[:7], 5, "Data", list("abcdefg"))
+    (axes,) = named.axes
+    below = {text.get_text(): text.get_position() for text in axes.texts}
+    extents = sorted((i.get_extent() for i in axes.get_images()), key=lambda e: (e[3], e[0]))
+    for name, (left, right, bottom, top) in zip("abcdefg", extents, strict=True):
+        across, down = below[name]
+        assert left < across < right
+        assert bottom < down < bottom + 0.28 < bottom + bottom - top
+    with pytest.raises(UsageError, match="names: expected 7 names, got 2"):
+        plots.grid(x[:7], 5, names=["a", "b"])
+    with pytest.raises(UsageError, match=r"x: expected images, got rows of shape \(2,\)"):
+        plots.grid(torch.rand(4, 2), 2)
+
+
+def test_ten_reconstructions_stand_in_one_row() -> None:
+    x = torch.rand(10, 4, 4)
+    (axes,) = plots.reconstructions(x, x).axes
+    assert len(axes.get_yticks()) == 2
+    assert {round(image.get_extent()[0], 2) for image in axes.get_images()} == {i + 0.04 for i in range(10)}
+
+
 def test_importing_plots_imports_no_plotting_library() -> None:
     names: set[str] = set()
     for path in Path(plots.__file__).parent.glob("*.py"):
@@ -189,7 +217,7 @@ def test_training_curves_need_epochs_and_something_to_draw(metrics: pd.DataFrame
 
 
 def test_reconstructions_draw_each_image_above_its_reconstruction() -> None:
-    x, copy = torch.rand(10, 1, 5, 4), torch.rand(10, 1, 5, 4, requires_grad=True)
+    x, copy = torch.rand(12, 1, 5, 4), torch.rand(12, 1, 5, 4, requires_grad=True)
     drawn = tiles(plots.reconstructions(x, copy))
     rows = [x[:8], copy[:8], x[8:], copy[8:]]  # two bands of at most 8 across
     np.testing.assert_allclose(drawn, torch.cat(rows).squeeze(1).detach())

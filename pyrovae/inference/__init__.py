@@ -10,6 +10,7 @@ from pyrovae.inference.diagnostics import measure as measure
 from pyrovae.inference.individual import Individual as Individual
 from pyrovae.inference.inference_data import elpd as elpd
 from pyrovae.inference.inference_data import to_inference_data as to_inference_data
+from pyrovae.inference.layer_table import layers as layers
 from pyrovae.inference.marginal import LogMarginal as LogMarginal
 from pyrovae.inference.marginal import log_marginal as log_marginal
 from pyrovae.inference.objectives import ELBO as ELBO

@@ -21,6 +21,7 @@ from pyrovae.models.networks import ConvDecoder as ConvDecoder
 from pyrovae.models.networks import ConvEncoder as ConvEncoder
 from pyrovae.models.networks import Network as Network
 from pyrovae.models.priors import FlowPrior as FlowPrior
+from pyrovae.models.priors import IsotropicNormal as IsotropicNormal
 from pyrovae.models.priors import MixtureOfGaussians as MixtureOfGaussians
 from pyrovae.models.priors import Prior as Prior
 from pyrovae.models.priors import StandardNormal as StandardNormal

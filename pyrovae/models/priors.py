@@ -22,7 +22,7 @@ from torch.nn.functional import softplus
 from pyrovae.errors import UsageError
 from pyrovae.models.guides import Guide
 from pyrovae.models.networks import MLP, Network
-from pyrovae.settings import Count, Number, checked
+from pyrovae.settings import Count, Number, Positive, checked
 
 
 class Prior(nn.Module, ABC):
@@ -60,6 +60,30 @@ class StandardNormal(Prior):
 
     def forward(self) -> dist.Distribution:
         return dist.Normal(self.loc, torch.ones_like(self.loc)).to_event(1)
+
+
+class IsotropicNormal(Prior):
+    """N(0, s^2 I) of a fixed s: another unit of z, in which the same pairs can be declared as with N(0, I).
+
+    It is there to say what is written with another s, as a KL that is the one to N(0, I/2). Draws of z have to have
+    the same s as the prior that was trained with.
+
+    Args:
+        latent_dim: Z.
+        scale: s, the standard deviation of every element.
+    """
+
+    short = ("isotropic",)
+    loc: Tensor
+
+    @checked
+    def __init__(self, latent_dim: Count, scale: Positive = 1.0) -> None:
+        super().__init__(latent_dim)
+        self.scale = scale
+        self.register_buffer("loc", torch.zeros(latent_dim), persistent=False)
+
+    def forward(self) -> dist.Distribution:
+        return dist.Normal(self.loc, torch.full_like(self.loc, self.scale)).to_event(1)
 
 
 class SharedComponents(dist.MixtureSameFamily):
@@ -196,4 +220,4 @@ def inverse_softplus(y: float) -> float:
     return y + math.log(-math.expm1(-y))
 
 
-PRIORS = (StandardNormal, MixtureOfGaussians, VampPrior, FlowPrior)
+PRIORS = (StandardNormal, IsotropicNormal, MixtureOfGaussians, VampPrior, FlowPrior)

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_IMAGES = 64  # more would be too small to read
+MAX_ACROSS = 10  # reconstructions in one row
 MAX_PAIRS = 500  # of points joined by a segment
 MAX_PANELS = 16
 MAX_ROWS = 8  # of a neighbourhood; a traversal may have twice as many
@@ -63,17 +64,46 @@ def samples(x: Tensor, title: str | None = None, style: Style = PLAIN) -> Figure
     shown = min(len(x), {"image": MAX_IMAGES, "point": len(x), "profile": MAX_PANELS}[kind])
     drawn, caption = as_array(x[:shown]), f"Samples{_of(shown, len(x))}"
     if kind == "image":
-        across = min(shown, max(6, int(np.ceil(np.sqrt(shown)))))
-        figure, axes = _tiles(list(range(-(-shown // across))), list(range(across)), drawn.shape[1:], caption, title)
-        for i, image in enumerate(drawn):
-            _tile(axes, style, image, i // across, i % across)
-    elif kind == "point":
+        return _grid(drawn, min(shown, max(6, int(np.ceil(np.sqrt(shown))))), caption, title, style)[0]
+    if kind == "point":
         figure, axes = _plane(style, caption, title)
         scatter(axes, drawn, s=dot_area(shown), color=BLUE, alpha=0.6, linewidths=0, rasterized=True)
     else:
         figure, panels = _panels(shown, x.shape[1], style, caption, title)
         for panel, profile in zip(panels, drawn, strict=True):
             _profile(panel, profile, color=BLUE)
+    return figure
+
+
+def grid(
+    x: Tensor,
+    columns: int,
+    caption: str = "Data",
+    names: Sequence[str] | None = None,
+    title: str | None = None,
+    style: Style = PLAIN,
+) -> Figure:
+    """Draw images in rows of so many, all of them, whatever they are; with names, each under its own.
+
+    Args:
+        x: Images, shape (N, H, W), (N, 1, H, W) or (N, 3, H, W).
+        columns: How many stand in a row.
+        caption: What they are, the second line of the title.
+        names: Of each image, such as its class.
+        title: First line of the title.
+        style: How data are drawn.
+    Raises:
+        UsageError: the event shape is no image's, or there is not one name for each.
+    """
+    if _kind("x", x, 1) != "image":
+        raise UsageError(f"x: expected images, got rows of shape {tuple(x.shape[1:])}; draw them with samples")
+    if names is not None and len(names) != len(x):
+        raise UsageError(f"names: expected {len(x)} names, got {len(names)}; name each image, or none")
+    across = min(columns, len(x))
+    figure, axes = _grid(as_array(x), across, caption, title, style, gap=0.0 if names is None else 0.28)
+    for i, name in enumerate(names or ()):
+        row, column = divmod(i, across)
+        axes.text(column + 0.5, 1.28 * row + 0.97, _short(name), ha="center", va="top", fontsize="small")
     return figure
 
 
@@ -139,7 +169,7 @@ def reconstructions(x: Tensor, reconstruction: Tensor, title: str | None = None,
     shown = min(len(x), {"image": MAX_IMAGES // 2, "point": MAX_PAIRS, "profile": MAX_PANELS}[kind])
     originals, copies = as_array(x[:shown]), as_array(reconstruction[:shown])
     if kind == "image":
-        across = min(shown, 8)
+        across = shown if shown <= MAX_ACROSS else 8
         bands = -(-shown // across)
         caption = f"Each reconstruction below its original{_of(shown, len(x))}"
         rows = [band * 2.25 + row for band in range(bands) for row in (0, 1)]
@@ -310,6 +340,18 @@ def _tiles(
     axes.autoscale(False)
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
+    return figure, axes
+
+
+def _grid(
+    images: np.ndarray, across: int, caption: str, title: str | None, style: Style, gap: float = 0.0
+) -> tuple[Figure, Axes]:
+    """Draw images in rows of `across`, with a gap between rows, in heights of an image."""
+    rows = [(1 + gap) * row for row in range(-(-len(images) // across))]
+    figure, axes = _tiles(rows, list(range(across)), images.shape[1:], caption, title)
+    axes.set_ylim(rows[-1] + 1.05 + gap, -0.05)
+    for i, image in enumerate(images):
+        _tile(axes, style, image, rows[i // across], i % across)
     return figure, axes
 
 
