@@ -143,6 +143,18 @@ def test_ten_reconstructions_stand_in_one_row() -> None:
     assert {round(image.get_extent()[0], 2) for image in axes.get_images()} == {i + 0.04 for i in range(10)}
 
 
+def test_a_curve_of_steps_has_every_step_and_the_mean_around_it() -> None:
+    steps, values = np.arange(10, 1010, 10), np.random.default_rng(0).normal(size=100)
+    figure = plots.step_curve(steps, values, "SSE", window=20)
+    np.testing.assert_array_equal(line(figure, "one batch"), np.stack([steps, values], 1))
+    mean = line(figure, "mean of 20")
+    np.testing.assert_allclose(mean[50, 1], values[40:60].mean())
+    np.testing.assert_allclose(mean[0, 1], values[:10].mean())
+    np.testing.assert_allclose(mean[-1, 1], values[89:].mean())
+    with pytest.raises(UsageError, match=r"values: expected one for each of at least one step, got \(3,\) for \(2,\)"):
+        plots.step_curve([1, 2], [1.0, 2.0, 3.0], "SSE")
+
+
 def test_importing_plots_imports_no_plotting_library() -> None:
     names: set[str] = set()
     for path in Path(plots.__file__).parent.glob("*.py"):

@@ -19,4 +19,5 @@ from pyrovae.plots.images import traversals as traversals
 from pyrovae.plots.latents import MAX_CLASSES as MAX_CLASSES
 from pyrovae.plots.latents import latent_map as latent_map
 from pyrovae.plots.style import Style as Style
+from pyrovae.plots.training import step_curve as step_curve
 from pyrovae.plots.training import training_curves as training_curves

@@ -17,6 +17,8 @@ from pyrovae.plots.style import (
     SEQUENTIAL,
     SKY,
     VERMILLION,
+    Numbers,
+    as_array,
     in_nats,
     new_figure,
     require_columns,
@@ -79,6 +81,34 @@ def training_curves(metrics: DataFrame, title: str | None = None) -> Figure:
     if dimensions:
         kl = {name.removeprefix("kl_"): columns[name] for name in dimensions}
         _draw_kl_per_dimension(panels["heatmap"], panels["last"], epoch, kl)
+    return figure
+
+
+def step_curve(steps: Numbers, values: Numbers, label: str, title: str | None = None, window: int = 100) -> Figure:
+    """Draw a measurement of every training step, as noisy as a batch is small, and its running mean.
+
+    Args:
+        steps: Numbers of the steps, shape (S,); they may leave some out.
+        values: What was measured at each, shape (S,).
+        label: What it is, with its unit.
+        title: First line of the title.
+        window: How many measurements are averaged, with those before and after; less at both ends.
+    Raises:
+        UsageError: there is nothing to draw, or not one value for each step.
+    """
+    at, measured = as_array(steps), as_array(values)
+    if at.shape != measured.shape or at.ndim != 1 or not len(at):
+        raise UsageError(f"values: expected one for each of at least one step, got {measured.shape} for {at.shape}")
+    half = max(1, min(window, len(at)) // 2)
+    sums = np.concatenate([[0.0], measured.cumsum()])
+    first, last = np.maximum(np.arange(len(at)) - half, 0), np.minimum(np.arange(len(at)) + half, len(at))
+    mean = (sums[last] - sums[first]) / (last - first)
+    figure = new_figure(8, 4, f"{label}, of the batch of each step", title)
+    axes = figure.add_subplot(xlabel="step", ylabel=label)
+    axes.plot(at, measured, color=SKY, linewidth=0.5, alpha=0.7, label="one batch")
+    axes.plot(at, mean, color=INK, linewidth=1.5, label=f"mean of {2 * half}")
+    axes.legend()
+    axes.grid(alpha=0.3)
     return figure
 
 
