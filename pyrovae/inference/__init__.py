@@ -7,6 +7,9 @@ from pyrovae.inference.annealed import Sandwich as Sandwich
 from pyrovae.inference.annealed import sandwich as sandwich
 from pyrovae.inference.batch import Batch as Batch
 from pyrovae.inference.diagnostics import measure as measure
+from pyrovae.inference.imputation import Imputed as Imputed
+from pyrovae.inference.imputation import impute as impute
+from pyrovae.inference.imputation import log_prob_missing as log_prob_missing
 from pyrovae.inference.individual import Individual as Individual
 from pyrovae.inference.inference_data import elpd as elpd
 from pyrovae.inference.inference_data import to_inference_data as to_inference_data
@@ -21,6 +24,10 @@ from pyrovae.inference.objectives import OfParticles as OfParticles
 from pyrovae.inference.objectives import Renyi as Renyi
 from pyrovae.inference.objectives import StickingTheLanding as StickingTheLanding
 from pyrovae.inference.pair import Pair as Pair
+from pyrovae.inference.paths import great_circle as great_circle
+from pyrovae.inference.paths import line as line
+from pyrovae.inference.paths import neighbours as neighbours
+from pyrovae.inference.paths import traverse as traverse
 from pyrovae.inference.proposals import FromGuide as FromGuide
 from pyrovae.inference.proposals import FromPrior as FromPrior
 from pyrovae.inference.proposals import Proposal as Proposal

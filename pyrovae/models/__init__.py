@@ -14,6 +14,7 @@ from pyrovae.models.likelihoods import Bernoulli as Bernoulli
 from pyrovae.models.likelihoods import ContinuousBernoulli as ContinuousBernoulli
 from pyrovae.models.likelihoods import Gaussian as Gaussian
 from pyrovae.models.likelihoods import Likelihood as Likelihood
+from pyrovae.models.masked import Masked as Masked
 from pyrovae.models.mixture import BernoulliMixture as BernoulliMixture
 from pyrovae.models.mixture import GaussianMixture as GaussianMixture
 from pyrovae.models.networks import MLP as MLP
