@@ -54,11 +54,11 @@ def command(words: Sequence[str]) -> int:
     from pyrovae.runs.baseline import COMPONENTS
     from pyrovae.runs.comparing import compare_runs
     from pyrovae.runs.grouping import run_around, usable
-    from pyrovae.runs.scoring import Scoring, default_draws
+    from pyrovae.runs.scoring import Scoring
 
     number = read("--threads", options.get("threads", "auto"), THREADS)
     proposal = build_proposal(options.get("proposal"))
-    k, seed = whole_option(options, "K", default_draws(proposal, 1000)), whole_option(options, "seed", 0)
+    k, seed = whole_option(options, "K", proposal.usual_particles or 1000), whole_option(options, "seed", 0)
     limit, components = whole_option(options, "rows", None), whole_option(options, "components", None)
     if options.get("no_baseline") and components:
         raise UsageError("--components: not used, since --no-baseline adds none")

@@ -52,15 +52,13 @@ def command(words: Sequence[str]) -> int:
     """Parse the options, evaluate, print."""
     options = given(options_parser().parse_args(words))
 
-    from pyrovae.inference.annealed import Annealed
-    from pyrovae.inference.individual import Individual
     from pyrovae.processors import threads
     from pyrovae.runs.directory import open_run
     from pyrovae.runs.evaluation import evaluate
-    from pyrovae.runs.scoring import SPLITS, Scoring, default_draws
+    from pyrovae.runs.scoring import SPLITS, Scoring
 
     proposal = build_proposal(options.get("proposal"))
-    k, seed = whole_option(options, "K", default_draws(proposal, 5000)), whole_option(options, "seed", 0)
+    k, seed = whole_option(options, "K", proposal.usual_particles or 5000), whole_option(options, "seed", 0)
     limit, chunk_size = whole_option(options, "rows", None), whole_option(options, "chunk_size", None)
     split = str(options.get("split", "test"))
     if split not in SPLITS:
@@ -71,7 +69,7 @@ def command(words: Sequence[str]) -> int:
         refuse(options, unused, f"the log p(x) of a {run.recipe.model.name} is exact")
     netcdf = Path(str(options["netcdf"])) if "netcdf" in options else None
     device = str(options.get("device", "auto"))
-    if "repair" in options and isinstance(proposal, Annealed | Individual):
+    if "repair" in options and proposal.of_each_row:
         raise UsageError("--repair: is for draws from guide, widened or prior; these are made for each row already")
     mode = read("--compile", options.get("compile", "auto"), SWITCH)
     precision = read("--precision", options.get("precision", "fp32"), Words(("fp32", "bf16")))

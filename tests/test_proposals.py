@@ -13,14 +13,27 @@ from torch.distributions import Normal
 from torch.testing import assert_close
 
 from pyrovae.errors import PairError, UsageError
-from pyrovae.inference import log_marginal
+from pyrovae.inference import PROPOSALS as NAMED
+from pyrovae.inference import log_marginal, to_inference_data, verdict
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.gaussians import inflated
 from pyrovae.inference.pair import Pair
-from pyrovae.inference.proposals import FromGuide, FromPrior, Widened, density, draw_guide, pick, systematic
+from pyrovae.inference.proposals import (
+    FromGuide,
+    FromPrior,
+    Proposal,
+    Sampler,
+    Widened,
+    density,
+    draw_guide,
+    pick,
+    systematic,
+)
+from pyrovae.inference.tracing.draws import Compiled
 from pyrovae.inference.weights import draw, log_mean_exp
 from pyrovae.models import MLP, FullCovarianceNormal, HierarchicalVAE, LowRankNormal, MeanFieldNormal, StandardNormal
 from pyrovae.models import Gaussian as GaussianLikelihood
+from pyrovae.runs.comparison import Scored
 
 X = torch.tensor([-2.0, 0.3, 1.5], dtype=torch.float64)
 PROPOSALS = [
@@ -196,3 +209,46 @@ def test_bad_settings_are_refused_by_name(bad) -> None:
 def test_what_is_no_proposal_is_refused(bad) -> None:
     with pytest.raises(UsageError, match=r"^proposal: expected an object such as Widened\(\)"):
         log_marginal(GaussianPair().model, GaussianPair().guide, X, 10, proposal=bad)
+
+
+class Lookalike(Proposal):
+    """A stranger's proposal, called as the guide is, that draws from something wider."""
+
+    name = FromGuide.name + ", nearly"
+
+    def __call__(self, pair: Pair, batch: Batch) -> Sampler:
+        return Widened((2.0,), 0.0)(pair, batch)
+
+
+def test_the_mean_log_weight_is_an_elbo_where_the_draws_are_the_guides() -> None:
+    """By what a proposal says of itself, not by what it is called: of other draws the mean is lower or higher."""
+    pair = GaussianPair(1.2)
+    proposals = [FromGuide(), Compiled(), Widened(), Compiled(Widened()), FromPrior(), Lookalike()]
+    results = [log_marginal(pair.model, pair.guide, X, 40, proposal=p, seed=0) for p in proposals]
+    assert [result.of_guide for result in results] == [True, True, False, False, False, False]
+    told = [Scored("a run", [result]).elbo for result in results]
+    assert told == [results[0].elbo.mean(), pytest.approx(results[1].elbo.mean().item()), None, None, None, None]
+
+
+def test_latents_are_drawn_from_what_is_a_guide() -> None:
+    pair = GaussianPair(1.2)
+    assert [p.word for p in NAMED if p.has_guide] == ["guide", "individual"]
+    for proposal in (Widened(), FromPrior(), Lookalike()):
+        with pytest.raises(
+            UsageError, match=r"^proposal: expected FromGuide or Individual, whose latents can be drawn"
+        ):
+            to_inference_data(pair.model, pair.guide, X, 5, 10, proposal=proposal)
+
+
+def test_what_a_proposal_says_of_itself_decides_what_is_done_with_it() -> None:
+    """Chains are not tried on simulated data, as other draws are; what is more than tensors is not compiled."""
+
+    class Chains(Lookalike):
+        of_chains = True
+
+    pair = GaussianPair(1.05)
+    checked, unchecked = (log_marginal(pair.model, pair.guide, X, 200, proposal=p) for p in (Lookalike(), Chains()))
+    assert "simulated data the sandwich is" in verdict(checked).reason
+    assert "nothing was tried on simulated data" in verdict(unchecked).reason
+    with pytest.raises(UsageError, match=r"Lookalike.*more than tensor operations"):
+        Compiled(Lookalike())

@@ -17,8 +17,9 @@ from torch.testing import assert_close
 from pyrovae.errors import PairError, UsageError
 from pyrovae.inference import FromPrior, Individual, Widened, elpd, log_marginal, repair, simulated, verdict
 from pyrovae.inference.batch import Batch
-from pyrovae.inference.marginal import FROM_GUIDE, Origin
+from pyrovae.inference.marginal import Origin
 from pyrovae.inference.pair import Pair
+from pyrovae.inference.proposals import FROM_GUIDE, Proposal
 from pyrovae.inference.repairs import FROM_BOTH, better_than_guide
 from pyrovae.inference.simulation import like
 from pyrovae.inference.tracing.draws import Compiled
@@ -214,7 +215,7 @@ def test_parameters_of_single_rows_cannot_be_tried_on_others() -> None:
 
 
 def test_a_proposal_that_weighs_no_given_latents_is_unchecked() -> None:
-    class Mine:
+    class Mine(Proposal):
         name = "mine"
 
         def __call__(self, pair, batch):

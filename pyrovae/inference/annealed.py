@@ -42,7 +42,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import pyro.distributions as dist
 import torch
@@ -58,7 +58,7 @@ from pyrovae.inference.marginal import ELEMENTS_AT_ONCE
 from pyrovae.inference.modules import evaluating
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
-from pyrovae.inference.proposals import density, draw_prior
+from pyrovae.inference.proposals import Proposal, density, draw_prior
 from pyrovae.inference.unconstrained import Unconstrained
 from pyrovae.inference.validity import check_pair
 from pyrovae.inference.weights import At, draw, log_mean_exp, log_prob, run, sample_sites
@@ -83,7 +83,7 @@ VALIDATED_WIDTH = 0.1
 
 
 @dataclass(frozen=True)
-class Annealed:
+class Annealed(Proposal):
     """Chains of Hamiltonian Monte Carlo to p(z|x): annealed importance sampling.
 
     Args:
@@ -98,7 +98,11 @@ class Annealed:
         UsageError: an argument out of range; named.
     """
 
-    word: ClassVar[str] = "annealed"
+    word = "annealed"
+    usual_particles = 32  # each takes thousands of gradients
+    of_each_row = True
+    of_chains = True
+
     temperatures: Count = 200
     leapfrog: Count = 5
     start: Literal["guide", "prior"] = "guide"

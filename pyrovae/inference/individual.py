@@ -27,8 +27,8 @@ References:
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -40,7 +40,7 @@ from pyrovae.inference.batch import Batch
 from pyrovae.inference.gaussians import Family
 from pyrovae.inference.modules import evaluating
 from pyrovae.inference.pair import Pair
-from pyrovae.inference.proposals import Sampler, particles_in
+from pyrovae.inference.proposals import Proposal, Sampler, particles_in
 from pyrovae.inference.unconstrained import Unconstrained
 from pyrovae.inference.weights import draw
 from pyrovae.settings import Count, Positive, check_fields
@@ -136,7 +136,7 @@ class FittedGaussian:
 
 
 @dataclass(frozen=True)
-class Individual:
+class Individual(Proposal):
     """A Gaussian fitted to each datum, over its unconstrained latents.
 
     Args:
@@ -147,7 +147,10 @@ class Individual:
             little too narrow, and their weights' tails a little too heavy.
     """
 
-    word: ClassVar[str] = "individual"
+    word = "individual"
+    of_each_row = True
+    has_guide = True
+
     family: Family = "full"
     steps: Count = 200
     draws: Count = 16
@@ -172,6 +175,9 @@ class Individual:
             return q.space.log_joint(u) - q.log_prob(u)
 
         return Sampler(q.log_weights, at)
+
+    def as_guide(self, pair: Pair, batch: Batch) -> Callable:
+        return self.fit(pair, batch).widened(self.widen).guide
 
     def fit(self, pair: Pair, batch: Batch) -> FittedGaussian:
         """Fit a Gaussian to each datum's ELBO, starting from the guide's moments.

@@ -48,11 +48,11 @@ from torch import Tensor
 from pyrovae.checks import check_count
 from pyrovae.errors import NumericalError
 from pyrovae.inference.batch import Batch
-from pyrovae.inference.individual import Individual
-from pyrovae.inference.marginal import FROM_GUIDE, LogMarginal, block_of, check_result, summarise
+from pyrovae.inference.marginal import LogMarginal, block_of, check_result, summarise
 from pyrovae.inference.modules import evaluating
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
+from pyrovae.inference.proposals import FROM_GUIDE, Proposal, check_proposal
 from pyrovae.inference.validity import check_pair
 from pyrovae.inference.weights import At, draw, log_prob, run, sample_sites
 from pyrovae.seeding import seeded
@@ -73,7 +73,7 @@ def to_inference_data(
     seed: int = 0,
     predictive: bool = True,
     measure: str | None = None,
-    proposal: Individual | None = None,
+    proposal: Proposal = FROM_GUIDE,
     given: Sequence[Tensor] = (),
 ) -> Any:
     """Posterior, prior and predictive draws of a pair, with the importance weights behind them.
@@ -83,12 +83,12 @@ def to_inference_data(
         guide: Pyro guide, called as guide(x, *given).
         x: Data, shape (N, *event).
         num_draws: Draws of each datum's latents, resampled with replacement by weight.
-        num_particles: K, draws from the guide that they are resampled from.
+        num_particles: K, draws from the proposal that they are resampled from.
         seed: Of all draws; the caller's random state is left as it was.
         predictive: Whether to draw data, which takes num_draws * N events of memory for the prior, and for the
             posterior.
         measure: What log p(x) is, for the attributes: "mass on {0,1}^784".
-        proposal: If given, the K draws are from a Gaussian fitted to each datum, not from the guide.
+        proposal: Where the K draws come from: `FromGuide`, or `Individual`, a Gaussian fitted to each datum.
         given: What everything is conditioned on, tensors of shape (N, ...): prior and predictive draws of a datum are
             given theirs.
 
@@ -98,13 +98,15 @@ def to_inference_data(
         reads it.
 
     Raises:
-        UsageError: num_draws or num_particles < 1, x is no tensor with rows, or something in `given` has not as many.
+        UsageError: num_draws or num_particles < 1, x is no tensor with rows, something in `given` has not as many, or
+            the proposal's latents cannot be drawn.
         PairError: the log-weights of the pair are not of log p(x), see `pyrovae.inference.validity`, or it has no
             latent site.
         NumericalError: a row has a weight that is not a number, or all its weights are zero; it is named.
     """
     for name, value in (("num_draws", num_draws), ("num_particles (K)", num_particles)):
         check_count(name, value)
+    check_proposal(proposal)
     pair, batch = Pair(model, guide), Batch.of(x, given)
     # A block of rows keeps the latents of its K draws; a chunk of them is decoded at once.
     rows, chunk = block_of(batch, num_particles)
@@ -113,14 +115,12 @@ def to_inference_data(
     with evaluating(pair), torch.no_grad():
         for start, data in zip(range(0, len(batch), rows), batch.split(rows), strict=True):
             with seeded(seed, "inference data", start, device=x.device):
-                drawn_from = pair
-                if proposal is not None:
-                    drawn_from = Pair(model, proposal.fit(pair, data).widened(proposal.widen).guide)
+                drawn_from = Pair(model, proposal.as_guide(pair, data))
                 block = Block(drawn_from, data, start, num_particles, chunk)
                 blocks.append(block.groups(num_draws, predictive))
     settings = {"num_particles": num_particles, "num_draws": num_draws, "seed": seed}
     of = {} if measure is None else {"measure": measure}
-    attributes = {"estimator": (proposal or FROM_GUIDE).name, **settings, "unit": "nats", **of, **versions(x)}
+    attributes = {"estimator": proposal.name, **settings, "unit": "nats", **of, **versions(x)}
     return as_arviz({group: datasets(group, [block[group] for block in blocks]) for group in blocks[0]}, attributes)
 
 

@@ -38,7 +38,7 @@ from pyrovae.inference.estimate import standard_error
 from pyrovae.inference.modules import evaluating
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
-from pyrovae.inference.proposals import FromGuide, Proposal, check_proposal
+from pyrovae.inference.proposals import FROM_GUIDE, Proposal, check_proposal
 from pyrovae.inference.validity import check_pair
 from pyrovae.inference.weights import log_mean_exp
 from pyrovae.seeding import keyed
@@ -52,7 +52,6 @@ LEAST_ESS = 10.0
 MOST_K_HAT = 1.0
 # The tensors of a LogMarginal with one value per row.
 PER_ROW = ("estimate", "standard_error", "ess", "pareto_k", "elbo", "jackknife", "zero_weights")
-FROM_GUIDE = FromGuide()
 # Data that an estimate keeps, to simulate others like them.
 ORIGINAL_ROWS = 300
 
@@ -90,12 +89,13 @@ class LogMarginal:
         ess: Effective sample size of the weights, from 1 to K, shape (N,).
         pareto_k: k-hat, shape (N,); 0 where all weights are equal, -1 where the largest are, NaN where K is too small
             to tell, or almost all weight is on too few draws.
-        elbo: Mean log-weight, shape (N,).
+        elbo: Mean log-weight, shape (N,): the ELBO of the guide where `of_guide`.
         jackknife: `estimate` less its bias of order 1/K, shape (N,); no bound, and NaN for K = 1.
         zero_weights: How many of the K weights are 0, shape (N,).
         curve: {k: L_k of shape (N,)}, from the same draws.
         num_particles: K; 0 says that `estimate` is exact.
         estimator: In words.
+        of_guide: Whether the draws are the guide's.
         repaired: Which rows were scored again by a better proposal; None where no row was to be.
         origin: The pair that was estimated, which is not saved with the numbers; None where it is not known.
     """
@@ -110,6 +110,7 @@ class LogMarginal:
     curve: dict[int, Tensor]
     num_particles: int
     estimator: str
+    of_guide: bool = False
     repaired: tuple[int, ...] | None = None
     origin: Origin | None = field(default=None, repr=False, compare=False)
 
@@ -258,7 +259,8 @@ def log_marginal(
             if progress is not None:
                 progress(start + len(block))
     origin = Origin(pair, batch[:ORIGINAL_ROWS], proposal, seed or 0, chunk_size, findings.whole)
-    return replace(LogMarginal.from_columns(columns, num_particles, proposal.name), origin=origin)
+    result = LogMarginal.from_columns(columns, num_particles, proposal.name)
+    return replace(result, of_guide=proposal.of_guide, origin=origin)
 
 
 def of_block(pair: Pair, block: Batch, proposal: Proposal, num_particles: int, chunk: int) -> LogMarginal:
@@ -267,7 +269,7 @@ def of_block(pair: Pair, block: Batch, proposal: Proposal, num_particles: int, c
     log_w = torch.cat([sample(min(chunk, num_particles - done)) for done in range(0, num_particles, chunk)])
     # Coarser numbers than these would pass any weights as equal.
     rounding = 20 * torch.finfo(log_w.dtype).eps if log_w.dtype.itemsize >= 4 else 0.0
-    return summarise(log_w.double().cpu(), proposal.name, rounding)
+    return summarise(log_w.double().cpu(), proposal, rounding)
 
 
 def block_of(batch: Batch, num_particles: int, chunk_size: int | None = None) -> tuple[int, int]:
@@ -294,7 +296,7 @@ def join(blocks: Sequence[LogMarginal]) -> LogMarginal:
     )
 
 
-def summarise(log_w: Tensor, estimator: str = FROM_GUIDE.name, rounding: float = 0.0) -> LogMarginal:
+def summarise(log_w: Tensor, proposal: Proposal = FROM_GUIDE, rounding: float = 0.0) -> LogMarginal:
     """The report of log-weights of shape (K, N) in double precision; `rounding` is their relative error."""
     k = len(log_w)
     estimate = log_mean_exp(log_w)
@@ -309,7 +311,8 @@ def summarise(log_w: Tensor, estimator: str = FROM_GUIDE.name, rounding: float =
         zero_weights=(log_w == -math.inf).sum(0),
         curve={size: grouped_bound(log_w, size) for size in curve_sizes(k)},
         num_particles=k,
-        estimator=estimator,
+        estimator=proposal.name,
+        of_guide=proposal.of_guide,
     )
 
 

@@ -16,8 +16,8 @@ heuristic).
 Each also weighs latents that are given to it, log p(x, z) - log r(z|x), which is what the check on simulated data asks
 for (`pyrovae.inference.simulated`).
 
-To write a new one, give a class a `name` that completes "importance sampling from", and a `__call__` that returns a
-function of k; a `Sampler` if it is to be checked.
+To write a new one, subclass `Proposal` with a `name` that completes "importance sampling from", and a `__call__` that
+returns a function of k; a `Sampler` if it is to be checked.
 
 References:
     Hesterberg 1995, Weighted Average Importance Sampling and Defensive Mixture Distributions, Technometrics 37
@@ -25,9 +25,10 @@ References:
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from pyro import poutine
@@ -58,30 +59,70 @@ class Sampler:
         return self.draw(k)
 
 
-@runtime_checkable
-class Proposal(Protocol):
-    """What `log_marginal` draws from."""
+class Proposal(ABC):
+    """What `log_marginal` draws from.
+
+    Attributes:
+        word: What the command line calls it, for one of `PROPOSALS`.
+        usual_particles: K there, unless given; None: that of the command.
+        of_each_row: It is fitted to each row by itself, so that there is nothing better to `repair` a row with.
+        of_chains: Its draws are chains, which a `sandwich` checks; others are checked by `simulated`.
+        traceable: Its draws are tensor operations, which `Compiled` compiles.
+        has_guide: It has `as_guide`.
+    """
+
+    word: ClassVar[str]
+    usual_particles: ClassVar[int | None] = None
+    of_each_row: ClassVar[bool] = False
+    of_chains: ClassVar[bool] = False
+    traceable: ClassVar[bool] = False
+    has_guide: ClassVar[bool] = False
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """What estimates call it."""
 
+    @abstractmethod
     def __call__(self, pair: Pair, batch: Batch) -> Callable[[int], Tensor]:
         """For N rows of data, a function of k that draws log-weights of shape (k, N), in nats."""
+
+    @property
+    def of_guide(self) -> bool:
+        """Whether draws are the pair's guide's, so that the mean log-weight is its ELBO. Here: no."""
+        return False
+
+    def as_guide(self, pair: Pair, batch: Batch) -> Callable:
+        """The same for these rows as a Pyro guide of the pair, where latents are wanted. Here: there is none.
+
+        Raises:
+            UsageError: it has none.
+        """
+        raise UsageError(f"proposal: expected FromGuide or Individual, whose latents can be drawn, got {self!r}")
+
+    def computation(self) -> dict[str, Any]:
+        """How its draws were computed, as plain values. Here: by the pair itself."""
+        return {"compiled": False, "precision": "fp32", "precision_bias": None}
 
 
 def check_proposal(proposal: object) -> None:
     """Refuse what is no proposal, such as a class of them."""
-    if isinstance(proposal, type) or not isinstance(proposal, Proposal):
+    if not isinstance(proposal, Proposal):
         raise UsageError(f"proposal: expected an object such as Widened(), got {proposal!r}")
 
 
 @dataclass(frozen=True)
-class FromGuide:
+class FromGuide(Proposal):
     """The guide itself."""
 
-    word: ClassVar[str] = "guide"
+    word = "guide"
     name = "importance sampling from the guide"
+    of_guide = True
+    traceable = True
+    has_guide = True
+
+    def as_guide(self, pair: Pair, batch: Batch) -> Callable:
+        return pair.guide
 
     def __call__(self, pair: Pair, batch: Batch) -> Sampler:
         def at(values: dict[str, Tensor]) -> Tensor:
@@ -91,14 +132,15 @@ class FromGuide:
 
 
 @dataclass(frozen=True)
-class FromPrior:
+class FromPrior(Proposal):
     """The prior, naively: log p(x) as the log of the mean likelihood.
 
     Its K must grow like exp KL(p(z|x) || p(z)), so that it fails on all but the smallest models.
     """
 
-    word: ClassVar[str] = "prior"
+    word = "prior"
     name = "naive sampling from the prior"
+    traceable = True
 
     def __call__(self, pair: Pair, batch: Batch) -> Sampler:
         def at(values: dict[str, Tensor]) -> Tensor:
@@ -108,7 +150,7 @@ class FromPrior:
 
 
 @dataclass(frozen=True)
-class Widened:
+class Widened(Proposal):
     """The guide at several widths, mixed with the prior: a defensive mixture.
 
     Args:
@@ -117,7 +159,9 @@ class Widened:
         share: Share of draws from the prior, from 0 to less than 1.
     """
 
-    word: ClassVar[str] = "widened"
+    word = "widened"
+    traceable = True
+
     scales: tuple[Positive, ...] = (1.0, 1.25, 1.5, 2.0)
     share: Share = 0.1
 
@@ -155,6 +199,9 @@ class Widened:
             return particles.log_likelihood + particles.log_prior - torch.logsumexp(torch.stack(log_r), 0)
 
         return Sampler(sample, at)
+
+
+FROM_GUIDE = FromGuide()
 
 
 def systematic(shares: list[float], k: int, x: Tensor) -> Tensor:

@@ -39,11 +39,11 @@ from pyrovae.errors import PairError
 from pyrovae.inference.annealed import simulate
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.estimate import standard_error
-from pyrovae.inference.marginal import FROM_GUIDE, block_of, jackknife, summarise
+from pyrovae.inference.marginal import block_of, jackknife, summarise
 from pyrovae.inference.modules import evaluating
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
-from pyrovae.inference.proposals import Proposal, Sampler, check_proposal
+from pyrovae.inference.proposals import FROM_GUIDE, Proposal, Sampler, check_proposal
 from pyrovae.inference.weights import NO_LATENTS, draw, log_mean_exp
 from pyrovae.seeding import seeded
 

@@ -29,7 +29,6 @@ References:
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,7 +43,7 @@ from pyrovae.inference.marginal import ORIGINAL_ROWS, LogMarginal, Origin, block
 from pyrovae.inference.modules import evaluating
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
-from pyrovae.inference.proposals import Sampler, particles_in
+from pyrovae.inference.proposals import Proposal, Sampler, particles_in
 from pyrovae.inference.unconstrained import Unconstrained
 from pyrovae.inference.units import Units, use_of_units
 from pyrovae.inference.validity import check_pair
@@ -193,7 +192,7 @@ def of_block(
             mixed.append((log_joint - mixture).cpu())
         log_w[name], log_mixed[name] = torch.cat(alone), torch.cat(mixed)
     everything = torch.cat(list(log_mixed.values()))
-    marginal = summarise(everything[torch.randperm(len(everything))], GuideAndGaussians.name)
+    marginal = summarise(everything[torch.randperm(len(everything))], GuideAndGaussians(method))
     influence = {name: (log_mixed[name] - marginal.estimate).exp() / len(proposals) for name in proposals}
 
     def quantity(times: float, elbos: dict[str, float]) -> Estimate:
@@ -221,11 +220,11 @@ def gaussians(pair: Pair, batch: Batch, method: Individual) -> dict[str, FittedG
 
 
 @dataclass(frozen=True)
-class GuideAndGaussians:
+class GuideAndGaussians(Proposal):
     """What all draws together are from: a proposal, so that their log p(x) is tried on simulated data as others are."""
 
     method: Individual
-    name: ClassVar[str] = "importance sampling from a mixture of the guide and of Gaussians fitted to each datum"
+    name = "importance sampling from a mixture of the guide and of Gaussians fitted to each datum"
 
     def __call__(self, pair: Pair, batch: Batch) -> Sampler:
         space, fitted = Unconstrained(pair, batch), gaussians(pair, batch, self.method).values()

@@ -31,7 +31,7 @@ from enum import StrEnum
 
 from pyrovae.checks import describe
 from pyrovae.errors import PairError, PyrovaeError, UsageError
-from pyrovae.inference.annealed import Annealed, Sandwich
+from pyrovae.inference.annealed import Sandwich
 from pyrovae.inference.marginal import LEAST_DRAWS_FOR_TAIL, LEAST_ESS, MOST_K_HAT, LogMarginal, check_result
 from pyrovae.inference.simulation import Simulated, like, simulated
 from pyrovae.inference.validity import WHOLE
@@ -152,7 +152,7 @@ def by_simulation(result: LogMarginal, check: Simulated | None) -> Verdict:
         draws = f"{over} of {rows} rows have a k-hat over {result.k_threshold:.2f}"
     if check is None:
         origin = result.origin
-        if origin is None or isinstance(origin.proposal, Annealed):
+        if origin is None or origin.proposal.of_chains:
             why = "what is never drawn they do not show, and nothing was tried on simulated data"
             return Verdict(Kind.UNCHECKED, f"{draws}, but {why}")
         try:

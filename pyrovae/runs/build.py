@@ -148,12 +148,9 @@ def build_beta(value: float | str | None, steps_per_epoch: int) -> Any:
     return Cyclical(period=steps) if kind == "cyclical" else Capacity(float(numbers[0]), steps=steps)
 
 
-def build_proposal(value: Any) -> "Proposal | None":
-    """The proposal that was asked for, as its name and settings; None for the guide itself."""
-    default = next(iter(PROPOSALS))
-    chosen = choose("proposal", value, default, PROPOSALS)
-    if chosen.name == default:
-        return None
+def build_proposal(value: Any) -> "Proposal":
+    """The proposal that was asked for, as its name and settings; the guide itself if none was."""
+    chosen = choose("proposal", value, next(iter(PROPOSALS)), PROPOSALS)
     made: Proposal = PROPOSALS[chosen.name].classes[0].build("proposal", chosen.settings)
     return made
 

@@ -106,9 +106,7 @@ class Scored:
     @property
     def elbo(self) -> float | None:
         """The pair's ELBO; None for draws from another proposal, whose mean log-weight is something else."""
-        from pyrovae.inference.marginal import FROM_GUIDE
-
-        if not all(result.estimator.startswith(FROM_GUIDE.name) for result in self.results):
+        if not all(result.of_guide for result in self.results):
             return None
         return sum(result.elbo.mean().item() for result in self.results) / len(self.results)
 

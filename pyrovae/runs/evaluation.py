@@ -123,11 +123,10 @@ def check_netcdf(path: Path, model: "Model", batch: "Batch", how: Scoring) -> No
     Raises:
         UsageError: another proposal, no such directory, another file of that name, or too many rows for memory.
     """
-    from pyrovae.inference.individual import Individual
     from pyrovae.inference.pair import Pair
     from pyrovae.inference.weights import draw
 
-    if how.proposal is not None and not isinstance(how.proposal, Individual):
+    if not how.proposal.has_guide:
         raise UsageError("--netcdf: draws are saved from --proposal guide or individual, not from another")
     if path.is_dir() or not os.access(path.resolve().parent, os.W_OK) or not path.resolve().parent.is_dir():
         raise UsageError(f"--netcdf {path}: expected a file in a directory that exists ({path.resolve()})")
@@ -154,7 +153,6 @@ def save_draws(path: Path, model: "Model", batch: "Batch", rows: "Rows", how: Sc
     Raises:
         OutputError: the file cannot be written.
     """
-    from pyrovae.inference.individual import Individual
     from pyrovae.inference.inference_data import to_inference_data
 
     say(f"drawing {SAVED_DRAWS} times from p(z|x) and p(x|z) for each of {len(batch)} rows")
@@ -167,7 +165,7 @@ def save_draws(path: Path, model: "Model", batch: "Batch", rows: "Rows", how: Sc
         seed=how.seed,
         given=batch.given,
         measure=rows.measure.description,
-        proposal=how.proposal if isinstance(how.proposal, Individual) else None,
+        proposal=how.proposal,
     )
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from pyrovae.inference.annealed import Sandwich
     from pyrovae.inference.batch import Batch
     from pyrovae.inference.marginal import LogMarginal
-    from pyrovae.inference.proposals import Proposal
     from pyrovae.inference.simulation import Simulated
     from pyrovae.inference.verdicts import Verdict
     from pyrovae.runs.build import Model
@@ -76,18 +75,17 @@ def report_on(
     }
     if not exact:
         values |= of_terms(result, terms) | {"kl_forms": forms} | of_weights(result) | of_check(check, judgement)
-        values |= of_precision(how.proposal) | {"worst_rows": worst(result), "curve": curve(result)}
+        values |= how.proposal.computation() | {"worst_rows": worst(result), "curve": curve(result)}
     return values | provenance(model, batch, rows, how.seed)
 
 
 def of_terms(result: "LogMarginal", terms: dict[str, float]) -> Report:
     """The ELBO and its parts, and what the latent dimensions carry."""
     from pyrovae.inference.estimate import standard_error
-    from pyrovae.inference.marginal import FROM_GUIDE
     from pyrovae.inference.units import KL_SHARE, kl_dimensions
 
     # The mean log-weight is the guide's ELBO only where the draws are.
-    of_guide = result.elbo if result.estimator.startswith(FROM_GUIDE.name) else None
+    of_guide = result.elbo if result.of_guide else None
     each = {name.removeprefix("kl_"): value for name, value in terms.items() if name.startswith("kl_")}
     elbo = terms["elbo"] if of_guide is None else of_guide.mean().item()
     return {
@@ -157,20 +155,6 @@ def of_check(check: "Sandwich | Simulated | None", judgement: "Verdict") -> Repo
         # Of chains there are too few for an effective sample size or a k-hat to tell.
         values["unreliable_rows"] = []
     return values
-
-
-def of_precision(proposal: "Proposal | None") -> Report:
-    """Whether draws were compiled, in which precision, and what that did to the estimate."""
-    from pyrovae.inference.tracing.draws import Compiled
-
-    if not isinstance(proposal, Compiled):
-        return {"compiled": False, "precision": "fp32", "precision_bias": None}
-    bias = proposal.bias if proposal.precision == "bf16" else None
-    return {
-        "compiled": any(proposal.programs.values()),
-        "precision": proposal.precision,
-        "precision_bias": None if bias is None else {"nats": bias[0], "error": bias[1]},
-    }
 
 
 def worst(result: "LogMarginal") -> list[Report]:

@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pyrovae.errors import UsageError
+from pyrovae.inference.proposals import FROM_GUIDE, Proposal
 from pyrovae.runs.directory import Run
 from pyrovae.runs.progress import Say, rows_done
 from pyrovae.runs.scores import Scores
@@ -17,10 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pyrovae.data import Rows
-    from pyrovae.inference.annealed import Sandwich
+    from pyrovae.inference.annealed import Annealed, Sandwich
     from pyrovae.inference.batch import Batch
     from pyrovae.inference.marginal import LogMarginal
-    from pyrovae.inference.proposals import Proposal
     from pyrovae.inference.simulation import Simulated
     from pyrovae.runs.build import Model
 
@@ -52,14 +52,14 @@ class Scoring:
     Attributes:
         num_particles: K.
         seed: Of the draws.
-        proposal: Where they come from; None: the guide.
+        proposal: Where they come from.
         chunk_size: Particles evaluated at once; changes nothing but the memory.
         repair: Score unreliable rows again, from a Gaussian fitted to each.
     """
 
     num_particles: int
     seed: int = 0
-    proposal: "Proposal | None" = None
+    proposal: Proposal = FROM_GUIDE
     chunk_size: int | None = None
     repair: bool = False
 
@@ -73,7 +73,7 @@ def score(
     """
     import torch
 
-    from pyrovae.inference.marginal import FROM_GUIDE, exact, log_marginal
+    from pyrovae.inference.marginal import exact, log_marginal
     from pyrovae.inference.tracing.draws import CompileWarning
     from pyrovae.models.exact import Exact
 
@@ -86,7 +86,7 @@ def score(
                 values.append(model.log_prob(block.x))
                 done(min(1000 * len(values), len(batch)))
         return exact(torch.cat(values))
-    proposal = how.proposal or FROM_GUIDE
+    proposal = how.proposal
     with (
         warnings.catch_warnings(record=True) as caught,
         rows_done(len(batch), f"log p(x) by {proposal.name}, K = {how.num_particles}", say) as done,
@@ -128,7 +128,7 @@ def check_of(
     batch: "Batch",
     how: Scoring,
     store: "Scores | None" = None,
-    repair: "Proposal | None" = None,
+    repair: Proposal | None = None,
     say: Say | None = None,
 ) -> "Sandwich | Simulated | None":
     """The check of an estimate on simulated data, kept beside the scores; None where log p(x) is exact.
@@ -137,19 +137,19 @@ def check_of(
     """
     import torch
 
-    from pyrovae.inference.annealed import Annealed, Sandwich, sandwich
-    from pyrovae.inference.marginal import FROM_GUIDE
+    from pyrovae.inference.annealed import Sandwich, sandwich
     from pyrovae.inference.simulation import SIMULATED_ROWS, Simulated, like, simulated
     from pyrovae.models.exact import Exact
 
     if isinstance(model, Exact):
         return None
-    pair, k, proposal = (model.model, model.guide), how.num_particles, how.proposal or FROM_GUIDE
-    if isinstance(proposal, Annealed):
+    pair, k, proposal = (model.model, model.guide), how.num_particles, how.proposal
+    if proposal.of_chains:
         count, names = CHECKED_ROWS, ("forward", "reverse", "acceptance")
         few = like(batch, count)
-        make: Callable[[], Any] = partial(sandwich, *pair, few.x, k, proposal, how.seed, few.given)
-        build: Callable[..., Any] = partial(Sandwich, x=torch.empty(0), num_particles=k, annealed=proposal)
+        chains = cast("Annealed", proposal)
+        make: Callable[[], Any] = partial(sandwich, *pair, few.x, k, chains, how.seed, few.given)
+        build: Callable[..., Any] = partial(Sandwich, x=torch.empty(0), num_particles=k, annealed=chains)
     else:
         # The weights of rows are not kept: of the models that runs hold, all latents are continuous.
         count, names = SIMULATED_ROWS, ("lower", "upper", "jackknife")
@@ -171,7 +171,6 @@ def compile_draws(model: "Model", batch: "Batch", how: Scoring, mode: str = "aut
     Raises:
         UsageError: it cannot be compiled, and --compile on or --precision bf16 asks for it.
     """
-    from pyrovae.inference.marginal import FROM_GUIDE
     from pyrovae.inference.tracing.draws import Compiled, worth_compiling
     from pyrovae.models.exact import Exact
 
@@ -180,7 +179,7 @@ def compile_draws(model: "Model", batch: "Batch", how: Scoring, mode: str = "aut
     if isinstance(model, Exact) or mode == "off":
         return how
     try:
-        compiled = replace(how, proposal=Compiled(how.proposal or FROM_GUIDE, precision))
+        compiled = replace(how, proposal=Compiled(how.proposal, precision))
     except UsageError as error:
         if mode == "on" or precision == "bf16":
             asked = "--precision bf16" if precision == "bf16" else "--compile on"
@@ -201,16 +200,14 @@ def open_scores(
     import pyro
     import torch
 
-    from pyrovae.inference.marginal import FROM_GUIDE
     from pyrovae.models.exact import Exact
     from pyrovae.version import __version__
 
     if isinstance(model, Exact) or not run.writable:
         return None
-    proposal = how.proposal or FROM_GUIDE
     settings = {
-        "estimator": proposal.name,
-        "proposal": repr(proposal),
+        "estimator": how.proposal.name,
+        "proposal": repr(how.proposal),
         "K": how.num_particles,
         "seed": how.seed,
         "chunk_size": how.chunk_size,
@@ -232,10 +229,3 @@ def hash_of(model: "Model") -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def default_draws(proposal: "Proposal | None", otherwise: int) -> int:
-    """K when it is not given: few chains, since each takes thousands of gradients."""
-    from pyrovae.inference.annealed import Annealed
-
-    return 32 if isinstance(proposal, Annealed) else otherwise

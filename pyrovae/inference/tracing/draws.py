@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pyrovae.errors import UsageError
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.pair import Pair
-from pyrovae.inference.proposals import FromGuide, FromPrior, Proposal, Sampler, Widened
+from pyrovae.inference.proposals import FROM_GUIDE, Proposal, Sampler
 from pyrovae.inference.tracing.checked import compare_weights
 from pyrovae.inference.tracing.compiler import compile_graph, recorded
 from pyrovae.inference.tracing.recording import CompileWarning, reason, state, trace
@@ -38,7 +38,6 @@ BYTES_ON_CPU = 10 * 2**20
 ELEMENTS_ON_GPU = 2**24
 # Floating-point operations from which compiling (5 to 20 s) is repaid: about a minute of the eager pair.
 WORTH_ON_CPU, WORTH_ON_GPU = 5e12, 1e15
-FROM_GUIDE = FromGuide()
 
 
 class Draws(nn.Module):
@@ -99,7 +98,7 @@ class Program:
 
 
 @dataclass(frozen=True)
-class Compiled:
+class Compiled(Proposal):
     """A proposal whose draws are traced and compiled, for evaluations long enough to repay 5 to 20 s of compiling.
 
     The same draws to rounding, for any pair; where that cannot be had, the pair itself is run and one `CompileWarning`
@@ -122,7 +121,7 @@ class Compiled:
     def __post_init__(self) -> None:
         if self.precision not in ("fp32", "bf16"):
             raise UsageError(f"precision: expected fp32 or bf16, got {self.precision!r}")
-        if not isinstance(self.proposal, FromGuide | FromPrior | Widened):
+        if not self.proposal.traceable:
             raise UsageError(
                 f"proposal: expected FromGuide, FromPrior or Widened, got {type(self.proposal).__name__}, which is "
                 "more than tensor operations; use it without Compiled"
@@ -134,6 +133,10 @@ class Compiled:
         return self.proposal.name + (", matrix products in bfloat16" if self.precision == "bf16" else "")
 
     @property
+    def of_guide(self) -> bool:
+        return self.proposal.of_guide
+
+    @property
     def bias(self) -> tuple[float, float]:
         """Mean and standard error over rows of what compiling, bf16 above all, added to estimates, in nats.
 
@@ -141,6 +144,10 @@ class Compiled:
         """
         all_of_them = torch.cat([torch.zeros(0), *self.differences])
         return all_of_them.mean().item(), (all_of_them.std() / math.sqrt(max(1, len(all_of_them)))).item()
+
+    def computation(self) -> dict[str, Any]:
+        bias = dict(zip(("nats", "error"), self.bias, strict=True)) if self.precision == "bf16" else None
+        return {"compiled": any(self.programs.values()), "precision": self.precision, "precision_bias": bias}
 
     def __call__(self, pair: Pair, batch: Batch) -> Sampler:
         if self.precision == "bf16" and batch.x.dtype != torch.float32:
