@@ -191,7 +191,7 @@ def held_densities(pair: Pair, batch: Batch, q: dict[str, dict], log_q: dict[str
             if not torch.allclose(value, log_q[name], rtol=1e-3, atol=1e-3, equal_nan=True):
                 raise PairError(
                     f"guide site '{name}': the guide gives another density when it is run again at the same draws, as "
-                    "with dropout, so that its parameters cannot be held; remove it, or hold nothing"
+                    "with dropout or corruption, so that its parameters cannot be held; remove it, or hold nothing"
                 )
     return again
 

@@ -4,6 +4,11 @@ from pyrovae.models.conditional import AmortisedPrior as AmortisedPrior
 from pyrovae.models.conditional import ConditionalPrior as ConditionalPrior
 from pyrovae.models.conditional import ConditionalVAE as ConditionalVAE
 from pyrovae.models.conditional import UnconditionalPrior as UnconditionalPrior
+from pyrovae.models.corruptions import Clean as Clean
+from pyrovae.models.corruptions import Corruption as Corruption
+from pyrovae.models.corruptions import Masking as Masking
+from pyrovae.models.corruptions import Noise as Noise
+from pyrovae.models.corruptions import SaltAndPepper as SaltAndPepper
 from pyrovae.models.exact import PPCA as PPCA
 from pyrovae.models.exact import Exact as Exact
 from pyrovae.models.guides import FullCovarianceNormal as FullCovarianceNormal

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae.errors import UsageError
+from pyrovae.models.corruptions import Clean, Corruption
 from pyrovae.models.guides import Guide
 from pyrovae.models.likelihoods import Likelihood
 from pyrovae.models.priors import Prior
@@ -82,6 +83,7 @@ class ConditionalVAE(nn.Module):
         prior: p(z|y).
         likelihood: p(x|z, y), its decoder over vectors (z, y) of Z + C elements.
         guide: q(z|x, y), its encoder over (x, y): a vector of D + C elements, or an image of C more channels.
+        corruption: What q(z|x, y) sees of x while it is trained; None: x.
 
     Raises:
         UsageError: neighbouring parts disagree on the number of dimensions; both sides are named.
@@ -94,9 +96,12 @@ class ConditionalVAE(nn.Module):
     latent_sites = ("z",)
     unit: Tensor
 
-    def __init__(self, prior: ConditionalPrior, likelihood: Likelihood, guide: Guide) -> None:
+    def __init__(
+        self, prior: ConditionalPrior, likelihood: Likelihood, guide: Guide, corruption: Corruption | None = None
+    ) -> None:
         super().__init__()
         self.prior, self.likelihood, self.encoder = prior, likelihood, guide
+        self.corruption = Clean() if corruption is None else corruption
         # The encoder sees (x, unit * y): as large as x varies, so that one scale suits both. 1 until `initialise`.
         self.register_buffer("unit", torch.ones(()))
         if guide.latent_dim != prior.latent_dim:
@@ -142,9 +147,9 @@ class ConditionalVAE(nn.Module):
             return pyro.sample("x", self.likelihood(join(z, y)), obs=x)
 
     def guide(self, x: Tensor, y: Tensor) -> Tensor:
-        """q(z|x, y) as a Pyro guide, for x of shape (N, *event) and y of shape (N, C)."""
+        """q(z|x, y) as a Pyro guide, for x (N, *event) and y (N, C); in training mode that of x as corrupted."""
         with pyro.plate("data", len(x)):
-            return pyro.sample("z", self.posterior(x, y))
+            return pyro.sample("z", self.posterior(self.corruption(x), y))
 
     def check_condition(self, y: Tensor) -> None:
         """Refuse a y that has not C elements in its last dimension."""
@@ -162,6 +167,7 @@ class ConditionalVAE(nn.Module):
         self.check_condition(y)
         spread = (x - x.mean(0)).double().square().mean().sqrt()
         self.unit.copy_(spread if spread > 0 else torch.ones(()))
+        self.corruption.initialise(x)
         xy = self.beside(x, y)
         self.encoder.initialise(xy)
         self.likelihood.initialise(x)

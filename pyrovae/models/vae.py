@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae.errors import UsageError
+from pyrovae.models.corruptions import Clean, Corruption
 from pyrovae.models.guides import Guide
 from pyrovae.models.likelihoods import Likelihood
 from pyrovae.models.priors import Prior
@@ -35,6 +36,7 @@ class LatentLayers(nn.Module, ABC):
             distribution, such as any guide class over a network from Z_above. Empty for L = 1.
         likelihood: p(x|z1).
         guides: q(z1|x), q(z2|z1), ..., q(zL|zL-1), from the data upwards.
+        corruption: What q(z1|x) sees of x while it is trained; None: x.
 
     Attributes:
         word: What it is called where it is chosen by name.
@@ -47,13 +49,19 @@ class LatentLayers(nn.Module, ABC):
 
     @abstractmethod
     def __init__(
-        self, prior: Prior, conditionals: Sequence[Guide], likelihood: Likelihood, guides: Sequence[Guide]
+        self,
+        prior: Prior,
+        conditionals: Sequence[Guide],
+        likelihood: Likelihood,
+        guides: Sequence[Guide],
+        corruption: Corruption | None = None,
     ) -> None:
         super().__init__()
         self.prior = prior
         self.conditionals: Sequence[Guide] = nn.ModuleList(conditionals)  # type: ignore[assignment]
         self.likelihood = likelihood
         self.guides: Sequence[Guide] = nn.ModuleList(guides)  # type: ignore[assignment]
+        self.corruption = Clean() if corruption is None else corruption
         self.check_shapes()
 
     @property
@@ -137,8 +145,8 @@ class LatentLayers(nn.Module, ABC):
             return pyro.sample("x", self.likelihood(z), obs=x)
 
     def guide(self, x: Tensor) -> Tensor:
-        """q(z|x) as a Pyro guide, for x of shape (N, *event)."""
-        z = x
+        """q(z|x) as a Pyro guide, for x of shape (N, *event); in training mode that of x as corrupted."""
+        z = self.corruption(x)
         with pyro.plate("data", len(x)):
             for name, guide in zip(self.latent_sites, self.guides, strict=True):
                 z = pyro.sample(name, guide(z))
@@ -146,12 +154,13 @@ class LatentLayers(nn.Module, ABC):
 
     def initialise(self, x: Tensor) -> None:
         """Start the parts at training data x of shape (N, *event): output bias, input centring, pseudo-inputs."""
+        self.corruption.initialise(x)
         self.guides[0].initialise(x)
         self.likelihood.initialise(x)
         self.prior.initialise(x)
 
     def posterior(self, x: Tensor) -> dist.Distribution:
-        """q(z1|x) for x of shape (*batch, *event): batch shape `batch`, event shape (Z,)."""
+        """q(z1|x) for x of shape (*batch, *event), never corrupted: batch shape `batch`, event shape (Z,)."""
         return self.guides[0](x)
 
     @torch.no_grad()
@@ -195,6 +204,7 @@ class VAE(LatentLayers):
         prior: p(z).
         likelihood: p(x|z).
         guide: q(z|x).
+        corruption: What q(z|x) sees of x while it is trained; None: x.
 
     References:
         Kingma and Welling 2014, Auto-Encoding Variational Bayes, https://arxiv.org/abs/1312.6114
@@ -202,8 +212,10 @@ class VAE(LatentLayers):
 
     word = "vae"
 
-    def __init__(self, prior: Prior, likelihood: Likelihood, guide: Guide) -> None:
-        super().__init__(prior, [], likelihood, [guide])
+    def __init__(
+        self, prior: Prior, likelihood: Likelihood, guide: Guide, corruption: Corruption | None = None
+    ) -> None:
+        super().__init__(prior, [], likelihood, [guide], corruption)
 
 
 class HierarchicalVAE(LatentLayers):
@@ -215,6 +227,7 @@ class HierarchicalVAE(LatentLayers):
             distribution, such as any guide class over a network from Z_above.
         likelihood: p(x|z1).
         guides: q(z1|x), q(z2|z1), ..., q(zL|zL-1), from the data upwards.
+        corruption: What q(z1|x) sees of x while it is trained; None: x.
 
     Raises:
         UsageError: neighbouring parts disagree on the number of latent dimensions; both sides are named.
@@ -223,9 +236,14 @@ class HierarchicalVAE(LatentLayers):
     word = "hierarchical"
 
     def __init__(
-        self, prior: Prior, conditionals: Sequence[Guide], likelihood: Likelihood, guides: Sequence[Guide]
+        self,
+        prior: Prior,
+        conditionals: Sequence[Guide],
+        likelihood: Likelihood,
+        guides: Sequence[Guide],
+        corruption: Corruption | None = None,
     ) -> None:
-        super().__init__(prior, conditionals, likelihood, guides)
+        super().__init__(prior, conditionals, likelihood, guides, corruption)
 
 
 PAIRS = (VAE, HierarchicalVAE)

@@ -111,9 +111,10 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
         conditionals.append(MeanFieldNormal(MLP(above, **dense), below))
 
     prior = make("prior", recipe.prior, latent_dim=latent[-1], guide=guides[0], event_shape=in_shape)
+    corruption = make("corruption", recipe.corruption)
     if conditions:
-        return ConditionalVAE(UnconditionalPrior(prior), likelihood, guides[0])
-    parts = {"prior": prior, "likelihood": likelihood, "conditionals": conditionals}
+        return ConditionalVAE(UnconditionalPrior(prior), likelihood, guides[0], corruption)
+    parts = {"prior": prior, "likelihood": likelihood, "conditionals": conditionals, "corruption": corruption}
     model = make("model", recipe.model, **parts, guide=guides[0], guides=guides)
     return model
 

@@ -18,6 +18,7 @@ PARTS = {
     "likelihood": Choices(("pyrovae.models.likelihoods", "LIKELIHOODS")),
     "guide": Choices(("pyrovae.models.guides", "GUIDES")),
     "network": Choices(("pyrovae.models.networks", "NETWORKS")),
+    "corruption": Choices(("pyrovae.models.corruptions", "CORRUPTIONS")),
 }
 # Where the draws of an estimate of log p(x) come from.
 PROPOSALS = Choices(("pyrovae.inference", "PROPOSALS"))

@@ -18,6 +18,8 @@ from pyrovae.settings import read
 Options = dict[str, Any]
 # What a model with an exact log p(x) has no use for, with what stands for nothing there.
 NOT_OF_EXACT: Options = {"elbo": "", "K": 0, "M": 0, "latent_dim": (), "eval_K": 0, "precision": "fp32"}
+# Parts of a pair that are chosen for themselves.
+OF_PAIRS = ("prior", "guide", "network", "corruption")
 
 
 @dataclass(frozen=True, init=False, kw_only=True)
@@ -28,7 +30,7 @@ class Recipe:
     prior={"name": "VampPrior", "components": 50})`. What is not given has its default, and a seed is drawn.
 
     Attributes:
-        prior, guide, network: Nothing for a model with an exact log p(x).
+        prior, guide, network, corruption: Nothing for a model with an exact log p(x).
         likelihood, binarize: Left to the data, where they were not given, until `settled`.
         K, M, eval_K: Numbers of particles; 0 for a model with an exact log p(x).
         data_hash, event_shape: Of the rows, once they are known.
@@ -69,6 +71,7 @@ class Recipe:
     prior: Part
     guide: Part
     network: Part
+    corruption: Part
     likelihood: Part
     data_hash: str = ""
     event_shape: tuple[int, ...] = ()
@@ -114,7 +117,7 @@ class Recipe:
         values: Options = {}
         for key in (f.name for f in fields(self) if f.name != "given"):
             value = getattr(self, key)
-            if not value and key in ("prior", "guide", "network", *DERIVED):
+            if not value and key in (*OF_PAIRS, *DERIVED):
                 continue
             if isinstance(value, Part):
                 value = value.plain()
@@ -154,13 +157,13 @@ def first(part: str) -> str:
 def complete_exact(values: Options, given: Options) -> None:
     """Fill in the rest of a model with an exact log p(x), and refuse what it has no use for."""
     name = values["model"].name
-    unused = ("elbo", "K", "M", "alpha", "beta", "latent_dim", "prior", "guide", "network")
+    unused = ("elbo", "K", "M", "alpha", "beta", "latent_dim", *OF_PAIRS)
     refuse(given, unused, f"a {name} is fit by its exact log p(x)")
     refuse(given, ("condition",), f"a {name} is of p(x), given nothing")
     refuse(given, ("eval_K",), f"the log p(x) of a {name} is exact")
     refuse(given, ("particle_chunk",), f"a {name} has no particles")
     refuse(given, ("precision",), f"a {name} is fit and scored in single precision")
-    values |= {**NOT_OF_EXACT, "prior": Part(), "guide": Part(), "network": Part()}
+    values |= NOT_OF_EXACT | {part: Part() for part in OF_PAIRS}
 
 
 def complete_pair(values: Options, given: Options) -> None:
@@ -176,7 +179,7 @@ def complete_pair(values: Options, given: Options) -> None:
     if layered:
         refuse(given, ("condition",), f"a {name} model is given nothing; use --model {first('model')}")
     values["latent_dim"] = latent
-    for part in ("prior", "guide", "network"):
+    for part in OF_PAIRS:
         values[part] = choose(part, given.get(part), first(part), PARTS[part])
     prior = values["prior"].name
     if layered and "guide" in PARTS["prior"][prior].classes[0].takes:
@@ -261,8 +264,8 @@ def title(recipe: Recipe) -> str:
     if recipe.is_exact:
         components = recipe.model.settings.get("components")
         return f"{data}-{recipe.model.name}" + (f"-C{components}" if components else "")
-    chosen = [recipe.prior, recipe.guide, recipe.likelihood]
-    defaults = [first("prior"), first("guide"), first("likelihood"), ""]
+    chosen = [recipe.prior, recipe.guide, recipe.likelihood, recipe.corruption]
+    defaults = [first("prior"), first("guide"), first("likelihood"), first("corruption"), ""]
     parts = [data, recipe.elbo, f"K{recipe.K}", *(part.name for part in chosen if part.name not in defaults)]
     if recipe.condition is not None:
         parts.append(f"given-{recipe.condition}")

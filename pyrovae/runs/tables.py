@@ -5,7 +5,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from pyrovae.runs.options import OBJECTIVES
-from pyrovae.runs.recipe import Recipe
+from pyrovae.runs.recipe import Recipe, first
 from pyrovae.runs.report import Report
 
 if TYPE_CHECKING:
@@ -150,7 +150,8 @@ def describe_model(recipe: Recipe) -> str:
     latent = ", ".join(map(str, recipe.latent_dim))
     parts = [part.name for part in (recipe.prior, recipe.guide, recipe.likelihood, recipe.network)]
     given = "" if recipe.condition is None else f", given the {recipe.condition}: {len(recipe.classes)} classes"
-    return f"{recipe.model.name} with {', '.join(parts)}, latent dimensions {latent}{given}"
+    corrupted = "" if recipe.corruption.name == first("corruption") else f", input corrupted: {recipe.corruption.name}"
+    return f"{recipe.model.name} with {', '.join(parts)}, latent dimensions {latent}{given}{corrupted}"
 
 
 def describe_bound(recipe: Recipe) -> str:
