@@ -2,6 +2,7 @@
 
 import math
 
+import pyro
 import pytest
 import torch
 from conftest import assert_mean
@@ -104,6 +105,20 @@ def test_imputed_elements_are_those_of_the_closed_form() -> None:
     given = ppca.conditional(x, SEEN).missing
     assert_mean(found.draws[..., ~SEEN], given.mean.detach())
     assert_close(found.draws[..., ~SEEN].var(0), given.variance.detach(), rtol=0.1, atol=0)
+
+
+def test_the_mean_is_weighted() -> None:
+    """Drawn from the prior, which knows nothing of x, it is by the weights alone that the mean is that given x_seen."""
+    vae, ppca = linear()
+
+    def prior(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", vae.prior())
+
+    x = ppca.sample(3)
+    masked = Masked(vae, ppca.loc.detach(), prior)
+    found = impute(masked.model, masked.guide, x, SEEN, 1, 20_000, proposal=FromGuide())
+    assert_close(found.mean, ppca.impute(x, SEEN, mean=True)[0], rtol=0, atol=0.05)
 
 
 def test_bernoulli_elements_by_a_sum_over_the_missing() -> None:

@@ -28,7 +28,7 @@ from pyrovae.inference.marginal import LogMarginal, block_of
 from pyrovae.inference.modules import evaluating
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
-from pyrovae.inference.proposals import FromGuide
+from pyrovae.inference.proposals import Proposal
 from pyrovae.inference.validity import check_pair
 from pyrovae.inference.weights import At, run
 from pyrovae.seeding import seeded
@@ -60,7 +60,7 @@ def impute(
     num_draws: int = 100,
     num_particles: int = 1000,
     *,
-    proposal: Individual | FromGuide | None = None,
+    proposal: Proposal | None = None,
     seed: int = 0,
     given: Sequence[Tensor] = (),
 ) -> Imputed:
@@ -69,7 +69,7 @@ def impute(
     Args:
         model: Pyro model of p(x_seen, z), called as model(x, *given, seen), with one observed site `x`.
         guide: Pyro guide, called alike.
-        x: Rows, shape (N, *event); missing elements may be anything finite.
+        x: Rows, shape (N, *event); missing elements may be anything in the support of the likelihood, such as 0.
         seen: Boolean, shape (N, *event) or that of the event: True where x is seen.
         num_draws: S.
         num_particles: K, the draws of z that are weighted; a thousand or more.
@@ -79,7 +79,8 @@ def impute(
         given: What everything else is conditioned on, tensors of shape (N, ...).
 
     Raises:
-        UsageError: num_draws or num_particles < 1, or `seen` is of another type or shape.
+        UsageError: num_draws or num_particles < 1, `seen` is of another type or shape, or the proposal's latents cannot
+            be drawn.
         PairError: the log-weights of the pair are not of log p(x_seen).
         NumericalError: a row has a weight that is not a number, or all its weights are zero.
     """
@@ -98,10 +99,7 @@ def impute(
     with evaluating(pair), torch.no_grad():
         for start, data in zip(range(0, len(batch), rows), batch.split(rows), strict=True):
             with seeded(seed, "imputation", start, device=x.device):
-                drawn_from = pair
-                if isinstance(proposal, Individual):
-                    drawn_from = Pair(model, proposal.fit(pair, data).widened(proposal.widen).guide)
-                block = Block(drawn_from, data, start, num_particles, chunk)
+                block = Block(Pair(model, proposal.as_guide(pair, data)), data, start, num_particles, chunk)
                 weights = torch.softmax(block.log_weights, 0)
                 chosen = torch.multinomial(weights.T, num_draws, replacement=True).T
                 latents = {

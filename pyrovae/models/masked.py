@@ -24,13 +24,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
-import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyrovae.errors import PairError, UsageError
 from pyrovae.models.conditional import ConditionalVAE
-from pyrovae.models.vae import HierarchicalVAE
+from pyrovae.models.vae import LatentLayers
 
 
 class Masked(nn.Module):
@@ -48,7 +47,7 @@ class Masked(nn.Module):
     fill: Tensor
 
     def __init__(
-        self, pair: HierarchicalVAE | ConditionalVAE, fill: Tensor, guide: Callable[..., Any] | None = None
+        self, pair: LatentLayers | ConditionalVAE, fill: Tensor, guide: Callable[..., Any] | None = None
     ) -> None:
         super().__init__()
         self.pair = pair
@@ -61,7 +60,7 @@ class Masked(nn.Module):
         """p(x_seen, z) as a Pyro model.
 
         Args:
-            x: Shape (N, *event); missing elements may be anything.
+            x: Shape (N, *event); missing elements may be anything in the support of the likelihood, such as 0.
             *given: What the pair is given, and last which elements are seen: boolean, shape (N, *event).
 
         Raises:
@@ -69,8 +68,7 @@ class Masked(nn.Module):
         """
         *rest, seen = given
         with SeenAlone(seen):
-            # Never looked at, but checked: 0 is in the support of every likelihood here.
-            self.pair.model(x.where(seen, torch.zeros_like(x)), *rest)
+            self.pair.model(x, *rest)
 
     def guide(self, x: Tensor, *given: Tensor) -> None:
         """q(z | filled x) as a Pyro guide; arguments as those of `model`."""
