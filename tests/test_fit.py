@@ -853,6 +853,54 @@ def test_on_epoch_sees_every_epoch_as_it_ends():
     assert seen[0][1] < seen[1][1] < seen[2][1]
 
 
+@pytest.mark.parametrize("compile", ["off", pytest.param("on", marks=pytest.mark.slow)])
+def test_what_a_caller_measures_and_draws_shifts_nothing(compile):
+    """Weights and measurements are to the bit those of a run that nobody looks into."""
+    plain, watched = vae(dropout=0.2), vae(dropout=0.2)
+    modes, taken = [], []
+
+    def draws() -> dict[str, float]:
+        torch.randn(7)
+        modes.append(watched.training)
+        return {"drawn": torch.randn(()).item()}
+
+    def on_step(step: int, x: Tensor) -> None:
+        torch.randn(step)
+        taken.append((step, len(x), x.sum().item()))
+
+    alone = train(plain, compile=compile)
+    result = train(watched, compile=compile, extra_metrics=draws, on_step=on_step, transform=lambda x: x)
+    assert same(weights(plain), weights(watched))
+    extra = [epoch.pop("drawn") for epoch in result.history]
+    assert timeless(result.history) == timeless(alone.history)
+    assert extra == [extra[0]] * 3  # the same noise at every epoch
+    assert modes == [False] * 3
+    assert [step for step, _, _ in taken] == list(range(1, 16))
+    assert [rows for _, rows, _ in taken[:5]] == [5, 5, 5, 5, 3]
+    for epoch in range(3):  # every row once
+        total = sum(of_rows for _, _, of_rows in taken[5 * epoch : 5 * epoch + 5])
+        assert total == pytest.approx(X.sum().item(), abs=1e-4)
+
+
+def test_what_a_caller_measures_is_recorded_and_resumed(tmp_path):
+    import pandas as pd
+
+    def size(pair: nn.Module):
+        return lambda: {"size": sum(p.square().sum().item() for p in pair.parameters())}
+
+    whole, part, other = vae(), vae(), vae()
+    expected = train(whole, extra_metrics=size(whole)).metrics["size"].tolist()
+    train(part, epochs=1, directory=tmp_path, extra_metrics=size(part))
+    train(other, directory=tmp_path, resume=True, extra_metrics=size(other))
+    assert pd.read_csv(tmp_path / "metrics.csv")["size"].tolist() == expected
+    assert len(set(expected)) == 3
+
+
+def test_what_a_caller_measures_has_a_name_of_its_own():
+    with pytest.raises(UsageError, match="extra_metrics: kl, step: already a measurement of fit's"):
+        train(vae(), extra_metrics=lambda: {"step": 1.0, "kl": 2.0, "mine": 3.0})
+
+
 def test_an_objective_without_a_differentiable_loss_is_refused():
     """Pyro's own RenyiELBO cannot be differentiated from outside; the message names what can."""
     with pytest.raises(UsageError, match=r"RenyiELBO has no differentiable_loss; use .*IWAE"):

@@ -38,6 +38,8 @@ class Rows:
         columns: Names of the columns of a table, for figures and messages; None where there are none.
         classes: Names of the labels 0, 1, ...; None where labels are numbers.
         given: What the model is conditioned on, by split: `given["train"]`; nothing, unless `Data.rows` was asked.
+        data_range: The greatest less the least value that an element can have, which SSIM and PSNR need: 1 for binary
+            rows and dequantised levels; else that of the validation rows.
     """
 
     train: Tensor | MappedRows = field(repr=False)
@@ -52,6 +54,7 @@ class Rows:
     columns: tuple[str, ...] | None = None
     classes: tuple[str, ...] | None = None
     given: Given = field(default_factory=Given)
+    data_range: float = 1.0
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -111,6 +114,7 @@ class Data(Raw):
             columns=self.columns,
             classes=self.classes,
             given=given,
+            data_range=spread(validation) if reading.data_range is None else reading.data_range,
         )
 
     def _space(self, measure: str, binarize: str | None, standardize: bool) -> Space:
@@ -127,6 +131,11 @@ class Data(Raw):
             if name not in {setting.name for setting in fields(space)}:
                 raise UsageError(f"{self.name}: {name} is not used by {space.words}; leave it out")
         return space(**chosen)
+
+
+def spread(rows: Tensor) -> float:
+    """The greatest less the least value of any element."""
+    return (rows.max() - rows.min()).item()
 
 
 def sha256(tensors: Iterable[Tensor], words: str = "") -> str:

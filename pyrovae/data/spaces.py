@@ -39,6 +39,7 @@ class Reading:
         once: Whether training rows are transformed once, as validation and test rows always are.
         binarize: The binarisation that was used, if any.
         notices: Sentences for the user.
+        data_range: The greatest less the least value that an element of a point can have, where the space says it.
     """
 
     measure: Measure
@@ -46,6 +47,7 @@ class Reading:
     once: bool = False
     binarize: str | None = None
     notices: tuple[str, ...] = ()
+    data_range: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Binary(Space):
                     f"{data.name}: binary data has nothing to binarise; leave the binarisation out",
                     settings=(f"binarize={self.binarize}",),
                 )
-            return Reading(measure, AsFloat())
+            return Reading(measure, AsFloat(), data_range=1.0)
         if data.moments is not None:
             self._require_probabilities(data.name, data.moments)
         binarize = self.binarize or "dynamic"
@@ -106,7 +108,7 @@ class Binary(Space):
         }
         notices = as_grey_levels(data, f"for a Bernoulli likelihood {how[binarize]} (binarize: {binarize})")
         transform = Threshold(data.levels) if binarize == "threshold" else DrawnPixels(data.levels)
-        return Reading(measure, transform, binarize == "fixed", binarize, notices)
+        return Reading(measure, transform, binarize == "fixed", binarize, notices, data_range=1.0)
 
     def _require_probabilities(self, name: str, moments: Moments) -> None:
         """Refuse continuous values that are no probabilities, or that nobody said are.
@@ -163,7 +165,7 @@ class Continuous(Space):
             words = f"density of data dequantised from {data.levels} levels to [0,1]^{dimensions}"
             notices = as_grey_levels(data, "for a density they are dequantised to [0,1], x = (level + u) / 256")
             measure = Measure("density", words, data.levels, dimensions)
-            return Reading(measure, Dequantize(data.levels), notices=notices)
+            return Reading(measure, Dequantize(data.levels), notices=notices, data_range=1.0)
         assert data.moments is not None
         transform: Transform = AsFloat()
         words = "density of the data in its own units"

@@ -11,6 +11,7 @@ from pyrovae.errors import UsageError
 from pyrovae.plots.style import (
     BLUE,
     FAINT,
+    GREEN,
     INK,
     ORANGE,
     PURPLE,
@@ -29,6 +30,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
+# What is measured of the reconstructions of validation rows, which are no likelihoods: column -> title, axis.
+QUALITY = {
+    "reconstruction_sse": ("SSE of reconstructions", "squared units of x"),
+    "reconstruction_psnr": ("PSNR of reconstructions", "decibels"),
+    "reconstruction_ssim": ("SSIM of reconstructions", "from −1 to 1"),
+}
+
 
 def training_curves(metrics: DataFrame, title: str | None = None) -> Figure:
     """Draw how training went: bounds, their parts, KL per dimension, active units and schedules.
@@ -41,7 +49,8 @@ def training_curves(metrics: DataFrame, title: str | None = None) -> Figure:
         metrics: One row per epoch. `epoch`, and any of `train_bound`, `validation_bound` (its maximum is marked as
             the best epoch; that of `train_bound` where there is no validation), `validation_elbo`,
             `reconstruction`, `kl` and `kl_<site>[<dimension>]` in nats per datum; `active_units`; `beta`, drawn
-            unless always 1; `learning_rate`, drawn if it changes.
+            unless always 1; `learning_rate`, drawn if it changes; `reconstruction_sse`, `reconstruction_psnr` and
+            `reconstruction_ssim`, each with an axis of its own.
         title: First line of the title, for example the model, K and the data.
     Raises:
         UsageError: there is no `epoch`, no row, or nothing to draw.
@@ -57,7 +66,7 @@ def training_curves(metrics: DataFrame, title: str | None = None) -> Figure:
         [name for name in ("active_units", "beta", "learning_rate") if name in columns],
     ]
     stacks = [stack for stack in stacks if stack]
-    if not stacks and not dimensions:
+    if not stacks and not dimensions and not QUALITY.keys() & columns.keys():
         raise UsageError("metrics: expected a column of finite values beside 'epoch', got none; train an epoch first")
     # On a grid of 6 by 6 the stacks share the width and the panels of a stack share its height, whatever is there.
     layout = [
@@ -65,9 +74,13 @@ def training_curves(metrics: DataFrame, title: str | None = None) -> Figure:
         for row in range(6 if stacks else 0)
     ]
     layout += [["heatmap"] * 4 + ["last"] * 2] * (6 if dimensions else 0)
+    quality = [name for name in QUALITY if name in columns]
+    layout += [[name for name in quality for _ in range(6 // len(quality))] for _ in range(4) if quality]
 
-    height = 3.7 * (bool(stacks) + bool(dimensions)) + 0.6
-    figure = new_figure(11, height, "Training; bounds, reconstruction and KL in nats per datum", title)
+    height = 3.7 * (bool(stacks) + bool(dimensions)) + 2.5 * bool(quality) + 0.6
+    caption = "Training; bounds, reconstruction and KL in nats per datum"
+    caption += "; SSE, PSNR and SSIM of validation rows, no likelihoods" if quality else ""
+    figure = new_figure(11, height, caption, title)
     panels: dict[str, Axes] = figure.subplot_mosaic(layout)  # type: ignore[arg-type]
     if bounds:
         _draw_bounds(panels["bounds"], epoch, {name: columns[name] for name in bounds})
@@ -78,6 +91,7 @@ def training_curves(metrics: DataFrame, title: str | None = None) -> Figure:
             panels[name].grid(alpha=0.3)
             panels[name].tick_params(labelbottom=name == stack[-1])
         panels[stack[-1]].set_xlabel("epoch")
+    _draw_quality([panels[name] for name in quality], epoch, {name: columns[name] for name in quality})
     if dimensions:
         kl = {name.removeprefix("kl_"): columns[name] for name in dimensions}
         _draw_kl_per_dimension(panels["heatmap"], panels["last"], epoch, kl)
@@ -144,6 +158,17 @@ def _draw_parts(panels: dict[str, Axes], epoch: np.ndarray, columns: dict[str, n
         panels["active_units"].locator_params(axis="y", nbins=5, integer=True)
     if "reconstruction" in panels:
         _leave_out_low_epochs(panels["reconstruction"], columns["reconstruction"][None])
+
+
+def _draw_quality(panels: list[Axes], epoch: np.ndarray, columns: dict[str, np.ndarray]) -> None:
+    """Draw each measure of reconstructions in a panel of its own, with its unit."""
+    for axes, (name, values) in zip(panels, columns.items(), strict=True):
+        title, unit = QUALITY[name]
+        _curve(axes, epoch, values, color=GREEN)
+        axes.set_title(title, fontsize="medium")
+        axes.set(xlabel="epoch", ylabel=unit)
+        axes.grid(alpha=0.3)
+        _integer_ticks(axes)
 
 
 def _draw_bounds(axes: Axes, epoch: np.ndarray, bounds: dict[str, np.ndarray]) -> None:

@@ -1,5 +1,8 @@
 """How near pictures are to data: reconstructions to their rows, samples to a data set. Arrays in, no likelihood out."""
 
+from pyrovae.quality.frechet import Frechet as Frechet
+from pyrovae.quality.frechet import frechet_distance as frechet_distance
+from pyrovae.quality.frechet import gaussian_distance as gaussian_distance
 from pyrovae.quality.reconstructions import QUALITIES as QUALITIES
 from pyrovae.quality.reconstructions import Quality as Quality
 from pyrovae.quality.reconstructions import is_image as is_image

@@ -127,7 +127,7 @@ class Quality:
     Attributes:
         word: In names of columns and keys.
         title: In tables and figures.
-        unit: In words; "" for a number without one.
+        unit: In words; of a number without one, its range.
         better: "smaller" or "larger".
         of: (x, reconstruction, data_range) -> values of the rows, shape (N,).
         images: Whether it is of images alone.
@@ -144,7 +144,7 @@ class Quality:
 QUALITIES = (
     Quality("sse", "SSE", "squared units of x, summed over its elements", "smaller", lambda x, y, _: sse(x, y), False),
     Quality("psnr", "PSNR", "dB", "larger", psnr, True),
-    Quality("ssim", "SSIM", "", "larger", ssim, True),
+    Quality("ssim", "SSIM", "from -1 to 1", "larger", ssim, True),
 )
 
 

@@ -1,8 +1,9 @@
 """Runs side by side: scored on the same rows, beside exact baselines, a table for each measure."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyrovae.runs.baseline import COMPONENTS, fit_baselines
 from pyrovae.runs.comparison import Scored, score_run, table
@@ -10,10 +11,16 @@ from pyrovae.runs.comparison_tables import check_replaced, present
 from pyrovae.runs.directory import Run
 from pyrovae.runs.grouping import check_same_rows, load_rows, measure_of, name_pools, pools
 from pyrovae.runs.progress import Say, silent
+from pyrovae.runs.quality import Reconstructs, reconstruction_values
+from pyrovae.runs.quality_tables import Reconstructed, check_quality_replaced, present_quality, quality_table
 from pyrovae.runs.scoring import Scoring, rows_of, score
 
 if TYPE_CHECKING:
     import torch
+
+    from pyrovae.inference.batch import Batch
+    from pyrovae.models.exact import Exact
+    from pyrovae.runs.build import Model
 
 
 def compare_runs(
@@ -51,6 +58,7 @@ def compare_runs(
     for kind, members in by_measure.items():
         check_same_rows(members)
         check_replaced(out, kind)
+        check_quality_replaced(out, kind)
     together = pools(runs, pool)
     names = name_pools(together)
     loaded = load_rows(runs)
@@ -58,15 +66,38 @@ def compare_runs(
     for kind, members in by_measure.items():
         rows = loaded[members[0].directory]
         batch = rows_of(rows, "test", limit).to(device)
+        baselines: list[Exact] = []
+        of_kind = [(name, seeds) for name, seeds in zip(names, together, strict=True) if measure_of(seeds[0]) == kind]
         scored = [
             Scored(name, *zip(*(score_run(run, rows, batch, how, say) for run in seeds), strict=True))
-            for name, seeds in zip(names, together, strict=True)
-            if measure_of(seeds[0]) == kind
+            for name, seeds in of_kind
         ]
         if components and rows.given.name is None:  # a baseline is of p(x)
             baselines = fit_baselines(rows, components, how.seed, device, say)
             scored += [Scored(model.description, [score(model, batch, how)]) for model in baselines]
         present(table(scored, how.seed), rows, kind, len(batch), members[0].recipe.data, out, say)
+        models = ((name, [run.model(device) for run in seeds]) for name, seeds in of_kind)
+        if reconstructed := of_quality(models, batch, rows.data_range, others=baselines):
+            present_quality(quality_table(reconstructed), rows, kind, len(batch), out, say)
         everything += scored
     say(f"tables and figures in {out}")
     return everything
+
+
+def of_quality(
+    models: "Iterable[tuple[str, Iterable[Model]]]", batch: "Batch", data_range: float, others: Sequence[Any] = ()
+) -> list[Reconstructed]:
+    """The reconstructions of those that make any, for the table of their quality.
+
+    Args:
+        models: Trained pairs by name, one for each seed; each is made when it is its turn.
+        batch: Rows, the same for all.
+        data_range: The greatest less the least value that an element can have.
+        others: Fitted baselines with a `description`, with a density or without one.
+    """
+    found = []
+    for name, seeds in chain(models, ((model.description, [model]) for model in others)):
+        made = [model for model in seeds if isinstance(model, Reconstructs)]
+        values = [reconstruction_values(model, batch, data_range) for model in made]
+        found += [Reconstructed(name, values)] if values else []
+    return found

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyrovae.errors import NumericalError
 from pyrovae.runs.progress import Say
+from pyrovae.runs.quality import of_reconstructions
 from pyrovae.runs.scoring import Scoring, check_of, hash_of, repaired, score
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def report_on(
     if not exact:
         values |= of_terms(result, terms) | {"kl_forms": forms} | of_weights(result) | of_check(check, judgement)
         values |= how.proposal.computation() | {"worst_rows": worst(result), "curve": curve(result)}
+    values["reconstruction_quality"] = of_reconstructions(model, batch, rows)
     return values | provenance(model, batch, rows, how.seed)
 
 

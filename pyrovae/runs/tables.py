@@ -47,6 +47,19 @@ def units_in_words(values: Report) -> list[tuple[str, str, str]]:
     return lines
 
 
+def quality_in_words(quality: Report) -> list[tuple[str, str, str]]:
+    """How near reconstructions are to their rows: label, number and note of each line."""
+    from pyrovae.quality import QUALITIES
+
+    lines = []
+    for q in QUALITIES:
+        if (found := quality.get(q.word)) is not None:
+            notes = [q.unit, f"data range {quality['data_range']:g}" if q.images else "", f"{q.better} is better"]
+            value = number(found["mean"], found["error_over_rows"])
+            lines.append((q.title, value, "; ".join(note for note in notes if note)))
+    return lines
+
+
 def heading(name: str, values: Report) -> list[str]:
     """What a report is about, in two lines: the rows, and what log p(x) is of them."""
     split = values["split"]
@@ -109,6 +122,11 @@ def describe(name: str, values: Report) -> str:
             line("unreliable rows", str(len(bad)), listed(bad) + again)
         if values["zero_weights"]:
             line("weights of zero", f"{values['zero_weights']}", f"in {values['rows_with_zero_weights']} rows")
+    if quality := values["reconstruction_quality"]:
+        lines += ["", f"  {quality['about']}"]
+        for label, value, note in quality_in_words(quality):
+            line(label, value, note)
+    if values["K"] is not None:
         lines += describe_rows(values)
     return "\n".join(lines)
 
@@ -200,6 +218,9 @@ def short_table(recipe: Recipe, values: dict[str, Any], fitted: "Fit", seconds: 
         lines += units_in_words(values)
     if values["bits_per_dimension"] is not None:
         lines.append(("bits per dimension", f"{values['bits_per_dimension']:.4f}", ""))
+    if quality := values["reconstruction_quality"]:
+        lines += [(f"reconstruction {label}", value, note) for label, value, note in quality_in_words(quality)]
+        lines.append(("", "", "the reconstruction's are no likelihoods"))
     epochs = f"the best {fitted.best_epoch}; {rate:,.0f} rows/s"
     if fitted.compile_seconds:
         epochs += f"; {fitted.compile_seconds:.1f} s of the training went into compiling"

@@ -34,6 +34,7 @@ from pyrovae.runs.figures import write_plots
 from pyrovae.runs.options import RESUMABLE
 from pyrovae.runs.parts import option
 from pyrovae.runs.progress import Say, silent
+from pyrovae.runs.quality import epoch_metrics
 from pyrovae.runs.recipe import Options, Recipe, title, warnings
 from pyrovae.runs.report import Report, refuse_invalid, report_on
 from pyrovae.runs.scoring import Scoring, rows_of
@@ -268,6 +269,7 @@ def take_steps(prepared: Prepared, begin: Callable[[], None], say: Say | None, s
             on_epoch=on_epoch,
             on_notice=note,
             should_stop=should_stop,
+            extra_metrics=epoch_metrics(model, rows, prepared.device),
         )
 
 

@@ -7,7 +7,7 @@ compiled where that pays (see `steps`), which is decided from the number of step
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from pyrovae.inference.training.optimizers import Factory, adam, check_layout
 from pyrovae.inference.training.processes import Processes, accelerated, is_of_the_network
 from pyrovae.inference.training.record import Bar, Fit, Metrics, Notices, Progress, Record, without_bounds
 from pyrovae.inference.training.saving import Keeper
-from pyrovae.inference.training.settings import Settings
+from pyrovae.inference.training.settings import Callbacks, Settings
 from pyrovae.inference.training.step import NotFinite, Step
 from pyrovae.inference.training.trial import Trial, tried
 from pyrovae.inference.validity import WHOLE
@@ -71,8 +71,10 @@ def fit(
     progress: bool = True,
     on_start: Callable[[], None] | None = None,
     on_epoch: Callable[[Metrics], None] | None = None,
+    on_step: Callable[..., None] | None = None,
     on_notice: Callable[[str], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    extra_metrics: Callable[[], Mapping[str, float]] | None = None,
 ) -> Fit:
     """Train a pair.
 
@@ -110,8 +112,12 @@ def fit(
         on_start: Called when everything is checked, and a checkpoint restored if asked, before the first step. Until
             then nothing in `directory` is changed; it may remove older checkpoints there.
         on_epoch: Called with the measurements of each epoch.
+        on_step: Called after each step as on_step(step, x, *given), with how many were taken and the rows that the last
+            was taken on, x transformed; what it draws shifts nothing. Costs nothing when it is left out.
         on_notice: Called with what the user should read, when it comes up. They are in `Fit.notices` as well.
         should_stop: Asked after every step; True saves the state and returns.
+        extra_metrics: Called after each epoch with the pair in evaluation mode; the numbers that it returns are
+            recorded with that epoch's, under their names. What it draws shifts nothing.
 
     Returns:
         The history; the pair's parameters are those of the best epoch, or the last ones when interrupted.
@@ -163,11 +169,12 @@ def fit(
     ):
         where = None if directory is None else Path(directory)
         rows = Data(data, tuple(given), transform or unchanged, scored)
-        trainer = Trainer(pair, rows, goal, settings, processes, where, notices)
+        calls = Callbacks(on_step, on_epoch, should_stop, extra_metrics)
+        trainer = Trainer(pair, rows, goal, settings, processes, where, notices, calls)
         trainer.keeper.threads_vary = threads == "auto"
         try:
             trainer.start(optimizer, schedule, resume, compile, on_start)
-            return trainer.run(patience, progress, on_epoch, should_stop)
+            return trainer.run(patience, progress)
         except RuntimeError as error:
             if processes.alone or isinstance(error, PyrovaeError) or not is_of_the_network(error):
                 raise
@@ -189,9 +196,10 @@ class Trainer:
         processes: Processes,
         directory: Path | None,
         notice: Notices,
+        calls: Callbacks,
     ) -> None:
         self.pair, self.objective, self.settings = pair, objective, settings
-        self.processes, self.directory, self.notice = processes, directory, notice
+        self.processes, self.directory, self.notice, self.calls = processes, directory, notice, calls
         pair.to(processes.device)
         self.source = Source(data, processes.device)
         self.validation = None if data.validation is None else data.validation.to(processes.device)
@@ -296,13 +304,7 @@ class Trainer:
                 f"directory: {self.directory} holds the checkpoints of another run; pass resume=True, or choose another"
             )
 
-    def run(
-        self,
-        patience: int | None,
-        progress: bool,
-        on_epoch: Callable[[Metrics], None] | None,
-        should_stop: Callable[[], bool] | None,
-    ) -> Fit:
+    def run(self, patience: int | None, progress: bool) -> Fit:
         """Train until all epochs are done, patience runs out or somebody asks to stop."""
         state, epochs = self.progress, self.settings.epochs
         record = Record(self.directory if self.processes.rank == 0 else None)
@@ -315,14 +317,14 @@ class Trainer:
                 if patience is not None and state.epoch - state.best_epoch >= patience and state.epoch:
                     stopped = "early"
                     break
-                if not self.epoch(bar, should_stop):
+                if not self.epoch(bar):
                     stopped = "interrupted"
                     self.keeper.save()
                     break
                 self.finish_epoch(record)
                 self.keeper.save()
-                if on_epoch is not None:
-                    on_epoch(state.history[-1])
+                if self.calls.on_epoch is not None:
+                    self.calls.on_epoch(state.history[-1])
         record.close()
         if stopped != "interrupted":
             look_for_divergence(state, self.notice)
@@ -333,9 +335,9 @@ class Trainer:
             state.history, state.best_epoch, stopped, state.step, compiled, self.step.compile_seconds, self.notice.texts
         )
 
-    def epoch(self, bar: "Bar", should_stop: Callable[[], bool] | None) -> bool:
+    def epoch(self, bar: "Bar") -> bool:
         """Train on the batches of the current epoch that are left; False if asked to stop before its end."""
-        state = self.progress
+        state, should_stop = self.progress, self.calls.should_stop
         generator = torch.Generator().manual_seed(derive_seed(self.settings.seed, "order", state.epoch))
         order = torch.randperm(len(self.source), generator=generator)
         # Parameters for each row are by the row's place.
@@ -383,6 +385,8 @@ class Trainer:
         state.total -= loss or 0.0
         state.step += 1
         state.batch += 1
+        if self.calls.on_step is not None and not absent:
+            self.calls.on_step(state.step, *batch.tensors)
 
     def settle(self, batches: Sequence[Tensor], first: int) -> None:
         """Take over what a GPU has added up since batch `first` of the epoch."""
@@ -415,6 +419,7 @@ class Trainer:
         metrics["learning_rate"] = float(self.keeper.optimizer.param_groups[0]["lr"])
         metrics["rows_per_second"] = state.rows / max(state.seconds, 1e-9)
         metrics["seconds"] = state.seconds
+        metrics |= self.extra(metrics)
         bound = metrics.get("validation_bound", math.inf)
         state.history.append(metrics if self.trial.no_density is None else without_bounds(metrics))
         state.epoch += 1
@@ -434,6 +439,17 @@ class Trainer:
         """Bounds and their terms on the validation rows, with the same noise at every epoch."""
         renamed = {"bound": "validation_bound", "elbo": "validation_elbo"}
         return {renamed.get(name, name): value for name, value in self.measured().items()}
+
+    def extra(self, metrics: Metrics) -> Metrics:
+        """What the caller measures, beside these measurements."""
+        if self.calls.extra_metrics is None:
+            return {}
+        reseed(derive_seed(self.settings.seed, "extra metrics"), self.processes.device)
+        with evaluating(self.pair.model, self.pair.guide), arithmetic("fp32", self.processes.device):
+            found = {str(name): float(value) for name, value in self.calls.extra_metrics().items()}
+        if taken := sorted(found.keys() & metrics.keys()):
+            raise UsageError(f"extra_metrics: {', '.join(taken)}: already a measurement of fit's; choose another name")
+        return found
 
     def measured(self) -> Metrics:
         """What `measure` finds on the validation rows."""

@@ -1,0 +1,95 @@
+"""Quality of a model's reconstructions, as runs report it: on the same rows for every model, and never a likelihood."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pyrovae.data import Rows
+    from pyrovae.inference.batch import Batch
+
+PREFIX = "reconstruction_"  # of columns and keys, as reconstruction_sse; "reconstruction" itself is E log p(x|z)
+BLOCK = 500  # rows at once
+EPOCH_ROWS = 500  # validation rows looked at after each epoch, the first: for SSIM, 0.05 s of 28 x 28 pixels
+ABOUT = "rows beside their reconstructions, of a pair the mean of p(x|z) at the mean of q(z|x); no likelihoods"
+
+
+@runtime_checkable
+class Reconstructs(Protocol):
+    """What makes one reconstruction of each row, with a density or without one.
+
+    Any module with this method has its reconstructions scored: after each epoch, in its report, and as a row of the
+    table of reconstructions that `compare` says below those of log p(x). A baseline that has nothing else to compare,
+    such as PCA, is a row of that table alone: fitted, and with a `description`, it is one of `others` of
+    `pyrovae.runs.comparing.of_quality`.
+    """
+
+    @property
+    def reconstruct(self) -> "Callable[..., Tensor]":
+        """(x, *given) -> one reconstruction of each row, in the shape of x, (N, *event)."""
+
+
+def reconstruction_values(model: Reconstructs, batch: "Batch", data_range: float) -> "dict[str, Tensor]":
+    """The quality of a model's reconstruction of each row.
+
+    Args:
+        model: In evaluation mode, on the batch's device.
+        batch: Rows, and what they are given.
+        data_range: The greatest less the least value that an element can have.
+
+    Returns:
+        By word ("sse"; of images "psnr" and "ssim" as well), shape (N,).
+    """
+    import torch
+
+    from pyrovae.quality import reconstruction_quality
+
+    with torch.no_grad():
+        found = [
+            reconstruction_quality(block.x, model.reconstruct(*block.tensors), data_range)
+            for block in batch.split(BLOCK)
+        ]
+    return {word: torch.cat([values[word] for values in found]) for word in found[0]}
+
+
+def epoch_metrics(model: Any, rows: "Rows", device: Any) -> Callable[[], dict[str, float]] | None:
+    """What a run records of reconstructions after each epoch: means over the first validation rows.
+
+    None for a model that makes no reconstruction.
+    """
+    from pyrovae.runs.scoring import rows_of
+
+    if not isinstance(model, Reconstructs):
+        return None
+    batch = rows_of(rows, "validation", EPOCH_ROWS).to(device)
+
+    def measured() -> dict[str, float]:
+        values = reconstruction_values(model, batch, rows.data_range)
+        return {PREFIX + word: value.mean().item() for word, value in values.items()}
+
+    return measured
+
+
+def of_reconstructions(model: Any, batch: "Batch", rows: "Rows") -> dict[str, Any] | None:
+    """Means over rows with their standard errors, and what they are of; None for a model that reconstructs nothing."""
+    from pyrovae.inference.estimate import standard_error
+    from pyrovae.quality import QUALITIES
+
+    if not isinstance(model, Reconstructs):
+        return None
+    values = reconstruction_values(model, batch, rows.data_range)
+    return {
+        "about": ABOUT,
+        "rows": len(batch),
+        "data_range": rows.data_range,
+        **{
+            q.word: {
+                "mean": values[q.word].mean().item(),
+                "error_over_rows": standard_error(values[q.word]),
+                "unit": q.unit,
+            }
+            for q in QUALITIES
+            if q.word in values
+        },
+    }
