@@ -98,7 +98,7 @@ def training_curves(metrics: DataFrame, title: str | None = None) -> Figure:
     return figure
 
 
-def step_curve(steps: Numbers, values: Numbers, label: str, title: str | None = None, window: int = 100) -> Figure:
+def step_curve(steps: Numbers, values: Numbers, label: str, title: str | None = None, window: int = 50) -> Figure:
     """Draw a measurement of every training step, as noisy as a batch is small, and its running mean.
 
     Args:
@@ -106,21 +106,21 @@ def step_curve(steps: Numbers, values: Numbers, label: str, title: str | None = 
         values: What was measured at each, shape (S,).
         label: What it is, with its unit.
         title: First line of the title.
-        window: How many measurements are averaged, with those before and after; less at both ends.
+        window: How many measurements on either side are averaged with each; towards both ends, as many as there are.
     Raises:
         UsageError: there is nothing to draw, or not one value for each step.
     """
     at, measured = as_array(steps), as_array(values)
     if at.shape != measured.shape or at.ndim != 1 or not len(at):
         raise UsageError(f"values: expected one for each of at least one step, got {measured.shape} for {at.shape}")
-    half = max(1, min(window, len(at)) // 2)
+    place = np.arange(len(at))
+    half = np.minimum(window, np.minimum(place, place[::-1]))  # as many before as after, else the ends would be bent
     sums = np.concatenate([[0.0], measured.cumsum()])
-    first, last = np.maximum(np.arange(len(at)) - half, 0), np.minimum(np.arange(len(at)) + half, len(at))
-    mean = (sums[last] - sums[first]) / (last - first)
+    mean = (sums[place + half + 1] - sums[place - half]) / (2 * half + 1)
     figure = new_figure(8, 4, f"{label}, of the batch of each step", title)
     axes = figure.add_subplot(xlabel="step", ylabel=label)
     axes.plot(at, measured, color=SKY, linewidth=0.5, alpha=0.7, label="one batch")
-    axes.plot(at, mean, color=INK, linewidth=1.5, label=f"mean of {2 * half}")
+    axes.plot(at, mean, color=INK, linewidth=1.5, label=f"mean of {2 * half.max() + 1}")
     axes.legend()
     axes.grid(alpha=0.3)
     return figure
