@@ -144,13 +144,18 @@ def test_ten_reconstructions_stand_in_one_row() -> None:
 
 
 def test_a_curve_of_steps_has_every_step_and_the_mean_around_it() -> None:
-    steps, values = np.arange(10, 1010, 10), np.random.default_rng(0).normal(size=100)
+    steps, values = np.arange(10, 2010, 10), np.random.default_rng(0).uniform(size=200)
     figure = plots.step_curve(steps, values, "SSE", window=10)
     np.testing.assert_array_equal(line(figure, "one batch"), np.stack([steps, values], 1))
     mean = line(figure, "mean of 21")[:, 1]
     np.testing.assert_allclose(mean[50], values[40:61].mean())
     np.testing.assert_allclose(mean[3], values[:7].mean())
     np.testing.assert_allclose(mean[[0, -1]], values[[0, -1]])
+    assert "above the axis" not in texts(figure)
+    values[30] = 1e6
+    failing = plots.step_curve(steps, values, "SSE")
+    assert "1 step above the axis, up to 1,000,000" in texts(failing)
+    assert np.delete(values, 30).max() < failing.axes[0].get_ylim()[1] < 10
     with pytest.raises(UsageError, match=r"values: expected one for each of at least one step, got \(3,\) for \(2,\)"):
         plots.step_curve([1, 2], [1.0, 2.0, 3.0], "SSE")
 

@@ -101,6 +101,9 @@ def training_curves(metrics: DataFrame, title: str | None = None) -> Figure:
 def step_curve(steps: Numbers, values: Numbers, label: str, title: str | None = None, window: int = 50) -> Figure:
     """Draw a measurement of every training step, as noisy as a batch is small, and its running mean.
 
+    Steps that are so far above the others that they would flatten them, as where a training fails for a while, are
+    above the axis; a note says how many and how far.
+
     Args:
         steps: Numbers of the steps, shape (S,); they may leave some out.
         values: What was measured at each, shape (S,).
@@ -121,6 +124,12 @@ def step_curve(steps: Numbers, values: Numbers, label: str, title: str | None = 
     axes = figure.add_subplot(xlabel="step", ylabel=label)
     axes.plot(at, measured, color=SKY, linewidth=0.5, alpha=0.7, label="one batch")
     axes.plot(at, mean, color=INK, linewidth=1.5, label=f"mean of {2 * half.max() + 1}")
+    low, usual = measured.min(), np.quantile(measured, 0.99)
+    high = low + 1.5 * (usual - low)
+    if (above := int((measured > high).sum())) and low < high:
+        axes.set_ylim(low - 0.05 * (high - low), high)
+        noun = "step" if above == 1 else "steps"
+        axes.set_title(f"{above:,} {noun} above the axis, up to {measured.max():,.0f}", fontsize="medium")
     axes.legend()
     axes.grid(alpha=0.3)
     return figure
