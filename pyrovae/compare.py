@@ -13,7 +13,7 @@ from typing import Any
 from pyrovae.command import add_choices, add_option, given, main, parser, say, whole_option
 from pyrovae.errors import NumericalError, UsageError
 from pyrovae.runs.build import build_proposal
-from pyrovae.runs.options import PROPOSALS, SETTINGS, THREADS
+from pyrovae.runs.options import FRECHET, PROPOSALS, SETTINGS, THREADS
 from pyrovae.settings import read
 
 
@@ -39,6 +39,7 @@ def options_parser() -> Any:
     add_option(p, "--no-pool", "a line for every run, also for those that differ only in --seed", action="store_true")
     add_option(p, "--no-baseline", "add no baseline", action="store_true")
     add_option(p, "--components", "components of the baselines (default: chosen on the validation rows)", "INT")
+    add_option(p, "--frechet", FRECHET, action="store_true")
     add_option(p, "--out", "where to write the tables and figures (default: comparison)", "DIR")
     add_option(p, "--device", "auto, cpu, cuda or cuda:N (default auto)", "NAME")
     add_option(p, "--threads", SETTINGS["threads"].help, "INT|auto")
@@ -53,6 +54,7 @@ def command(words: Sequence[str]) -> int:
     from pyrovae.processors import pick_device, threads
     from pyrovae.runs.baseline import COMPONENTS
     from pyrovae.runs.comparing import compare_runs
+    from pyrovae.runs.features import classifier_features
     from pyrovae.runs.grouping import run_around, usable
     from pyrovae.runs.scoring import Scoring
 
@@ -77,8 +79,11 @@ def command(words: Sequence[str]) -> int:
     runs = usable(directories, say)
     tried = () if options.get("no_baseline") else (components,) if components else COMPONENTS
     how, pool = Scoring(k, seed, proposal), not options.get("no_pool")
+    asked: dict[str, Any] = {"limit": limit, "device": device, "pool": pool, "components": tried}
+    if options.get("frechet"):
+        asked["make_features"] = classifier_features
     with threads(number, lambda text: say(f"note: {text}")):
-        scored = compare_runs(runs, how, out, limit=limit, device=device, pool=pool, components=tried, say=say)
+        scored = compare_runs(runs, how, out, say=say, **asked)
     invalid = [f"{entry.name}: {entry.verdict.reason}" for entry in scored if entry.verdict.kind == Kind.INVALID]
     if invalid:
         raise NumericalError("invalid: " + "; ".join(invalid))

@@ -11,7 +11,7 @@ from typing import Any
 from pyrovae.command import add_choices, add_option, given, main, parser, say, stop_waiting, whole_option
 from pyrovae.errors import Interrupted, UsageError
 from pyrovae.runs.build import build_proposal
-from pyrovae.runs.options import PROPOSALS, SETTINGS, SWITCH, THREADS
+from pyrovae.runs.options import FRECHET, PROPOSALS, SETTINGS, SWITCH, THREADS
 from pyrovae.runs.recipe import refuse
 from pyrovae.settings import Words, read
 
@@ -42,6 +42,7 @@ def options_parser() -> Any:
     add_option(p, "--compile", drawn, "WHEN")
     add_option(p, "--precision", "fp32, or bf16: matrix products in bfloat16, its bias measured (default fp32)", "NAME")
     add_option(p, "--netcdf", "save 100 posterior and predictive draws of each row for ArviZ", "FILE")
+    add_option(p, "--frechet", FRECHET, action="store_true")
     add_option(p, "--anew", "forget what was scored before with these settings", action="store_true")
     add_option(p, "--device", "auto, cpu, cuda or cuda:N (default auto)", "NAME")
     add_option(p, "--threads", SETTINGS["threads"].help, "INT|auto")
@@ -55,6 +56,7 @@ def command(words: Sequence[str]) -> int:
     from pyrovae.processors import threads
     from pyrovae.runs.directory import open_run
     from pyrovae.runs.evaluation import evaluate
+    from pyrovae.runs.features import classifier_features
     from pyrovae.runs.scoring import SPLITS, Scoring
 
     proposal = build_proposal(options.get("proposal"))
@@ -87,6 +89,7 @@ def command(words: Sequence[str]) -> int:
                 precision=precision,
                 anew=anew,
                 netcdf=netcdf,
+                make_features=classifier_features if "frechet" in options else None,
                 say=say,
             )
     except Interrupted as interrupted:

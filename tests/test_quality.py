@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from pyrovae.quality import (
     sse,
     ssim,
 )
+from pyrovae.runs import features
 from pyrovae.runs.comparing import of_quality
 from pyrovae.runs.quality import EPOCH_ROWS, Reconstructs, epoch_metrics, of_reconstructions
 from pyrovae.runs.quality_tables import quality_table
@@ -292,7 +295,7 @@ def test_compare_has_a_table_of_their_own(trained: Path, tmp_path: Path, capsys:
     assert out.index("log p(x) [95 %]") < out.index("no likelihoods")
     assert "mixture" not in below  # which reconstructs nothing
     assert "data range 1" in below
-    table = pd.read_csv(tmp_path / "mass-reconstructions.csv")
+    table = pd.read_csv(tmp_path / "mass-pictures.csv")
     assert table["name"].tolist() == ["a (2 seeds)"]
     both = [by_hand(Path(run), "test") for run in runs]
     for word in ("sse", "psnr", "ssim"):
@@ -313,8 +316,8 @@ def test_what_has_no_density_is_a_row_of_that_table(trained: Path) -> None:
 
 
 def test_a_table_of_somebody_elses_is_not_replaced(trained: Path, tmp_path: Path) -> None:
-    (tmp_path / "mass-reconstructions.csv").write_text("mine\n")
-    with pytest.raises(UsageError, match=r"mass-reconstructions.csv was not written by pyrovae.compare"):
+    (tmp_path / "mass-pictures.csv").write_text("mine\n")
+    with pytest.raises(UsageError, match=r"mass-pictures.csv was not written by pyrovae.compare"):
         compare.command([str(trained / "a-s1"), "--K", "5", "--out", str(tmp_path)])
 
 
@@ -357,3 +360,92 @@ def test_curves_of_reconstructions_have_panels_of_their_own() -> None:
     assert set(panels) == {"E log p(x|z)", "SSE of reconstructions", "SSIM of reconstructions"}
     assert panels["SSE of reconstructions"].get_ylabel() == "squared units of x"
     assert panels["SSIM of reconstructions"].lines[0].get_ydata().tolist() == [0, 0.5]
+
+
+def test_the_classifier_is_the_same_for_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was drawn before: else the distances of two commands would not compare."""
+    monkeypatch.setattr(features, "STEPS", 100)
+    rows, said = pyrovae.load_data("digits").rows("mass"), []
+    first = features.classifier_features(rows, say=said.append)
+    torch.randn(7)
+    again = features.classifier_features(rows)
+    assert torch.equal(first(rows.test), again(rows.test))
+    assert first.description == again.description
+    assert first.description in said[0]
+    assert first(rows.test).shape == (179, features.WIDTH)
+    x, labels = first(rows.test), rows.labels["test"]
+    assert labels is not None
+    centres = torch.stack([x[labels == k].mean(0) for k in range(10)])
+    assert (torch.cdist(x, centres).argmin(1) == labels).double().mean() > 0.5  # they tell classes apart
+
+
+class Copies:
+    """What "draws" given rows, of which it has as many as are asked for."""
+
+    def __init__(self, *rows: Tensor) -> None:
+        self.rows = iter(rows)
+
+    def sample(self, num_samples: int, *given: Tensor) -> Tensor:
+        """The next rows, which must be as many."""
+        drawn = next(self.rows)
+        assert len(drawn) == num_samples
+        return drawn
+
+
+def test_draws_are_compared_with_rows_in_blocks_on_features_of_both() -> None:
+    x = torch.rand(700, 1, 8, 8)
+    means = features.Features(lambda x: x.flatten(1)[:, ::16], "means")
+    near = features.frechet_of(Copies(x[:500], x[500:]), Batch(x), means)
+    assert near.plain == pytest.approx(0, abs=1e-9)
+    far = features.frechet_of(Copies(x[:500] + 1, x[500:] + 1), Batch(x), means)
+    assert far.plain == pytest.approx(4, abs=1e-5)  # 4 features moved by 1
+    assert far.extrapolated == pytest.approx(4, abs=5 * far.error + 0.01)
+
+
+def test_draws_of_a_conditional_pair_are_given_what_the_rows_are() -> None:
+    seen = []
+
+    class Given:
+        def sample(self, num_samples: int, y: Tensor) -> Tensor:
+            seen.append(y)
+            return torch.randn(num_samples, 2)
+
+    y = torch.arange(600.0)[:, None]
+    found = features.of_frechet(Given(), Batch(torch.randn(600, 2), (y,)), features.Features(lambda x: x, "x"))
+    assert torch.equal(torch.cat(seen), y)
+    assert found is not None
+    assert (found["dimensions"], [point["rows"] for point in found["by_rows"]]) == (2, [600, 300, 150])
+    assert features.of_frechet(Halves(), Batch(y), features.Features(lambda x: x, "x")) is None
+
+
+def test_evaluate_and_compare_have_the_same_distance(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(features, "STEPS", 30)
+    run = shutil.copytree(trained / "a-s1", tmp_path / "a-s1")
+    evaluate.command([str(run), "--K", "5", "--frechet"])
+    report = json.loads((run / "evaluation.json").read_text())["frechet"]
+    out = capsys.readouterr().out
+    assert "squared Frechet distance of rows and as many draws of x; no likelihood" in out
+    assert f"{report['by_rows'][0]['distance']:.2f}" in out
+    compare.command([str(run), "--K", "5", "--frechet", "--components", "2", "--out", str(tmp_path / "out")])
+    table = pd.read_csv(tmp_path / "out" / "mass-pictures.csv").set_index("name")
+    assert table.loc["a-s1", "frechet"] == pytest.approx(report["extrapolated"])
+    assert table.loc["a-s1", "frechet_plain"] == pytest.approx(report["by_rows"][0]["distance"])
+    assert table.loc["a-s1", "features"] == report["features"]
+    # A mixture draws, and reconstructs nothing.
+    assert table.loc["mixture of 2 Bernoullis", ["frechet", "frechet_error"]].gt(0).all()
+    assert math.isnan(table.loc["mixture of 2 Bernoullis", "sse"])
+    assert report["features"] in " ".join(capsys.readouterr().out.split())
+
+
+def test_too_few_rows_are_refused_before_anything_is_scored(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "STEPS", 1)
+    with pytest.raises(UsageError, match="50 rows are too few for 16 dimensions"):
+        evaluate.command([str(trained / "a-s1"), "--K", "5", "--rows", "50", "--frechet"])
+
+
+def test_rows_without_labels_need_features_of_ones_own() -> None:
+    rows = replace(pyrovae.load_data("digits").rows("mass"), labels={"train": None, "validation": None, "test": None})
+    with pytest.raises(UsageError, match="no labels to train a classifier on; give features of your own"):
+        features.classifier_features(rows)

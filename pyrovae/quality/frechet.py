@@ -104,7 +104,7 @@ def frechet_distance(data: Tensor, samples: Tensor, seed: int = 0) -> Frechet:
 
 
 def check_features(data: Tensor, samples: Tensor) -> None:
-    """Refuse features that are no two matrices of one shape, or too few rows of them.
+    """Refuse features that are no two matrices of one shape, too few rows of them, and what is not finite.
 
     Raises:
         UsageError: they are.
@@ -114,14 +114,22 @@ def check_features(data: Tensor, samples: Tensor) -> None:
             f"features: expected two matrices of one shape (N, F), got {tuple(data.shape)} of data and "
             f"{tuple(samples.shape)} of samples; draw as many samples as there are rows of data"
         )
-    count, dimensions = data.shape
-    if count < (least := LEAST * 2**HALVINGS * dimensions):
-        raise UsageError(
-            f"features: {count} rows are too few for {dimensions} dimensions, of which the smallest part of the rows "
-            f"must have {LEAST} for each; give at least {least} rows, or features of fewer dimensions"
-        )
+    check_enough(*data.shape)
     if not (data.isfinite().all() and samples.isfinite().all()):
         raise UsageError("features: expected finite numbers; look at what the map makes of these rows")
+
+
+def check_enough(rows: int, dimensions: int) -> None:
+    """Refuse rows that are too few for the smallest part of them to have moments of so many dimensions.
+
+    Raises:
+        UsageError: they are.
+    """
+    if rows < (least := LEAST * 2**HALVINGS * dimensions):
+        raise UsageError(
+            f"features: {rows} rows are too few for {dimensions} dimensions, of which the smallest part of the rows "
+            f"must have {LEAST} for each; give at least {least} rows, or features of fewer dimensions"
+        )
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:

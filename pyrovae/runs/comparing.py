@@ -11,8 +11,8 @@ from pyrovae.runs.comparison_tables import check_replaced, present
 from pyrovae.runs.directory import Run
 from pyrovae.runs.grouping import check_same_rows, load_rows, measure_of, name_pools, pools
 from pyrovae.runs.progress import Say, silent
-from pyrovae.runs.quality import Reconstructs, reconstruction_values
-from pyrovae.runs.quality_tables import Reconstructed, check_quality_replaced, present_quality, quality_table
+from pyrovae.runs.quality import Draws, Reconstructs, reconstruction_values
+from pyrovae.runs.quality_tables import Pictured, check_quality_replaced, present_quality, quality_table
 from pyrovae.runs.scoring import Scoring, rows_of, score
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from pyrovae.inference.batch import Batch
     from pyrovae.models.exact import Exact
-    from pyrovae.runs.build import Model
+    from pyrovae.runs.features import Features, MakeFeatures
 
 
 def compare_runs(
@@ -32,6 +32,7 @@ def compare_runs(
     device: "torch.device | str" = "cpu",
     pool: bool = True,
     components: Sequence[int] = COMPONENTS,
+    make_features: "MakeFeatures | None" = None,
     say: Say = silent,
 ) -> list[Scored]:
     """Score runs, and say and write the tables.
@@ -44,6 +45,7 @@ def compare_runs(
         device: Where to compute.
         pool: Whether runs that differ only in their seed are one line.
         components: Numbers of components tried for the baselines; without any there are none.
+        make_features: Makes features for Frechet distances, such as `classifier_features`; None: none.
         say: Called with each line that a user should read.
 
     Returns:
@@ -52,6 +54,8 @@ def compare_runs(
     Raises:
         UsageError: the rows differ, or `out` has files of these names that are none of ours.
     """
+    from pyrovae.runs.features import features_for
+
     by_measure: dict[str, list[Run]] = {}
     for run in runs:
         by_measure.setdefault(measure_of(run), []).append(run)
@@ -66,6 +70,7 @@ def compare_runs(
     for kind, members in by_measure.items():
         rows = loaded[members[0].directory]
         batch = rows_of(rows, "test", limit).to(device)
+        features = None if make_features is None else features_for(make_features, rows, batch, say)
         baselines: list[Exact] = []
         of_kind = [(name, seeds) for name, seeds in zip(names, together, strict=True) if measure_of(seeds[0]) == kind]
         scored = [
@@ -77,27 +82,40 @@ def compare_runs(
             scored += [Scored(model.description, [score(model, batch, how)]) for model in baselines]
         present(table(scored, how.seed), rows, kind, len(batch), members[0].recipe.data, out, say)
         models = ((name, [run.model(device) for run in seeds]) for name, seeds in of_kind)
-        if reconstructed := of_quality(models, batch, rows.data_range, others=baselines):
-            present_quality(quality_table(reconstructed), rows, kind, len(batch), out, say)
+        if pictured := of_quality(models, batch, rows.data_range, baselines, features, how.seed):
+            present_quality(quality_table(pictured), rows, kind, len(batch), out, features, say)
         everything += scored
     say(f"tables and figures in {out}")
     return everything
 
 
 def of_quality(
-    models: "Iterable[tuple[str, Iterable[Model]]]", batch: "Batch", data_range: float, others: Sequence[Any] = ()
-) -> list[Reconstructed]:
-    """The reconstructions of those that make any, for the table of their quality.
+    models: "Iterable[tuple[str, Iterable[Any]]]",
+    batch: "Batch",
+    data_range: float,
+    others: Sequence[Any] = (),
+    features: "Features | None" = None,
+    seed: int = 0,
+) -> list[Pictured]:
+    """What is seen of each model, for the table of pictures: those that neither reconstruct nor draw are left out.
 
     Args:
         models: Trained pairs by name, one for each seed; each is made when it is its turn.
         batch: Rows, the same for all.
         data_range: The greatest less the least value that an element can have.
         others: Fitted baselines with a `description`, with a density or without one.
+        features: Of what the Frechet distances are; without them there are none.
+        seed: Of the draws.
     """
+    from pyrovae.runs.features import frechet_of
+
     found = []
     for name, seeds in chain(models, ((model.description, [model]) for model in others)):
-        made = [model for model in seeds if isinstance(model, Reconstructs)]
-        values = [reconstruction_values(model, batch, data_range) for model in made]
-        found += [Reconstructed(name, values)] if values else []
+        values, distances = [], []
+        for model in seeds:
+            if isinstance(model, Reconstructs):
+                values.append(reconstruction_values(model, batch, data_range))
+            if features is not None and isinstance(model, Draws):
+                distances.append(frechet_of(model, batch, features, seed))
+        found += [Pictured(name, values, distances)] if values or distances else []
     return found

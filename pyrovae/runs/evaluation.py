@@ -12,6 +12,7 @@ from pyrovae.errors import Interrupted, OutputError, UsageError
 from pyrovae.processors import pick_device
 from pyrovae.runs.build import build_objective
 from pyrovae.runs.directory import Run, begins
+from pyrovae.runs.features import features_for
 from pyrovae.runs.figures import save_curve
 from pyrovae.runs.progress import Say, silent
 from pyrovae.runs.report import Report, refuse_invalid, report_on
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pyrovae.data import Rows
     from pyrovae.inference.batch import Batch
     from pyrovae.runs.build import Model
+    from pyrovae.runs.features import MakeFeatures
 
 # Draws of each row in a netCDF file, and the bytes that they may take.
 SAVED_DRAWS = 100
@@ -40,6 +42,7 @@ def evaluate(
     precision: str = "fp32",
     anew: bool = False,
     netcdf: Path | None = None,
+    make_features: "MakeFeatures | None" = None,
     say: Say = silent,
 ) -> Report:
     """Score a run, going on where an interrupted evaluation was; say and write the report and the K-curve.
@@ -54,6 +57,7 @@ def evaluate(
         precision: "fp32" or "bf16", of compiled draws.
         anew: Forget what was scored before with these settings.
         netcdf: Where to save draws for ArviZ.
+        make_features: Makes features for a Frechet distance, such as `classifier_features`; None: none.
         say: Called with each line that a user should read.
 
     Raises:
@@ -68,6 +72,7 @@ def evaluate(
     model = run.model(place)
     if netcdf is not None:
         check_netcdf(netcdf, model, batch, how)
+    features = None if make_features is None else features_for(make_features, rows, batch, say)
     compiled = compile_draws(model, batch, how, compile, precision)
     scores = open_scores(run, model, rows, batch, compiled, split)
     if scores is not None and anew:
@@ -76,7 +81,7 @@ def evaluate(
         say(f"note: {note}")
     asked = {"objective": build_objective(run.recipe), "particle_chunk": run.recipe.particle_chunk}
     with keeping(run, scores, len(batch)):
-        values = report_on(model, batch, rows, compiled, split=split, store=scores, say=say, **asked)
+        values = report_on(model, batch, rows, compiled, split=split, store=scores, features=features, say=say, **asked)
     values["notices"] = run.notices
     run.keep("evaluation.json" if split == "test" else f"evaluation-{split}.json", values, say)
     refuse_invalid(values)

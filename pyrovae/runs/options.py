@@ -163,3 +163,8 @@ SETTINGS = {name: setting for group in OPTIONS.values() for name, setting in gro
 DERIVED = ("data_hash", "event_shape", "classes", "version")
 # What may differ between a run and its resumption.
 RESUMABLE = ("epochs", "patience", "eval_K", "eval_rows", "device", "compile", "particle_chunk", "threads", "stream")
+# Of evaluate and compare alike.
+FRECHET = (
+    "the Frechet distance between the rows and as many draws of x, on features of a classifier of the labels that is "
+    "trained first, the same for the same rows; no likelihood"
+)

@@ -30,6 +30,15 @@ class Reconstructs(Protocol):
         """(x, *given) -> one reconstruction of each row, in the shape of x, (N, *event)."""
 
 
+@runtime_checkable
+class Draws(Protocol):
+    """What draws of x can be had from, for a Frechet distance, with a density or without one."""
+
+    @property
+    def sample(self) -> "Callable[..., Tensor]":
+        """(num_samples, *given) -> so many draws of x, shape (num_samples, *event), by torch's random state."""
+
+
 def reconstruction_values(model: Reconstructs, batch: "Batch", data_range: float) -> "dict[str, Tensor]":
     """The quality of a model's reconstruction of each row.
 

@@ -1,10 +1,11 @@
-"""Reconstructions side by side: a table of its own, below those of log p(x), with which it is never sorted."""
+"""Pictures side by side, reconstructions and draws: a table below those of log p(x), with which it is never sorted."""
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyrovae.errors import UsageError
 from pyrovae.runs.directory import begins
@@ -16,51 +17,63 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pyrovae.data import Rows
+    from pyrovae.quality import Frechet
+    from pyrovae.runs.features import Features
 
-HEAD = b"name,seeds,sse,"  # what our file of the table begins with
+HEAD = b"name,seeds,"  # what our file of the table begins with
 
 
 @dataclass(frozen=True)
-class Reconstructed:
-    """A model's reconstructions of the rows of a table.
+class Pictured:
+    """What is seen of a model: its reconstructions of the rows of a table, its draws, or both.
 
     Attributes:
         name: As the tables call the model.
         values: For each of its seeds, the quality by word of each row, shape (N,): `reconstruction_values`.
+        distances: For each of its seeds, that of its draws to the rows: `frechet_of`.
     """
 
     name: str
-    values: "Sequence[Mapping[str, Tensor]]"
+    values: "Sequence[Mapping[str, Tensor]]" = ()
+    distances: "Sequence[Frechet]" = ()
 
-    def of(self, word: str) -> "Tensor":
-        """One quality of the rows, shape (N,): the mean over seeds."""
+    @property
+    def record(self) -> dict[str, Any]:
+        """Means over rows and seeds with their standard errors over rows, which seeds do not reduce."""
         import torch
 
-        return torch.stack([values[word] for values in self.values]).mean(0)
+        from pyrovae.inference.estimate import standard_error
+
+        found: dict[str, Any] = {"name": self.name, "seeds": len(self.values or self.distances)}
+        for word in self.values[0] if self.values else ():
+            rows = torch.stack([values[word] for values in self.values]).mean(0)
+            found |= {word: rows.mean().item(), f"{word}_error": standard_error(rows)}
+        if self.distances:
+            count = len(self.distances)
+            found["frechet"] = sum(distance.extrapolated for distance in self.distances) / count
+            found["frechet_error"] = sum(distance.error for distance in self.distances) / count
+            found["frechet_plain"] = sum(distance.plain for distance in self.distances) / count
+        return found
 
 
-def quality_table(models: Sequence[Reconstructed]) -> "pd.DataFrame":
-    """One row per model, the smallest squared error first: means over the same rows, with their standard errors."""
+def quality_table(models: "Sequence[Pictured]") -> "pd.DataFrame":
+    """One row per model, the smallest squared error first; what a model has not is NaN."""
     import pandas as pd
 
-    from pyrovae.inference.estimate import standard_error
-
-    records = [
-        {"name": model.name, "seeds": len(model.values)}
-        | {
-            key: value
-            for word in model.values[0]
-            for key, value in (
-                (word, model.of(word).mean().item()),
-                (f"{word}_error", standard_error(model.of(word))),
-            )
-        }
-        for model in models
-    ]
-    return pd.DataFrame(records).sort_values("sse", kind="stable", ignore_index=True)
+    frame = pd.DataFrame([model.record for model in models])
+    by = [column for column in ("sse", "frechet") if column in frame]
+    return frame.sort_values(by, kind="stable", ignore_index=True)
 
 
-def present_quality(frame: "pd.DataFrame", rows: "Rows", kind: str, count: int, out: Path, say: Say = silent) -> None:
+def present_quality(
+    frame: "pd.DataFrame",
+    rows: "Rows",
+    kind: str,
+    count: int,
+    out: Path,
+    features: "Features | None" = None,
+    say: Say = silent,
+) -> None:
     """Say the table and write it as CSV."""
     import pandas as pd
 
@@ -69,25 +82,38 @@ def present_quality(frame: "pd.DataFrame", rows: "Rows", kind: str, count: int, 
     from pyrovae.runs.comparison_tables import aligned
 
     shown = [q for q in QUALITIES if q.word in frame]
-    which = "all" if count == len(rows.test) else "the first"
-    say(f"{which} {count} test rows beside their reconstructions: no likelihoods; the smallest SSE first")
-    say("a pair's reconstruction is the mean of p(x|z) at the mean of q(z|x); mean over rows ± standard error")
+    notes = [
+        f"{q.title}: {q.unit}, {q.better} is better" + (f"; data range {rows.data_range:g}" if q.images else "")
+        for q in shown
+    ]
+    columns = {q.word: q.title for q in shown}
+    if features is not None and "frechet" in frame:
+        columns["frechet"] = "Frechet"
+        notes.append(
+            "Frechet: squared distance of as many draws of x to the rows, extrapolated to infinitely many, smaller is "
+            f"better; on {features.description}: distances of other features do not compare"
+        )
     strings = {"model": frame["name"]}
-    for q in shown:
-        errors = zip(frame[q.word], frame[f"{q.word}_error"], strict=True)
-        strings[q.title] = pd.Series([number(value, error) for value, error in errors])
+    for word, title in columns.items():
+        pairs = zip(frame[word], frame[f"{word}_error"], strict=True)
+        strings[title] = pd.Series([number(value, error) for value, error in pairs])
+    which = "all" if count == len(rows.test) else "the first"
+    say(f"{which} {count} test rows beside pictures of each model: no likelihoods; the smallest SSE first")
+    say(
+        "SSE, PSNR and SSIM are of reconstructions, a pair's the mean of p(x|z) at the mean of q(z|x); ± standard error"
+    )
     say("\n" + aligned(pd.DataFrame(strings)) + "\n")
-    for q in shown:
-        of_range = f"; data range {rows.data_range:g}" if q.images else ""
-        say(f"  {q.title}: {q.unit}, {q.better} is better{of_range}")
+    for note in notes:
+        say(textwrap.fill(note, 118, initial_indent="  ", subsequent_indent="    "))
     say("")
-    values = frame.assign(data_range=rows.data_range, rows=count)
+    described = "" if features is None else features.description
+    values = frame.assign(data_range=rows.data_range, rows=count, features=described)
     write_atomically(file_of(out, kind), values.to_csv(index=False))
 
 
 def file_of(out: Path, kind: str) -> Path:
     """Where the table of the rows of a measure is written."""
-    return out / f"{kind}-reconstructions.csv"
+    return out / f"{kind}-pictures.csv"
 
 
 def check_quality_replaced(out: Path, kind: str) -> None:

@@ -5,6 +5,7 @@ import platform
 from typing import TYPE_CHECKING, Any
 
 from pyrovae.errors import NumericalError
+from pyrovae.runs.features import of_frechet
 from pyrovae.runs.progress import Say
 from pyrovae.runs.quality import of_reconstructions
 from pyrovae.runs.scoring import Scoring, check_of, hash_of, repaired, score
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pyrovae.inference.simulation import Simulated
     from pyrovae.inference.verdicts import Verdict
     from pyrovae.runs.build import Model
+    from pyrovae.runs.features import Features
     from pyrovae.runs.scores import Scores
 
 Report = dict[str, Any]
@@ -35,6 +37,7 @@ def report_on(
     split: str = "test",
     particle_chunk: int | None = None,
     store: "Scores | None" = None,
+    features: "Features | None" = None,
     say: Say | None = None,
 ) -> Report:
     """Everything that is said of a model on some rows, as plain values. Nats per datum unless the name says bits."""
@@ -78,6 +81,7 @@ def report_on(
         values |= of_terms(result, terms) | {"kl_forms": forms} | of_weights(result) | of_check(check, judgement)
         values |= how.proposal.computation() | {"worst_rows": worst(result), "curve": curve(result)}
     values["reconstruction_quality"] = of_reconstructions(model, batch, rows)
+    values["frechet"] = None if features is None else of_frechet(model, batch, features, how.seed)
     return values | provenance(model, batch, rows, how.seed)
 
 

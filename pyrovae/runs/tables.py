@@ -126,6 +126,16 @@ def describe(name: str, values: Report) -> str:
         lines += ["", f"  {quality['about']}"]
         for label, value, note in quality_in_words(quality):
             line(label, value, note)
+    if found := values["frechet"]:
+        most, *fewer = found["by_rows"]
+        lines += ["", f"  {found['about']}", *textwrap.wrap(f"on {found['features']}", 100, **INDENT)]
+        line(
+            "Frechet distance",
+            number(found["extrapolated"], found["error"]),
+            "to infinitely many rows; smaller is better",
+        )
+        plain = ", ".join(f"{point['distance']:.2f} from {point['rows']}" for point in fewer)
+        line(f"  from {most['rows']} rows of each", f"{most['distance']:.2f}", f"too high, as from fewer: {plain}")
     if values["K"] is not None:
         lines += describe_rows(values)
     return "\n".join(lines)
