@@ -129,7 +129,7 @@ def given(namespace: Any) -> dict[str, Any]:
 def whole_option(options: dict[str, Any], key: str, default: int | None) -> Any:
     """An option that is a whole number: at least 0 for the seed, 1 for all others."""
     kind = Whole(0 if key == "seed" else 1)
-    return default if key not in options else read(f"--{option(key)}", options[key], kind)
+    return default if key not in options else read(key, options[key], kind)
 
 
 def main(command: str, run: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
@@ -171,8 +171,7 @@ def explain(error: Exception) -> tuple[int, str]:
     """Exit code and one line for an error."""
     line = one_line(str(error)) or type(error).__name__
     if isinstance(error, PyrovaeError):
-        options = (f"--{setting.replace('_', '-').replace('=', ' ')}" for setting in error.settings)
-        return error.code, f"{line} ({', '.join(options)})" if error.settings else line
+        return error.code, in_options(line, error.settings)
     memory = ("out of memory", "can't allocate memory", "not enough memory")
     if type(error).__name__ == "OutOfMemoryError" or (
         isinstance(error, RuntimeError) and any(m in line for m in memory)
@@ -184,6 +183,26 @@ def explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError):
         return OutputError.code, line
     return 1, f"{type(error).__name__}: {line} (a defect; --debug shows where)"
+
+
+def in_options(message: str, settings: Sequence[str]) -> str:
+    """A message in the words of the command line: its settings as options, added at its end where it names none.
+
+    >>> in_options("alpha=1: that is the ELBO; use `elbo=elbo`", ["alpha=1", "elbo=elbo"])
+    '--alpha 1: that is the ELBO; use --elbo elbo'
+    >>> in_options("x: outside [0, 1]", ["binarize"])
+    'x: outside [0, 1] (--binarize)'
+    """
+    unnamed = []
+    for setting in settings:
+        typed = f"--{option(setting).replace('=True', '').replace('=', ' ')}"
+        quoted = message.replace(f"`{setting}`", typed)
+        head, colon, rest = quoted.partition(": ")
+        head = re.sub(rf"(?:^|(?<=, )){re.escape(setting)}(?=[, ]|$)", typed.replace("\\", r"\\"), head)
+        if (named := head + colon + rest) == message:
+            unnamed.append(typed)
+        message = named
+    return f"{message} ({', '.join(unnamed)})" if unnamed else message
 
 
 def warn(text: str) -> None:

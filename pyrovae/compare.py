@@ -58,7 +58,7 @@ def command(words: Sequence[str]) -> int:
     from pyrovae.runs.grouping import run_around, usable
     from pyrovae.runs.scoring import Scoring
 
-    number = read("--threads", options.get("threads", "auto"), THREADS)
+    number = read("threads", options.get("threads", "auto"), THREADS)
     proposal = build_proposal(options.get("proposal"))
     k, seed = whole_option(options, "K", proposal.usual_particles or 1000), whole_option(options, "seed", 0)
     limit, components = whole_option(options, "rows", None), whole_option(options, "components", None)

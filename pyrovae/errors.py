@@ -28,8 +28,8 @@ class PyrovaeError(Exception):
 
     Args:
         message: What was wanted, what came, and the remedy.
-        settings: What the remedy sets, as a configuration names it: "binarize", or with its value "stream=on". A
-            command shows the options of those names; a message itself speaks of none.
+        settings: What it is of, or its remedy sets, as a configuration names it: "binarize", or with its value
+            "stream=on". A message has them at its beginning, in backticks or not at all; a command writes options.
     """
 
     code = 1

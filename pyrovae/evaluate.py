@@ -73,10 +73,10 @@ def command(words: Sequence[str]) -> int:
     device = str(options.get("device", "auto"))
     if "repair" in options and proposal.of_each_row:
         raise UsageError("--repair: is for draws from guide, widened or prior; these are made for each row already")
-    mode = read("--compile", options.get("compile", "auto"), SWITCH)
-    precision = read("--precision", options.get("precision", "fp32"), Words(("fp32", "bf16")))
+    mode = read("compile", options.get("compile", "auto"), SWITCH)
+    precision = read("precision", options.get("precision", "fp32"), Words(("fp32", "bf16")))
     anew, repair = bool(options.get("anew")), bool(options.get("repair"))
-    number = read("--threads", options.get("threads", "auto"), THREADS)
+    number = read("threads", options.get("threads", "auto"), THREADS)
     try:
         with threads(number, lambda text: say(f"note: {text}")):
             evaluate(

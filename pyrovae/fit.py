@@ -54,7 +54,7 @@ def command(words: Sequence[str]) -> int:
     output = {key: options.pop(key, None) for key in ("out", "resume", "overwrite", "no_plots", "debug")}
     for derived in DERIVED:
         options.pop(derived, None)
-    out = None if output["out"] is None else read("--out", output["out"], Text())
+    out = None if output["out"] is None else read("out", output["out"], Text())
     directory = resumed_directory(output) if output["resume"] else out
 
     from pyrovae.runs.training import train

@@ -45,12 +45,12 @@ def command(words: Sequence[str]) -> int:
     if split not in SPLITS:
         raise UsageError(f"--split: expected one of {', '.join(SPLITS)}, got {split}")
     if family is not None:
-        family = read("--family", family, Words(("diagonal", "full")))
+        family = read("family", family, Words(("diagonal", "full")))
     run = open_run(options["run"])
     if run.recipe.is_exact:
         name = run.recipe.model.name
         raise UsageError(f"{run.directory}: holds a {name}, whose log p(x) is exact: there is no gap to split")
-    with threads(read("--threads", options.get("threads", "auto"), THREADS), lambda text: say(f"note: {text}")):
+    with threads(read("threads", options.get("threads", "auto"), THREADS), lambda text: say(f"note: {text}")):
         values = analyse(run, k, limit, split, seed, chunk_size, str(options.get("device", "auto")), family, say)
     say(describe(run.name, values))
     if run.writable:

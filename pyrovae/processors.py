@@ -38,10 +38,10 @@ def threads(wanted: int | str | None, on_notice: Callable[[str], object] = lambd
     free = max(1, round(cores - busy))
     chosen = min(most, free) if wanted == "auto" else most
     if busy >= BUSY and most > free:
-        done = f"so {chosen} of {most} threads {'is' if chosen == 1 else 'are'} used"
-        wait = f"for which {most} threads will wait; auto would take {free}"
+        done = f"so {chosen} of {most} threads {'is' if chosen == 1 else 'are'} used; threads={most} uses all"
+        wait = f"for which {most} threads will wait; threads=auto would take {free}"
         what = done if wanted == "auto" else wait
-        on_notice(f"the machine is busy: other programs take {busy:.1f} of its {cores} cores, {what} (--threads)")
+        on_notice(f"the machine is busy: other programs take {busy:.1f} of its {cores} cores, {what}")
     torch.set_num_threads(chosen)
     try:
         yield
@@ -71,5 +71,5 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise UsageError(f"--device {name}: not available here; use cpu or auto") from None
+        raise UsageError(f"device {name}: not available here; use cpu or auto", settings=("device",)) from None
     return device

@@ -223,7 +223,7 @@ def read(name: str, word: Any, kind: Kind) -> Any:
     if value is None or not kind.holds(value):
         hint = "; put it in quotes in YAML" if isinstance(kind, Text) else likely(word, kind)
         got = repr(word) if isinstance(kind, Text) else word
-        raise UsageError(f"{name}: expected {kind}, got {got}{hint}")
+        raise UsageError(f"{name}: expected {kind}, got {got}{hint}", settings=(name,))
     return value
 
 

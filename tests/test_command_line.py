@@ -88,7 +88,7 @@ def test_numbers_and_lists_keep_their_meaning() -> None:
 def test_a_number_in_yaml_is_no_word(line: str, tmp_path: Path) -> None:
     """What YAML has turned into something else cannot be told any more, so it is asked for in quotes."""
     (tmp_path / "config.yaml").write_text(line)
-    with pytest.raises(UsageError, match=r"--(data|optimizer): expected a word, got .*; put it in quotes in YAML"):
+    with pytest.raises(UsageError, match=r"^(data|optimizer): expected a word, got .*; put it in quotes in YAML"):
         Recipe(**read_config(tmp_path / "config.yaml"))
     key, value = line.split(": ", 1)
     (tmp_path / "config.yaml").write_text(f"{key}: '{value}'")

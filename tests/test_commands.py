@@ -328,7 +328,12 @@ def test_a_directory_of_another_run(capsys):
     before = weights(run)
     code, message = fails(capsys, f"{SMALL} --out run --elbo iwae --lr 0.5")
     assert code == UsageError.code == 2
-    for words in ("elbo: elbo there, iwae here", "lr: 0.001 there, 0.5 here", "--resume run", "--overwrite"):
+    for words in (
+        "elbo: elbo there, iwae here",
+        "lr: 0.001 there, 0.5 here",
+        "with --resume, replace it with --overwrite",
+        "(--out)",
+    ):
         assert words in message
     assert "epochs" not in message
     assert "a run of this configuration" in fails(capsys, f"{SMALL} --out run --no-plots")[1]
@@ -356,7 +361,7 @@ def test_a_directory_in_use_is_not_overwritten(capsys):
 @pytest.mark.parametrize(
     ("make", "code", "message"),
     [
-        (lambda: Path("out").write_text(""), 2, "--out out: is a file"),
+        (lambda: Path("out").write_text(""), 2, "directory out: is a file; choose another (--out)"),
         (lambda: Path("out").mkdir() or Path("out/thesis.tex").write_text(""), 2, "is not empty and holds no run"),
         (lambda: Path("out").symlink_to("/proc/nowhere"), 6, "out: cannot be written"),
     ],

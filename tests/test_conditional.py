@@ -305,9 +305,12 @@ def test_runs_given_labels_are_compared_with_no_model_of_x_alone(run, tmp_path, 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"model": "mixture"}, "--condition: not used, since a mixture is of p"),
-        ({"model": "hierarchical"}, "--condition: not used, since a hierarchical model is given nothing"),
-        ({"condition": "labels"}, "--condition: .* label"),
+        ({"model": "mixture"}, "^condition: not used, since a mixture is of p"),
+        (
+            {"model": "hierarchical"},
+            "^condition: not used, since a hierarchical model is given nothing; use `model=vae`",
+        ),
+        ({"condition": "labels"}, "^condition: .* label"),
     ],
 )
 def test_what_cannot_be_given_labels(options, words):

@@ -3,6 +3,8 @@
 import dataclasses
 import inspect
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import yaml
 from pyro.infer import TraceEnum_ELBO
 
 from pyrovae import inference
+from pyrovae.command import explain
 from pyrovae.errors import DataError, UsageError
 from pyrovae.inference import ELBO, IWAE, Capacity, Cyclical, LinearWarmup, Renyi, fit
 from pyrovae.models import BernoulliMixture, GaussianMixture
@@ -43,10 +46,24 @@ def config(**given) -> Recipe:
     return resolve(small | given)
 
 
-def refused(words: str, error: type[Exception] = UsageError, **given) -> None:
-    with pytest.raises(error, match=words) as caught:
+def told(error: BaseException) -> str:
+    """What a command says of an error: options, of which the error itself, as Python shows it, has none."""
+    assert "--" not in str(error)
+    assert "\n" not in str(error)
+    return explain(error)[1]
+
+
+@contextmanager
+def refusal(words: str) -> Iterator[None]:
+    """A `UsageError` that a command tells in these words."""
+    with pytest.raises(UsageError) as caught:
+        yield
+    assert re.search(words, told(caught.value)), told(caught.value)
+
+
+def refused(words: str, **given) -> None:
+    with refusal(words):
         resolve(given)
-    assert "\n" not in str(caught.value)
 
 
 # ----------------------------------------------------------------------------------------------------------- defaults
@@ -259,6 +276,25 @@ def test_combinations_that_make_no_sense(given, words):
     refused(words, **given)
 
 
+def test_messages_are_in_the_words_of_whoever_reads_them():
+    """Python's of settings and values, the command's of options; one that is not named is added at the end."""
+    for given, python in (
+        ({"elbo": "iwae", "beta": 2}, "beta: not used, since with `elbo=iwae` a .*; use `elbo=elbo`$"),
+        ({"latent_dim": [2, 3]}, "latent_dim: a vae has one latent layer, got 2; use `model=hierarchical`$"),
+        ({"model": "mixture", "particle_chunk": 2, "eval_K": 3}, "eval_K: not used, since the log p"),
+        ({"likelihood": {"scale": 1}}, "likelihood.scale: say which `likelihood` it is for$"),
+    ):
+        with pytest.raises(UsageError, match=f"^{python}"):
+            resolve(given)
+    for error, words in (
+        (UsageError("alpha, beta: not used", settings=("alpha", "beta")), "--alpha, --beta: not used"),
+        (UsageError("runs/out: is a file; out with it", settings=("out",)), "runs/out: is a file; out with it (--out)"),
+        (UsageError("a: use `b_c=1`, not b_c=1", settings=("b_c=1",)), "a: use --b-c 1, not b_c=1"),
+        (UsageError("x: `resume=True` goes on", settings=("resume=True",)), "x: --resume goes on"),
+    ):
+        assert explain(error) == (2, words)
+
+
 def test_what_is_allowed_but_said():
     assert "upper bound" in warnings(resolve({"elbo": "renyi", "alpha": -1}))[0]
     assert "no KL term" in warnings(resolve({"beta": 0}))[0]
@@ -267,7 +303,7 @@ def test_what_is_allowed_but_said():
 
 
 def test_the_batch_is_at_most_the_data():
-    with pytest.raises(UsageError, match=r"--batch-size: 2000 is more than the 14\d\d training rows"):
+    with refusal(r"--batch-size: 2000 is more than the 14\d\d training rows"):
         build_rows(resolve({"batch_size": 2000}))
 
 
@@ -378,7 +414,7 @@ def test_what_a_constructor_refuses_is_told_as_an_option():
             "--likelihood.floor: not used, since",
         ),
     ):
-        with pytest.raises(UsageError, match=words):
+        with refusal(words):
             build_model(config(**{"likelihood": "gaussian"} | given), VECTOR)
 
 
@@ -394,11 +430,11 @@ def test_an_exact_model_has_the_settings_of_its_measure():
         assert resolved.model == Part("mixture", expected)
         assert Recipe(**resolved.replace().given).model.settings.items() >= expected.items()
         assert build_model(resolved, (64,)).components == expected["components"]
-    with pytest.raises(UsageError, match="--model ppca: is for a density, and the rows are of a mass; choose"):
+    with refusal("--model ppca: is for a density, and the rows are of a mass; choose"):
         build_rows(resolve({"model": "ppca", "likelihood": "bernoulli"}))
-    with pytest.raises(UsageError, match=r"--model.covariance: not used by BernoulliMixture; it has components"):
+    with refusal(r"--model.covariance: not used by BernoulliMixture; it has components"):
         build_rows(resolve({"model": {"name": "mixture", "covariance": "tied"}, "likelihood": "bernoulli"}))
-    with pytest.raises(UsageError, match=r"--model.floor: expected a number above 0 and below 0.5, got 0.7"):
+    with refusal(r"--model.floor: expected a number above 0 and below 0.5, got 0.7"):
         build_rows(resolve({"model": {"name": "mixture", "floor": 0.7}, "likelihood": "bernoulli"}))
 
 

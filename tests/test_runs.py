@@ -13,7 +13,7 @@ import torch
 import pyrovae
 from pyrovae import Recipe, compare, evaluate, fit
 from pyrovae.command import main
-from pyrovae.errors import CheckpointError, Interrupted, NumericalError, PyrovaeError, UsageError
+from pyrovae.errors import CheckpointError, Interrupted, NumericalError, UsageError
 from pyrovae.inference.training.checkpoint import load_latest
 from pyrovae.runs import report, training
 from pyrovae.runs.directory import Run, differences, open_run
@@ -125,8 +125,20 @@ def test_errors_are_the_library_s_own(run: Run) -> None:
         pyrovae.train({}, resume=True)
     with pytest.raises(CheckpointError, match=r"another configuration \(network.hidden: \[8\] then, \[9\] now\)"):
         pyrovae.train({"network": {"hidden": 9}}, run.directory, resume=True)
-    with pytest.raises(PyrovaeError, match="holds a run of this configuration"):
+    with pytest.raises(UsageError, match=r"^directory .*run: holds a run of this.*`resume=True`, .* directory$"):
         pyrovae.train(SMALL, run.directory)
+    with pytest.raises(UsageError, match=r"^device nowhere: not available here; use cpu or auto$"):
+        pyrovae.train({**SMALL, "device": "nowhere"}, "new")
+    with pytest.raises(CheckpointError, match=r"; only `epochs`, .* may differ. Start a new run in another directory$"):
+        pyrovae.train({"lr": 0.5}, run.directory, resume=True)
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("recipe", ["digits", None, Path("recipe.yaml"), [("data", "digits")], {1: 2}, Recipe])
+def test_what_is_no_recipe_is_refused(recipe: object) -> None:
+    for resume in (False, True):
+        with pytest.raises(UsageError, match=r'^recipe: expected a Recipe, or options such as {"data": "digits"}, got'):
+            pyrovae.train(recipe, "new", resume=resume)
     assert list(Path().iterdir()) == []
 
 
@@ -145,8 +157,8 @@ def test_a_stopped_evaluation_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------------------------------------------------ remedies
 
 
-def test_what_differs_is_named_as_it_is_typed() -> None:
-    """Settings by their options, not whole dictionaries; of another choice, the choice alone."""
+def test_what_differs_is_named_as_it_is_given() -> None:
+    """Settings by their names, not whole dictionaries; of another choice, the choice alone."""
     old = Recipe(prior={"name": "VampPrior", "components": 4}, seed=1)
     keys = old.plain()
     assert differences(old, Recipe(prior="VampPrior", seed=1), keys) == ["prior.components: 4 there, 500 here"]
@@ -206,7 +218,7 @@ def test_a_comparison_replaces_only_what_it_wrote(run: Run) -> None:
         ours = Path("out", name).read_bytes()
         Path("out", name).write_text(theirs)
         with pytest.raises(
-            UsageError, match=f"--out out: out/{name} was not written by pyrovae.compare; choose another"
+            UsageError, match=f"^out/{name}: was not written by pyrovae.compare; choose another directory"
         ):
             compare.command(words)
         assert Path("out", name).read_text() == theirs

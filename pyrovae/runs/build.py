@@ -36,14 +36,18 @@ def build_rows(recipe: Recipe) -> "Rows":
     source = find_source(recipe.data)
     if recipe.data_root is not None and not (source and source.downloaded):
         having = ", ".join(source.name for source in SOURCES if source.downloaded)
-        raise UsageError(f"--data-root: not used by --data {recipe.data}; it is for {having}")
+        named = f"data={recipe.data}"
+        raise UsageError(f"data_root: not used by `{named}`; it is for {having}", settings=("data_root", named))
     data = load_data(recipe.data, recipe.data_root, not recipe.data_hash, stream=recipe.stream)
     measure: Any = recipe.measure or ("mass" if recipe.binarize is not None else default_measure(data))
     if recipe.is_exact:
         exact(recipe, measure)
     rows = data.rows(measure, recipe.binarize, recipe.standardize, recipe.condition)
     if recipe.batch_size > len(rows.train):
-        raise UsageError(f"--batch-size: {recipe.batch_size} is more than the {len(rows.train)} training rows")
+        raise UsageError(
+            f"batch_size: {recipe.batch_size} is more than the {len(rows.train)} training rows",
+            settings=("batch_size",),
+        )
     return rows
 
 

@@ -75,7 +75,7 @@ def check_replaced(out: Path, kind: str) -> None:
         path = table.with_suffix(suffix)
         ours = path.is_file() and begins(path, head) and (suffix != ".png" or table.is_file())
         if os.path.lexists(path) and not ours:
-            raise UsageError(f"--out {out}: {path} was not written by pyrovae.compare; choose another")
+            raise UsageError(f"{path}: was not written by pyrovae.compare; choose another directory", settings=("out",))
 
 
 def readable(frame: "pd.DataFrame") -> "pd.DataFrame":

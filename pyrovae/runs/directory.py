@@ -30,7 +30,6 @@ from pyrovae.inference.pair import Pair
 from pyrovae.inference.training import checkpoint as checkpoints
 from pyrovae.runs import build
 from pyrovae.runs.options import DERIVED
-from pyrovae.runs.parts import option
 from pyrovae.runs.recipe import Recipe
 from pyrovae.seeding import seeded
 
@@ -260,18 +259,18 @@ def claim(directory: Path, recipe: Recipe, overwrite: bool) -> None:
     if not directory.exists():
         return
     if not directory.is_dir():
-        raise UsageError(f"--out {directory}: is a file; choose a directory")
+        raise UsageError(f"directory {directory}: is a file; choose another", settings=("out",))
     names = [path.name for path in directory.iterdir()]
     if "config.yaml" not in names:
         if all(name == "lock" or LEFTOVER.fullmatch(name) for name in names):
             return
-        raise UsageError(f"--out {directory}: is not empty and holds no run; choose another")
+        raise UsageError(f"directory {directory}: is not empty and holds no run; choose another", settings=("out",))
     try:
         theirs = read_recipe(directory)
         refuse_links(directory)
         list(written(directory))
     except UsageError as error:
-        raise UsageError(f"--out {directory}: {error}; choose another --out") from error
+        raise UsageError(f"directory {directory}: {error}; choose another", settings=("out",)) from error
     if overwrite:
         return
     # A seed that was drawn differs by itself.
@@ -279,8 +278,9 @@ def claim(directory: Path, recipe: Recipe, overwrite: bool) -> None:
     other = differences(theirs, recipe, keys)
     what = f"a run of another configuration ({'; '.join(other)})" if other else "a run of this configuration"
     raise UsageError(
-        f"--out {directory}: holds {what}; continue it with --resume {directory}, replace it with --overwrite, or "
-        "choose another --out"
+        f"directory {directory}: holds {what}; continue it with `resume=True`, replace it with `overwrite=True`, or "
+        "choose another directory",
+        settings=("resume=True", "overwrite=True", "out"),
     )
 
 
@@ -325,17 +325,17 @@ def clear(directory: Path) -> None:
                     with suppress(OSError):  # something else is in it
                         path.rmdir()
     except OSError as error:
-        raise OutputError(f"--overwrite: {error.filename} cannot be removed ({error.strerror})") from error
+        raise OutputError(f"{error.filename}: cannot be removed ({error.strerror})", settings=("overwrite",)) from error
 
 
 def differences(
     theirs: Recipe, ours: Recipe, keys: Iterable[str], there: str = "there", here: str = "here"
 ) -> list[str]:
-    """What differs between two recipes in some fields, by the names of options, with both values."""
+    """What differs between two recipes in some fields, by their settings, with both values."""
     old, new = theirs.options(), ours.options()
     changed = [name for name in old | new if old.get(name) != new.get(name)]
     return [
-        f"{option(name)}: {old.get(name)} {there}, {new.get(name)} {here}"
+        f"{name}: {old.get(name)} {there}, {new.get(name)} {here}"
         for name in changed
         # The settings of another choice are no difference of their own.
         if (part := name.split(".")[0]) in keys and (name == part or part not in changed)

@@ -132,23 +132,33 @@ def check_netcdf(path: Path, model: "Model", batch: "Batch", how: Scoring) -> No
     from pyrovae.inference.weights import draw
 
     if not how.proposal.has_guide:
-        raise UsageError("--netcdf: draws are saved from --proposal guide or individual, not from another")
+        raise UsageError(
+            "netcdf: draws are saved from `proposal=guide` or individual, not from another",
+            settings=("netcdf", "proposal=guide"),
+        )
     if path.is_dir() or not os.access(path.resolve().parent, os.W_OK) or not path.resolve().parent.is_dir():
-        raise UsageError(f"--netcdf {path}: expected a file in a directory that exists ({path.resolve()})")
+        raise UsageError(
+            f"netcdf {path}: expected a file in a directory that exists ({path.resolve()})", settings=("netcdf",)
+        )
     if os.path.lexists(path) and not (path.is_file() and begins(path, b"\x89HDF")):
-        raise UsageError(f"--netcdf {path}: is there already and holds no saved draws; choose another name")
+        raise UsageError(
+            f"netcdf {path}: is there already and holds no saved draws; choose another name", settings=("netcdf",)
+        )
     drawn = draw(Pair(model.model, model.guide), batch[:1])
     latents = sum(latent.value[0, 0].numel() for latent in drawn.latents.values())
     each = 2 * (batch.x[0].numel() + latents) * batch.x.element_size() * SAVED_DRAWS + 8 * how.num_particles
     free = shutil.disk_usage(path.resolve().parent).free
     if (size := each * len(batch)) > free:
         raise UsageError(
-            f"--netcdf {path}: takes {size / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB; give --rows"
+            f"netcdf {path}: takes {size / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB; give `rows`",
+            settings=("netcdf", "rows"),
         )
     if size > MOST_SAVED:
+        most = max(1, MOST_SAVED // each)
         raise UsageError(
-            f"--netcdf: {SAVED_DRAWS} draws for each of {len(batch)} rows take {size / 1e9:.1f} GB of memory; give "
-            f"--rows {max(1, MOST_SAVED // each)} or fewer"
+            f"netcdf: {SAVED_DRAWS} draws for each of {len(batch)} rows take {size / 1e9:.1f} GB of memory; give "
+            f"`rows={most}` or fewer",
+            settings=("netcdf", f"rows={most}"),
         )
 
 
@@ -178,4 +188,6 @@ def save_draws(path: Path, model: "Model", batch: "Batch", rows: "Rows", how: Sc
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise OutputError(f"--netcdf {path}: could not be written ({error.strerror or error})") from error
+        raise OutputError(
+            f"netcdf {path}: could not be written ({error.strerror or error})", settings=("netcdf",)
+        ) from error

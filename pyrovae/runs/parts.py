@@ -75,13 +75,16 @@ class Class:
         """An object of it: what else its constructor takes it finds by name in what is offered.
 
         Raises:
-            UsageError: the constructor refuses a setting, which is named as the option of that part.
+            UsageError: the constructor refuses a setting, which is named as that of its part.
         """
         try:
             return self.load()(**{name: offered[name] for name in self.takes if name in offered}, **settings)
         except UsageError as error:
             name = str(error).split(":")[0]
-            raise UsageError(f"--{part}.{error}" if name in settings else str(error)) from error
+            of_setting = name in settings
+            raise UsageError(
+                f"{part}.{error}" if of_setting else str(error), settings=(f"{part}.{name}",) if of_setting else ()
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,9 @@ class Choice:
         found = [cls for cls in self.classes if cls.constants.get("measure") in (None, measure)]
         if not found:
             raise UsageError(
-                f"--model {self.name}: is for a {self.measure}, and the rows are of a {measure}; choose a --likelihood "
-                f"that is a {self.measure}, or another model"
+                f"model={self.name}: is for a {self.measure}, and the rows are of a {measure}; choose a `likelihood` "
+                f"that is a {self.measure}, or another model",
+                settings=(f"model={self.name}", "likelihood"),
             )
         return found[0]
 
@@ -198,17 +202,19 @@ def choose(part: str, value: Any, default: str | None, choices: Mapping[str, Cho
         UsageError: no such choice, or a setting that it does not have, or a value that makes no sense.
     """
     if not isinstance(value, str | Mapping | None):
-        raise UsageError(f"--{part}: expected a name, or a name and settings, got {value!r}")
+        raise UsageError(f"{part}: expected a name, or a name and settings, got {value!r}", settings=(part,))
     value = {"name": value} if isinstance(value, str) else dict(value or {})
     name = value.pop("name", None)
     name = default if name is None else name
     if name is None:
         if value:
-            raise UsageError(f"--{part}.{option(next(iter(value)))}: say which --{part} it is for")
+            key = f"{part}.{next(iter(value))}"
+            raise UsageError(f"{key}: say which `{part}` it is for", settings=(key, part))
         return Part()
     names = {word.lower(): full for full, choice in choices.items() for word in (full, *choice.short)}
     if str(name).lower() not in names:
-        raise UsageError(f"--{part}: {nearest(str(name), [*choices, *(s for c in choices.values() for s in c.short)])}")
+        words = [*choices, *(s for c in choices.values() for s in c.short)]
+        raise UsageError(f"{part}: {nearest(str(name), words)}", settings=(part,))
     full = names[str(name).lower()]
     return Part(full, fill(part, full, value, choices[full].settings))
 
@@ -218,11 +224,11 @@ def fill(part: str, name: str, given: Mapping[str, Any], settings: Mapping[str, 
     for key in given:
         if key not in settings:
             used = f"; it has {', '.join(settings)}" if settings else ", which has no settings"
-            raise UsageError(f"--{part}.{option(key)}: not used by {name}{used}")
+            raise UsageError(f"{part}.{key}: not used by {name}{used}", settings=(f"{part}.{key}",))
     result = {}
     for key, setting in settings.items():
         word = given.get(key)
-        value = setting.default if word is None else read(f"--{part}.{key}", word, setting.kind)
+        value = setting.default if word is None else read(f"{part}.{key}", word, setting.kind)
         if value is not None:
             result[key] = value
     return result

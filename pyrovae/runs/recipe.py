@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pyrovae.errors import UsageError
 from pyrovae.runs.options import BASELINES, DERIVED, OBJECTIVES, PARTS, SETTINGS
-from pyrovae.runs.parts import Part, choose, nearest, option
+from pyrovae.runs.parts import Part, choose, nearest
 from pyrovae.settings import read
 
 Options = dict[str, Any]
@@ -139,7 +139,7 @@ def completed(given: Options) -> Options:
     values: Options = {"model": choose("model", given.get("model"), first("model"), PARTS["model"])}
     for name, setting in SETTINGS.items():
         value = given.get(name)
-        values[name] = setting.default if value is None else read(f"--{option(name)}", value, setting.kind)
+        values[name] = setting.default if value is None else read(name, value, setting.kind)
     complete = complete_exact if values["model"].name in BASELINES else complete_pair
     complete(values, given)
     values["likelihood"] = choose_likelihood(given.get("likelihood"), values["model"])
@@ -173,17 +173,25 @@ def complete_pair(values: Options, given: Options) -> None:
     layered = "guides" in PARTS["model"][name].classes[0].takes
     latent = tuple(values["latent_dim"] or [50, 25][: 2 if layered else 1])
     if not layered and len(latent) != 1:
-        raise UsageError(f"--latent-dim: a {name} has one latent layer, got {len(latent)}; use --model hierarchical")
+        raise UsageError(
+            f"latent_dim: a {name} has one latent layer, got {len(latent)}; use `model=hierarchical`",
+            settings=("latent_dim", "model=hierarchical"),
+        )
     if layered and len(latent) < 2:
-        raise UsageError(f"--latent-dim: a {name} model needs one for each layer, such as 50,25; got one")
+        raise UsageError(
+            f"latent_dim: a {name} model needs one for each layer, such as 50,25; got one", settings=("latent_dim",)
+        )
     if layered:
-        refuse(given, ("condition",), f"a {name} model is given nothing; use --model {first('model')}")
+        refuse(given, ("condition",), f"a {name} model is given nothing", f"model={first('model')}")
     values["latent_dim"] = latent
     for part in OF_PAIRS:
         values[part] = choose(part, given.get(part), first(part), PARTS[part])
     prior = values["prior"].name
     if layered and "guide" in PARTS["prior"][prior].classes[0].takes:
-        raise UsageError(f"--prior {prior}: needs a {first('model')}, since it is made of its one guide q(z|x)")
+        raise UsageError(
+            f"prior={prior}: needs a {first('model')}, since it is made of its one guide q(z|x)",
+            settings=(f"prior={prior}",),
+        )
 
 
 def overlaid(stored: Options, options: Options) -> Options:
@@ -204,13 +212,14 @@ def complete_bound(values: Options, given: Options) -> None:
     if values["K"] is None:
         values["K"] = bound.constants["usual_particles"]
     if "alpha" not in bound.takes:
-        refuse(given, ("alpha",), f"--elbo {elbo} has no order; use --elbo renyi")
+        refuse(given, ("alpha",), f"`elbo={elbo}` has no order", "elbo=renyi", of=f"elbo={elbo}")
     elif values["alpha"] is None:
         values["alpha"] = 0.5
     elif abs(1 - values["alpha"]) < 1e-4:
-        raise UsageError("--alpha 1: that is the ELBO; use --elbo elbo")
+        raise UsageError("alpha=1: that is the ELBO; use `elbo=elbo`", settings=("alpha=1", "elbo=elbo"))
     if "beta" not in bound.takes:
-        refuse(given, ("beta",), f"with --elbo {elbo} a weighted KL is not a bound on log p(x); use --elbo elbo")
+        why = f"with `elbo={elbo}` a weighted KL is not a bound on log p(x)"
+        refuse(given, ("beta",), why, "elbo=elbo", of=f"elbo={elbo}")
     elif values["beta"] is None:
         values["beta"] = 1.0
 
@@ -222,15 +231,25 @@ def choose_likelihood(value: Any, model: Part) -> Part:
         return likelihood
     if likelihood and not isinstance(value, str):
         used = {f"likelihood.{key}": item for key, item in dict(value).items() if key != "name"}
-        refuse(used, tuple(used), f"a {model.name} has settings of its own, such as --model.components")
+        refuse(used, tuple(used), f"a {model.name} has settings of its own", "model.components")
     return Part(likelihood.name)
 
 
-def refuse(given: Options, names: tuple[str, ...], why: str) -> None:
-    """Refuse options that would be ignored."""
-    used = [f"--{option(name)}" for name in names if given.get(name) is not None]
+def refuse(given: Options, names: tuple[str, ...], why: str, remedy: str = "", of: str = "") -> None:
+    """Refuse options that would be ignored.
+
+    Args:
+        given: The options that were given.
+        names: Those that are not used.
+        why: The reason.
+        remedy: A setting to use instead.
+        of: A setting that the reason names, in backticks.
+    """
+    used = tuple(name for name in names if given.get(name) is not None)
     if used:
-        raise UsageError(f"{', '.join(used)}: not used, since {why}")
+        remedies = f"; use `{remedy}`" if remedy else ""
+        settings = (*used, *filter(None, (of, remedy)))
+        raise UsageError(f"{', '.join(used)}: not used, since {why}{remedies}", settings=settings)
 
 
 def check_optimizer(name: str) -> None:
@@ -241,7 +260,7 @@ def check_optimizer(name: str) -> None:
     names = [n for n, v in classes.items() if issubclass(v, torch.optim.Optimizer)]
     names = [n for n in names if n not in ("Optimizer", "LBFGS", "SparseAdam")]
     if name not in names:
-        raise UsageError(f"--optimizer: {nearest(name, names)}")
+        raise UsageError(f"optimizer: {nearest(name, names)}", settings=("optimizer",))
 
 
 def warnings(recipe: Recipe) -> list[str]:

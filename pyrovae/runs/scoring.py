@@ -40,7 +40,10 @@ def rows_of(rows: "Rows", split: str, limit: int | None = None) -> "Batch":
     if split != "train":
         return Batch(getattr(rows, split)[:limit], given)
     if limit is None and not isinstance(rows.train, Tensor):
-        raise UsageError("--rows: say how many of the training rows, which are streamed from a file; all may not fit")
+        raise UsageError(
+            "rows: say how many of the training rows, which are streamed from a file; all may not fit",
+            settings=("rows",),
+        )
     with seeded("training rows for evaluation"):
         return Batch(rows.transform(rows.train[:limit]), given)
 
@@ -169,21 +172,24 @@ def compile_draws(model: "Model", batch: "Batch", how: Scoring, mode: str = "aut
     """The same with its draws compiled, where that is asked for, or pays.
 
     Raises:
-        UsageError: it cannot be compiled, and --compile on or --precision bf16 asks for it.
+        UsageError: it cannot be compiled, and compile=on or precision=bf16 asks for it.
     """
     from pyrovae.inference.tracing.draws import Compiled, worth_compiling
     from pyrovae.models.exact import Exact
 
     if mode == "off" and precision == "bf16":
-        raise UsageError("--precision bf16: is for compiled draws; leave --compile off away")
+        raise UsageError(
+            "precision=bf16: is for compiled draws; leave `compile=off` away",
+            settings=("precision=bf16", "compile=off"),
+        )
     if isinstance(model, Exact) or mode == "off":
         return how
     try:
         compiled = replace(how, proposal=Compiled(how.proposal, precision))
     except UsageError as error:
         if mode == "on" or precision == "bf16":
-            asked = "--precision bf16" if precision == "bf16" else "--compile on"
-            raise UsageError(f"{asked}: {error}") from None
+            asked = "precision=bf16" if precision == "bf16" else "compile=on"
+            raise UsageError(f"{asked}: {error}", settings=(asked,)) from None
         return how
     forced = mode == "on" or precision == "bf16"
     repaid = forced or worth_compiling(model.model, model.guide, batch.x, how.num_particles, batch.given)

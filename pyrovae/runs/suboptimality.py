@@ -175,6 +175,6 @@ def describe(name: str, values: Report) -> str:
     if values["mutual_information_at_limit"]:
         remark(
             f"I(x; z) is at its limit, the log of the number of rows: all that it says is that z tells these "
-            f"{values['rows']} rows apart. More --rows raise it and lower KL(q(z) || p(z)) by as much."
+            f"{values['rows']} rows apart. More rows raise it and lower KL(q(z) || p(z)) by as much."
         )
     return "\n".join(lines)

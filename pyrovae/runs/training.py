@@ -2,12 +2,13 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyrovae.checks import describe
 from pyrovae.errors import CheckpointError, DataError, Interrupted, UsageError
 from pyrovae.files import write_json
 from pyrovae.inference.diagnostics import remarks
@@ -32,7 +33,6 @@ from pyrovae.runs.directory import (
 )
 from pyrovae.runs.figures import write_plots
 from pyrovae.runs.options import RESUMABLE
-from pyrovae.runs.parts import option
 from pyrovae.runs.progress import Say, silent
 from pyrovae.runs.quality import epoch_metrics
 from pyrovae.runs.recipe import Options, Recipe, title, warnings
@@ -143,12 +143,28 @@ def saved(run: Run) -> Iterator[None]:
 
 def recipe_of(asked: Recipe | Options, directory: str | Path | None, resume: bool) -> Recipe:
     """The recipe of a new run, or of the one to resume."""
-    options = dict(asked.given) if isinstance(asked, Recipe) else asked
+    options = options_of(asked)
     if resume:
         return continued(directory, options)
     if several() and options.get("seed") is None:
-        raise UsageError("--seed: several processes must be given one, so that they agree")
+        raise UsageError("seed: several processes must be given one, so that they agree", settings=("seed",))
     return asked.settled(data_hash="") if isinstance(asked, Recipe) else Recipe(**options)
+
+
+def options_of(asked: Recipe | Options) -> Options:
+    """The options that a recipe was made of, or is to be made of.
+
+    Raises:
+        UsageError: they are none.
+    """
+    if isinstance(asked, Recipe):
+        return dict(asked.given)
+    if not isinstance(asked, Mapping) or not all(isinstance(key, str) for key in asked):
+        raise UsageError(
+            f'recipe: expected a Recipe, or options such as {{"data": "digits"}}, got {describe(asked)}; those of a '
+            "file are yaml.safe_load of its text"
+        )
+    return dict(asked)
 
 
 def prepare(recipe: Recipe, directory: str | Path | None, resume: bool, say: Say) -> Prepared:
@@ -199,7 +215,9 @@ def check_optimizer(recipe: Recipe, model: "Model") -> None:
     try:
         build_optimizer(recipe)(list(model.parameters()))
     except (TypeError, ValueError) as error:
-        raise UsageError(f"--optimizer {recipe.optimizer}: {error}; choose another") from error
+        raise UsageError(
+            f"optimizer={recipe.optimizer}: {error}; choose another", settings=(f"optimizer={recipe.optimizer}",)
+        ) from error
 
 
 def announce(prepared: Prepared, say: Say) -> None:
@@ -315,7 +333,7 @@ def observations(model: "Model", fitted: Fit, rows: "Rows", device: "torch.devic
         if share > 0:
             notes.append(
                 f"the likelihood's scale is at its floor, {model.likelihood.floor:g} standard deviations of the data, "
-                f"for {100 * share:.2g} % of the elements: the density there is set by the floor (--likelihood.floor), "
+                f"for {100 * share:.2g} % of the elements: the density there is set by the floor (likelihood.floor), "
                 "not by the data"
             )
     return notes
@@ -338,7 +356,8 @@ def continued(directory: str | Path | None, options: Options) -> Recipe:
     if forbidden := differences(stored, changed, other, "then", "now"):
         raise CheckpointError(
             f"{directory}: cannot resume with another configuration ({'; '.join(forbidden)}); only "
-            f"{', '.join('--' + option(key) for key in RESUMABLE)} may differ. Start a new run with another --out"
+            f"{', '.join(f'`{key}`' for key in RESUMABLE)} may differ. Start a new run in another directory",
+            settings=(*RESUMABLE, "out"),
         )
     if "epochs" in options:
         check_epochs(run.directory, stored, changed.epochs)
@@ -352,9 +371,11 @@ def check_epochs(directory: Path, stored: Recipe, epochs: int) -> None:
     done, _, _ = position(load_latest(directory), directory)
     if epochs < done:
         raise UsageError(
-            f"--epochs {epochs}: {directory} has been trained for {done} already; give more, or leave it out"
+            f"epochs={epochs}: {directory} has been trained for {done} already; give more, or leave it out",
+            settings=(f"epochs={epochs}",),
         )
     if stored.schedule == "cosine" and epochs != stored.epochs:
         raise UsageError(
-            f"--epochs {epochs}: the cosine schedule of {directory} ends at epoch {stored.epochs}; start a new run"
+            f"epochs={epochs}: the cosine schedule of {directory} ends at epoch {stored.epochs}; start a new run",
+            settings=(f"epochs={epochs}",),
         )
