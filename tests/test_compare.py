@@ -19,7 +19,7 @@ from pyrovae.errors import UsageError
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.marginal import LogMarginal, exact, summarise
 from pyrovae.inference.simulation import Simulated
-from pyrovae.models import BernoulliMixture, GaussianMixture
+from pyrovae.models import BernoulliKernelDensity, BernoulliMixture, GaussianMixture
 from pyrovae.runs import baseline, comparison
 from pyrovae.runs.baseline import fit_baselines
 from pyrovae.runs.comparison import COLUMNS, Scored, table
@@ -387,8 +387,10 @@ def test_the_baseline_has_the_log_p_of_scikit_learn(count):
 def test_the_baseline_is_chosen_on_the_validation_rows():
     rows = load_data("three-gaussians").rows("density")
     lines: list[str] = []
-    mixture, pca = fit_baselines(rows, (1, 2, 3, 6, 50), say=lines.append)
+    mixture, pca, factors, kernels = fit_baselines(rows, (1, 2, 3, 6, 50), say=lines.append)
     assert pca.description == "probabilistic PCA, 1 component"  # of two elements
+    assert factors.description == "factor analysis, 1 factor"
+    assert kernels.description.startswith("kernel density, 4000 rows, width 0.")
     lines = [line for line in lines if "mixture" in line]
     bounds = [float(re.search(r"validation log p\(x\) (\S+) nats", line)[1]) for line in lines]
     best = bounds.index(max(bounds))
@@ -413,8 +415,9 @@ def test_the_baseline_is_fitted_to_rows_that_fit_in_memory(monkeypatch):
 
 def test_the_baseline_of_a_mass_is_of_bernoullis():
     rows = load_data("digits").rows("mass")
-    (mixture,) = fit_baselines(rows, (5,))
+    mixture, kernels = fit_baselines(rows, (5,))
     assert isinstance(mixture, BernoulliMixture)
+    assert isinstance(kernels, BernoulliKernelDensity)
     assert mixture.description == "mixture of 5 Bernoullis"
     weights, means, x = mixture.weights.detach(), mixture.means.detach(), rows.test.double()
     flat, p = x.flatten(1), means.flatten(1)
@@ -430,9 +433,10 @@ def test_the_baseline_of_a_mass_is_of_bernoullis():
 def test_a_family_without_such_a_number_of_components_is_left_out():
     rows = load_data("three-gaussians").rows("density")
     lines: list[str] = []
-    (mixture,) = fit_baselines(rows, (2,), say=lines.append)
+    mixture, _kernels = fit_baselines(rows, (2,), say=lines.append)
     assert mixture.description == "mixture of 2 Gaussians, full covariance"
-    assert lines[-1] == "baseline: left out ppca, of which at most 1 can be fit here"
+    assert "baseline: left out ppca, of which at most 1 can be fit here" in lines
+    assert "baseline: left out factor-analysis, of which at most 1 can be fit here" in lines
     with pytest.raises(UsageError, match=r"baseline: none of \[100000\] components can be fit"):
         fit_baselines(rows, (100_000,))
 
@@ -456,8 +460,13 @@ def test_one_table_per_measure(runs, capsys):
         f"{runs}/other/a",
         "mixture",
         "mixture of 2 Gaussians, full covariance",
+        "kernel density, 4000 rows, width 0.22",
     }
-    assert set(mass["name"]) == {"bits", "mixture of 2 Bernoullis"}
+    assert set(mass["name"]) == {
+        "bits",
+        "mixture of 2 Bernoullis",
+        "kernel mass, 1439 rows, bits change with 0.106",
+    }
     for frame, measure in ((density, "density of the data in its own units, 2 dimensions"), (mass, "mass on {0,1}^64")):
         assert set(frame["measure"]) == {measure}
         assert set(frame["rows"]) == {40}
@@ -468,7 +477,7 @@ def test_one_table_per_measure(runs, capsys):
         assert f"first 40 test rows; {measure}" in out
         assert (frame["low"] < frame["log_marginal"]).all()
         assert (frame["high"] > frame["log_marginal"]).all()
-        estimated = ~frame["name"].str.startswith("mixture")
+        estimated = ~frame["name"].str.match("mixture|kernel")
         assert frame["exact"].tolist() == (~estimated).tolist()
         assert set(frame["verdict"][estimated]) <= {"ok", "lower bound only"}
     for kind in ("density", "mass"):

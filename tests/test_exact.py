@@ -1,19 +1,22 @@
-"""Probabilistic PCA: its log p(x) is exact, and its closed form is the maximum of the likelihood."""
+"""Linear Gaussian models: log p(x) is exact, and where a fit ends the likelihood is highest."""
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import assert_mean
 from sklearn.decomposition import PCA
+from sklearn.decomposition import FactorAnalysis as Oracle
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 from torch.testing import assert_close
 
 import pyrovae
 from pyrovae.errors import DataError, UsageError
-from pyrovae.models import PPCA
+from pyrovae.models import PPCA, FactorAnalysis
+from pyrovae.models.exact import RELATIVE_FLOOR
 
 D, Q = 6, 2
 
@@ -43,7 +46,7 @@ def test_log_prob_is_that_of_its_gaussian_written_out() -> None:
     assert_close(fitted(images).log_prob(images), model.log_prob(x))
 
 
-@pytest.mark.parametrize("components", [1, 2, 5])
+@pytest.mark.parametrize("components", [1, 2, 3])
 def test_it_is_the_pca_of_scikit_learn(components: int) -> None:
     """Row by row, once the variances are over N - 1, as scikit-learn has them."""
     x = rows()
@@ -109,6 +112,87 @@ def test_what_is_refused() -> None:
         model.fit(torch.ones(10, D))
     with pytest.raises(UsageError, match="num_samples"):
         model.sample(0)
+
+
+@pytest.mark.parametrize("cls", [PPCA, FactorAnalysis])
+def test_em_never_falls_and_ends_at_the_maximum(cls: type[PPCA] | type[FactorAnalysis]) -> None:
+    """From the random start of the constructor; mean log p(x) of its history is that of the model left behind."""
+    x = rows()
+    best, model = cls(D, Q).double(), cls(D, Q).double()
+    best.fit(x)
+    history = model.em(x, max_iterations=5000, tolerance=1e-12)
+    assert min(b - a for a, b in pairwise(history)) > -1e-12
+    assert history[-1] - history[0] > 1
+    assert history[-1] == pytest.approx(model.log_prob(x).mean().item(), abs=1e-12)
+    assert history[-1] == pytest.approx(best.log_prob(x).mean().item(), abs=1e-7)
+
+
+@pytest.mark.parametrize("components", [1, 2, 3])
+def test_factor_analysis_is_that_of_scikit_learn(components: int) -> None:
+    """At its parameters row by row, and the same maximum, found by another way."""
+    generator = torch.Generator().manual_seed(components)
+    loadings, z = (torch.randn(n, components, generator=generator, dtype=torch.float64) for n in (12, 2000))
+    noise = torch.linspace(0.5, 2, 12, dtype=torch.float64)
+    x = z @ loadings.T + noise * torch.randn(2000, 12, generator=generator, dtype=torch.float64) + 5
+    oracle = Oracle(components, tol=1e-10, max_iter=5000, svd_method="lapack").fit(x.numpy())
+    model = FactorAnalysis(12, components).double()
+    assert model.fit(x) < oracle.n_iter_ / 3
+    found = model.log_prob(x).mean().item()
+    assert found == pytest.approx(oracle.score(x.numpy()), rel=1e-10)
+    with torch.no_grad():
+        model.loc.copy_(torch.from_numpy(oracle.mean_))
+        model.weight.copy_(torch.from_numpy(oracle.components_.T.copy()))
+        model.log_scale.copy_(torch.from_numpy(oracle.noise_variance_).log() / 2)
+    assert_close(model.log_prob(x), torch.from_numpy(oracle.score_samples(x.numpy())), rtol=1e-10, atol=1e-10)
+
+
+def test_factor_analysis_is_stationary_and_matches_every_variance() -> None:
+    """No gradient is left, and diag(W W' + Psi) is the variance of each element."""
+    x = rows()
+    model = FactorAnalysis(D, Q).double()
+    model.fit(x)
+    gradients = torch.autograd.grad(model.log_prob(x).mean(), list(model.parameters()))
+    assert max(gradient.abs().max().item() for gradient in gradients) < 1e-5
+    variances = (model.weight.square().sum(1) + (2 * model.log_scale).exp()).detach()
+    assert_close(variances, x.var(0, correction=0), rtol=1e-5, atol=1e-8)
+
+
+def test_factor_analysis_of_equal_noise_is_probabilistic_pca() -> None:
+    """With the same parameters; free noise is better on the same rows, and does not mind the units of an element."""
+    x = rows()
+    pca, factors, other = fitted(x), FactorAnalysis(D, Q).double(), FactorAnalysis(D, Q).double()
+    with torch.no_grad():
+        factors.loc.copy_(pca.loc)
+        factors.weight.copy_(pca.weight)
+        factors.log_scale.copy_(pca.log_scale.expand(D))
+    assert_close(factors.log_prob(x), pca.log_prob(x))
+    factors.fit(x)
+    assert factors.log_prob(x).mean() > pca.log_prob(x).mean()
+    units = torch.tensor([1.0, 10.0, 100.0, 0.1, 0.01, 1.0], dtype=x.dtype)
+    other.fit(units * x)
+    assert_close(other.log_prob(units * x) + units.log().sum(), factors.log_prob(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_constant_element_of_factor_analysis_has_the_least_variance() -> None:
+    flat = torch.cat([rows()[:, :3], torch.ones(200, 3, dtype=torch.float64)], 1)
+    model = FactorAnalysis(D, Q).double()
+    model.fit(flat)
+    assert model.log_prob(flat).isfinite().all()
+    noise = (2 * model.log_scale).exp()
+    assert_close(noise[3:], (RELATIVE_FLOOR * flat.var(0, correction=0).mean()).expand(3), rtol=1e-6, atol=0)
+
+
+def test_one_decomposition_serves_all_numbers_of_components(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models are those that are fit one by one."""
+    calls = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: (calls.append(matrix), eigh(matrix))[1])
+    x = rows()
+    found = [model for model, _ in PPCA.fitted(x, x, [1, 2, 5, 10])]
+    assert len(calls) == 1
+    assert [model.components for model in found] == [1, 2, 5]
+    for model in found:
+        assert torch.equal(model.log_prob(x), fitted(x, model.components).log_prob(x))
 
 
 @pytest.mark.slow

@@ -158,14 +158,22 @@ def test_a_condition() -> None:
 
 
 def test_an_exact_baseline() -> None:
-    cls = run("An exact baseline")["KernelDensity"]
+    cls = run("An exact baseline")["IndependentLaplace"]
     torch.manual_seed(0)
-    x = torch.randn(50, 2).double() * torch.tensor([1.0, 2.0])
-    model = cls(2, components=20).double()
-    assert model.fit(x) == 1
-    assert integral(model, 12.0) == pytest.approx(1, abs=1e-6)
-    assert_mean(model.sample(20_000), model.rows.detach().mean(0))
-    assert cls.most_components(x) == 50
+    x = torch.randn(51, 2).double() * torch.tensor([1.0, 2.0])
+    ((model, iterations),) = cls.fitted(x, x, [1, 2])
+    assert iterations == 1
+    assert integral(model, 30.0) == pytest.approx(1, abs=1e-2)
+    assert_mean(model.sample(20_000), model.loc.detach())
+    best = model.log_prob(x).mean()
+    seen = torch.tensor([True, False])
+    assert_close(model.log_prob_seen(x, seen) + model.log_prob_missing(x, seen), model.log_prob(x))
+    for change in (0.9, 1.1):
+        with torch.no_grad():
+            model.log_scale.add_(math.log(change))
+        assert model.log_prob(x).mean() < best
+        with torch.no_grad():
+            model.log_scale.sub_(math.log(change))
 
 
 @pytest.mark.slow

@@ -835,7 +835,7 @@ def test_names_tell_choices_apart(part: str) -> None:
 def test_every_baseline_is_a_distribution(cls: Class) -> None:
     """Its log p(x) sums to 1, is that of its Pyro model, of what it samples, and of seen and missing parts."""
     event = {"mass": (2, 3), "density": (2,)}[str(cls.constants["measure"])]
-    settings = {"components": 1 if cls.name == "PPCA" else 3}
+    settings = {"components": 1 if cls.name in ("PPCA", "FactorAnalysis") else 3}
     model = cls.build("model", settings, event_shape=event).double()
     scale = torch.arange(1.0, 1 + math.prod(event), dtype=torch.float64).reshape(event)
     x = torch.randn(60, *event, dtype=torch.float64) * scale + 0.5

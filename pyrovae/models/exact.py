@@ -1,37 +1,21 @@
-r"""Models with an exact log p(x), the baselines of those whose log p(x) is estimated; probabilistic PCA is one.
+"""Models with an exact log p(x), the baselines of those whose log p(x) is estimated: what they have in common.
 
-Probabilistic PCA is the linear Gaussian model of Q latent dimensions,
-
-    z ~ N(0, I_Q)      x = W z + mu + s e,  e ~ N(0, I_D)      p(x) = N(x; mu, W W^T + s^2 I)
-
-With l_1 >= ... >= l_D the eigenvalues of the rows' covariance (over N, not N - 1) and U_Q the eigenvectors of the first
-Q, its likelihood is highest at
-
-    mu = mean of x      s^2 = (l_{Q+1} + ... + l_D) / (D - Q)      W = U_Q diag(l_1 - s^2, ..., l_Q - s^2)^{1/2}
-
-which needs no iteration. A VAE with a linear decoder and a Gaussian likelihood of one scale is this model.
-
-References:
-    Tipping and Bishop 1999, Probabilistic Principal Component Analysis, JRSS B 61
+A model's latents are summed or integrated out, so that its Pyro pair has an observed site alone and an empty guide, and
+nothing is estimated. To write a new one, subclass `Exact` and name the class in `pyrovae.models.baselines.BASELINES`.
 """
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar, Self, TypeVar
 
-import pyro
-import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions.transforms import ReshapeTransform
 
 from pyrovae.errors import DataError, UsageError
-from pyrovae.models.seen import Conditional, gaussian_parts, patterns
-from pyrovae.settings import Count, Whole, check, checked
+from pyrovae.models.seen import Conditional, patterns
+from pyrovae.settings import Whole, check
 
-RELATIVE_FLOOR = 1e-6  # of the mean variance of the rows
-BLOCK = 4096  # rows whose squares are summed at a time, in double precision
+RELATIVE_FLOOR = 1e-6  # least variance of a model that is fit, as a share of the mean variance of the rows
 
 
 class Exact(nn.Module, ABC):
@@ -42,12 +26,18 @@ class Exact(nn.Module, ABC):
     Attributes:
         word: What it is called where it is chosen by name; of two of one word the measure of the data decides.
         measure: Of p(x), "density" or "mass".
+        closed_form: Whether a run of it is `fit` and nothing more; else gradients go on from where `initialise` starts.
+        of_rows: Whether components are training rows, so that there are no more of them.
+        components: Number of its parts: components of a mixture, latent dimensions, kernels.
     Raises:
         UsageError: a size of the event shape is below 1.
     """
 
     word: ClassVar[str]
     measure: ClassVar[str]
+    closed_form: ClassVar[bool] = False
+    of_rows: ClassVar[bool] = False
+    components: int
 
     def __init__(self, event_shape: int | Sequence[int]) -> None:
         super().__init__()
@@ -65,6 +55,17 @@ class Exact(nn.Module, ABC):
     @abstractmethod
     def most_components(cls, x: Tensor) -> int:
         """The largest number of components that can be fit to x of shape (N, *event)."""
+
+    @classmethod
+    @abstractmethod
+    def fitted(
+        cls, x: Tensor, validation: Tensor, components: Sequence[int], seed: int = 0
+    ) -> Iterator[tuple[Self, int]]:
+        """Models fit to x (N, *event) in double precision, each with the iterations that it took.
+
+        One for each number of components, as far as there can be so many; they are fit when they are asked for.
+        `each_of` makes them one by one; what all of them share (a decomposition of the covariance) is computed once.
+        """
 
     @abstractmethod
     def model(self, x: Tensor) -> None:
@@ -157,128 +158,36 @@ class Exact(nn.Module, ABC):
         """Start at training data x of shape (N, *event), for training by gradient."""
 
     @abstractmethod
-    def fit(self, x: Tensor, seed: int = 0) -> int:
-        """Maximise log p(x) over x of shape (N, *event) without a gradient; returns the iterations it took."""
+    def fit(self, x: Tensor, seed: int = 0, validation: Tensor | None = None) -> int:
+        """Maximise log p(x) over x of shape (N, *event) without a gradient; returns the iterations it took.
 
-
-class PPCA(Exact):
-    """Probabilistic PCA, an exact baseline for densities.
-
-    Args:
-        event_shape: Shape of one datum; an int D means (D,).
-        components: Number of latent dimensions, Q, below D.
-    Raises:
-        UsageError: an argument is out of its range.
-    Example:
-        >>> x = torch.randn(100, 5) @ torch.randn(5, 5)
-        >>> model = PPCA(5, components=2)
-        >>> model.fit(x)
-        1
-        >>> model.log_prob(x).shape
-        torch.Size([100])
-    """
-
-    word = "ppca"
-    measure = "density"
-
-    @checked
-    def __init__(self, event_shape: int | Sequence[int], components: Count = 10) -> None:
-        super().__init__(event_shape)
-        if components >= self.event_numel:
-            raise UsageError(
-                f"components: expected a whole number from 1 to {self.event_numel - 1}, one below the elements of x, "
-                f"got {components}"
-            )
-        self.components = components
-        self.loc = nn.Parameter(torch.zeros(self.event_numel))
-        self.weight = nn.Parameter(torch.randn(self.event_numel, components) / math.sqrt(components))
-        self.log_scale = nn.Parameter(torch.zeros(()))
-
-    @property
-    def description(self) -> str:
-        """What a table of models calls it."""
-        return f"probabilistic PCA, {self.components} component{'s' if self.components > 1 else ''}"
-
-    @classmethod
-    def most_components(cls, x: Tensor) -> int:
-        """One below the rows, and below the elements of x."""
-        return min(len(x), x[0].numel()) - 1
-
-    def forward(self) -> dist.Distribution:
-        """p(x), batch shape (), the event shape of x."""
-        variances = (2 * self.log_scale).exp().expand(self.event_numel)
-        flat = dist.LowRankMultivariateNormal(self.loc, self.weight, variances)
-        return dist.TransformedDistribution(flat, [ReshapeTransform(flat.event_shape, self.event_shape)])
-
-    def model(self, x: Tensor) -> None:
-        """Pyro model: the site `x`, observed, in the plate `data`; z is integrated out."""
-        with pyro.plate("data", len(x)):
-            pyro.sample("x", self(), obs=x)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        self._check(x)
-        return self().log_prob(x.to(self.loc))
-
-    def conditional(self, x: Tensor, seen: Tensor) -> Conditional:
-        """Of the Gaussian p(x), in double precision."""
-        noise = torch.eye(self.event_numel, dtype=torch.float64, device=self.loc.device) * self.log_scale.exp()
-        factor = torch.cat([self.weight, noise], 1)
-        log_prob, loc, scale_tril = gaussian_parts(self.loc, factor, x.flatten(1), seen.flatten())
-        return Conditional(log_prob, dist.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False))
-
-    @torch.no_grad()
-    def sample(self, num_samples: int, mean: bool = False) -> Tensor:
-        check("num_samples", num_samples, Whole(1))
-        z = torch.randn(num_samples, self.components, dtype=self.loc.dtype, device=self.loc.device)
-        x = self.loc + z @ self.weight.T
-        if not mean:
-            x = x + self.log_scale.exp() * torch.randn_like(x)
-        return x.unflatten(1, self.event_shape)
-
-    def initialise(self, x: Tensor) -> None:
-        """Start where `fit` ends: a gradient has nothing to add but to another part of the data."""
-        self.fit(x)
-
-    @torch.no_grad()
-    def fit(self, x: Tensor, seed: int = 0) -> int:
-        """Maximise log p(x) over x of shape (N, *event), in closed form; `seed` is not used.
-
-        s^2 is at least a millionth of the mean variance of the rows: constant elements would drive it to 0.
-
-        Returns:
-            1, for the one step that it takes.
-        Raises:
-            UsageError: x does not have the model's event shape, or no more rows than components.
-            DataError: x has values that are not finite, or no variance.
+        `validation` are rows for what x cannot decide, such as the width of kernels that stand on x.
         """
-        self._check(x)
-        if len(x) <= self.components:
-            raise UsageError(f"x: expected more rows than the {self.components} components, got {len(x)}; pass more")
-        mean, covariance = _moments(x.flatten(1))
-        values, vectors = torch.linalg.eigh(covariance)  # rising
-        floor = RELATIVE_FLOOR * values.mean().item()
-        if not floor > 0:
-            raise DataError("x: expected rows that differ, got variance 0; there is nothing to model")
-        noise = max(values[: -self.components].mean().item(), floor)
-        lengths = (values[-self.components :] - noise).clamp(min=0).sqrt()
-        self.loc.copy_(mean)
-        self.weight.copy_(vectors[:, -self.components :] * lengths)
-        self.log_scale.fill_(math.log(noise) / 2)
-        return 1
-
-    def _check(self, x: Tensor) -> None:
-        """Refuse x of another event shape, or that is not finite."""
-        if x.shape[1:] != self.event_shape or x.dim() == 0:
-            raise UsageError(f"x: expected event shape {tuple(self.event_shape)}, got a tensor of {tuple(x.shape)}")
-        if not x.isfinite().all():
-            raise DataError(f"x: expected finite values, got {int((~x.isfinite()).sum())} that are not")
 
     def extra_repr(self) -> str:
         return f"event_shape={tuple(self.event_shape)}, components={self.components}"
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean (D,) and covariance (D, D) of rows x (N, D), in double precision."""
-    mean = sum((rows.double().sum(0) for rows in x.split(BLOCK)), start=torch.zeros(())) / len(x)
-    centred = (rows.double() - mean for rows in x.split(BLOCK))
-    return mean, sum((rows.T @ rows for rows in centred), start=torch.zeros(())) / len(x)
+Model = TypeVar("Model", bound=Exact)
+
+
+def each_of(cls: type[Model], x: Tensor, components: Sequence[int], seed: int = 0) -> Iterator[tuple[Model, int]]:
+    """A model of each number of components, fit to x by itself: `Exact.fitted` of those that share nothing."""
+    for count in components:
+        if count > cls.most_components(x):
+            return
+        model = cls(x.shape[1:], components=count).to(x.device).double()  # type: ignore[call-arg]
+        yield model, model.fit(x, seed)
+
+
+def check_real(x: Tensor, event_shape: torch.Size) -> None:
+    """Refuse x of another event shape, or that is not finite, for a density on all real numbers.
+
+    Raises:
+        UsageError: x does not have the event shape.
+        DataError: x has values that are not finite.
+    """
+    if x.shape[1:] != event_shape or x.dim() == 0:
+        raise UsageError(f"x: expected event shape {tuple(event_shape)}, got a tensor of {tuple(x.shape)}")
+    if not x.isfinite().all():
+        raise DataError(f"x: expected finite values, got {int((~x.isfinite()).sum())} that are not")

@@ -1,4 +1,4 @@
-r"""The baselines with an exact log p(x): mixtures of Gaussians and of Bernoullis.
+r"""Mixtures of Gaussians and of Bernoullis, whose log p(x) is exact.
 
 A mixture is the latent variable model whose latent is one of C values, so nothing has to be estimated:
 
@@ -33,8 +33,8 @@ References:
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator, Sequence
+from typing import Annotated, ClassVar, Literal, Self
 
 import pyro
 import pyro.distributions as dist
@@ -45,11 +45,10 @@ from torch.distributions.transforms import ReshapeTransform
 from torch.nn import functional as F
 
 from pyrovae.errors import DataError, NumericalError, UsageError
-from pyrovae.models.exact import PPCA, Exact
+from pyrovae.models.exact import RELATIVE_FLOOR, Exact, each_of
 from pyrovae.models.seen import Conditional, gaussian_parts, mixture_given
 from pyrovae.settings import Count, NotNegative, Number, Whole, check, checked
 
-RELATIVE_FLOOR = 1e-6  # of the mean variance of the rows
 Covariance = Literal["full", "diagonal", "tied", "spherical"]
 Weights = Literal["trainable", "uniform"]
 
@@ -105,6 +104,13 @@ class Mixture(Exact):
     def most_components(cls, x: Tensor) -> int:
         """As many as rows."""
         return len(x)
+
+    @classmethod
+    def fitted(
+        cls, x: Tensor, validation: Tensor, components: Sequence[int], seed: int = 0
+    ) -> Iterator[tuple[Self, int]]:
+        """One for each number of components."""
+        return each_of(cls, x, components, seed)
 
     @property
     def weights(self) -> Tensor:
@@ -190,10 +196,10 @@ class Mixture(Exact):
         exact._maximise(x, hard.to(exact.mixing_logits), self._chunk(None))
         self.load_state_dict(exact.state_dict())
 
-    def fit(self, x: Tensor, seed: int = 0) -> int:
+    def fit(self, x: Tensor, seed: int = 0, validation: Tensor | None = None) -> int:
         """Start from k-means and climb by EM until an iteration gains far less than models differ by, or 50 of them.
 
-        Arguments and errors as those of `initialise` and `em`.
+        Arguments and errors as those of `initialise` and `em`; `validation` is not used.
 
         Returns:
             How many iterations it took.
@@ -247,9 +253,6 @@ class Mixture(Exact):
                 break
             exact._maximise(x, responsibilities, chunk)
         return history
-
-    def extra_repr(self) -> str:
-        return f"event_shape={tuple(self.event_shape)}, components={self.components}"
 
     def _joint(self, x: Tensor) -> Tensor:
         """log p(x, c) in nats, shape (N, C)."""
@@ -539,7 +542,3 @@ def _overwrite(parameter: Tensor, value: Tensor, live: Tensor) -> None:
 
 def _describe(support: constraints.Constraint) -> str:
     return "{0, 1}" if support is constraints.boolean else "the real numbers"
-
-
-# Models with an exact log p(x): `log_prob(x)`, their `measure`, a pair that has nothing to estimate.
-BASELINES = (GaussianMixture, BernoulliMixture, PPCA)

@@ -41,14 +41,14 @@ def fit_baselines(
     Raises:
         UsageError: no family can have any of the numbers of components.
     """
-    from pyrovae.models.mixture import BASELINES
+    from pyrovae.models.baselines import BASELINES
     from pyrovae.seeding import seeded
 
     with seeded(seed, "baseline rows"):
         train = rows.transform(rows.train[:: -(-len(rows.train) // MOST_ROWS)]).to(device)
     families = [family for family in BASELINES if family.measure == rows.measure.kind]
     found = [best_of(family, train, rows.validation, components, seed, say) for family in families]
-    if not any(found):
+    if not any(model for family, model in zip(families, found, strict=True) if not family.of_rows):
         raise UsageError(f"baseline: none of {list(components)} components can be fit to {len(train)} rows")
     return [model for model in found if model is not None]
 
@@ -65,21 +65,17 @@ def best_of(
     import torch
 
     best: Exact | None = None
-    best_bound, best_count = -float("inf"), 0
-    for count in components:
-        if count > family.most_components(train):
-            break
-        model = family(train.shape[1:], components=count).to(train.device).double()  # type: ignore[call-arg]
-        iterations = model.fit(train, seed)
+    best_bound = -float("inf")
+    for model, iterations in family.fitted(train, validation, components, seed):
         with torch.no_grad():
             bound = torch.cat([model.log_prob(block) for block in validation.split(1000)]).mean().item()
         took = "1 iteration" if iterations == 1 else f"{iterations} iterations"
         say(f"baseline: {model.description}, validation log p(x) {bound:.2f} nats after {took}")
         if bound <= best_bound:
             break
-        best, best_bound, best_count = model, bound, count
+        best, best_bound = model, bound
     if best is None:
         say(f"baseline: left out {family.word}, of which at most {family.most_components(train)} can be fit here")
-    elif best_count == max(components) and len(components) > 1:
-        say(f"baseline: {best_count} components are the most that are tried; more may be better")
+    elif best.components == max(components) and len(components) > 1:
+        say(f"baseline: {best.components} components are the most that are tried; more may be better")
     return None if best is None else best.eval()

@@ -55,7 +55,7 @@ def settle(recipe: Recipe, rows: "Rows") -> Recipe:
     """The recipe with what its rows decide."""
     suits = next(name for name, choice in PARTS["likelihood"].items() if choice.measure == rows.measure.kind)
     return recipe.settled(
-        model=exact(recipe, rows.measure.kind) if recipe.is_exact else recipe.model,
+        model=exact(recipe, rows.measure.kind, len(rows.train)) if recipe.is_exact else recipe.model,
         likelihood=recipe.likelihood or choose_likelihood(suits, recipe.model),
         binarize=rows.binarize,
         data_hash=rows.hash,
@@ -64,8 +64,8 @@ def settle(recipe: Recipe, rows: "Rows") -> Recipe:
     )
 
 
-def exact(recipe: Recipe, measure: str) -> Part:
-    """A model with an exact log p(x), with the settings of its class for a measure, and no others.
+def exact(recipe: Recipe, measure: str, rows: int | None = None) -> Part:
+    """A model with an exact log p(x), with the settings of its class for a measure and training rows, and no others.
 
     So a saved recipe never claims what the model does not have.
 
@@ -75,7 +75,10 @@ def exact(recipe: Recipe, measure: str) -> Part:
     choice, model = BASELINES[recipe.model.name], recipe.model
     cls = choice.of(measure)
     given = {k: v for k, v in model.settings.items() if k in cls.settings or v != choice.settings[k].default}
-    return Part(model.name, fill("model", cls.name, given, cls.settings))
+    settings = fill("model", cls.name, given, cls.settings)
+    if cls.constants.get("of_rows") and rows is not None:
+        settings["components"] = min(settings["components"], rows)
+    return Part(model.name, settings)
 
 
 def make(part: str, chosen: Part, **offered: Any) -> Any:

@@ -72,7 +72,8 @@ def write_plots(
     from pyrovae.seeding import seeded
 
     name, folder, style = directory.name, inside(directory, "plots"), style_of(recipe, rows)
-    save_figure(plots.training_curves(fitted.metrics, title=name), folder, "training_curves")
+    if not recipe.is_closed_form:
+        save_figure(plots.training_curves(fitted.metrics, title=name), folder, "training_curves")
     device = next(model.parameters()).device
     # Of pictures the means are shown, without the noise of single pixels; points and profiles need their noise.
     pictures = not recipe.is_exact and len(rows.event_shape) > 1

@@ -8,7 +8,7 @@ from typing import Any
 from pyrovae.runs.parts import Choices, Setting
 from pyrovae.settings import Either, Flag, Number, Several, Text, Whole, Words
 
-PAIRS, EXACT = ("pyrovae.models.vae", "PAIRS"), ("pyrovae.models.mixture", "BASELINES")
+PAIRS, EXACT = ("pyrovae.models.vae", "PAIRS"), ("pyrovae.models.baselines", "BASELINES")
 # Models with an exact log p(x).
 BASELINES = Choices(EXACT)
 # Part -> choices; the first is the default, but for a likelihood, which is left to the data.

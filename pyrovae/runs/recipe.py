@@ -16,8 +16,16 @@ from pyrovae.runs.parts import Part, choose, nearest
 from pyrovae.settings import read
 
 Options = dict[str, Any]
-# What a model with an exact log p(x) has no use for, with what stands for nothing there.
+# What a model with an exact log p(x) has no use for, and one that is fit in closed form, with what stands for nothing.
 NOT_OF_EXACT: Options = {"elbo": "", "K": 0, "M": 0, "latent_dim": (), "eval_K": 0, "precision": "fp32"}
+NOT_OF_CLOSED_FORM: Options = {
+    "epochs": 1,
+    "batch_size": 1,
+    "lr": 0.0,
+    "optimizer": "",
+    "schedule": "",
+    "compile": "off",
+}
 # Parts of a pair that are chosen for themselves.
 OF_PAIRS = ("prior", "guide", "network", "corruption")
 
@@ -89,6 +97,16 @@ class Recipe:
         return self.model.name in BASELINES
 
     @property
+    def is_closed_form(self) -> bool:
+        """Whether the model is fit at once, so that no step is taken."""
+        return bool(PARTS["model"][self.model.name].classes[0].constants.get("closed_form"))
+
+    @property
+    def unused(self) -> Options:
+        """Options that the model has no use for, with what stands for nothing there."""
+        return (NOT_OF_EXACT if self.is_exact else {}) | (NOT_OF_CLOSED_FORM if self.is_closed_form else {})
+
+    @property
     def measure(self) -> str | None:
         """Of log p(x), a "mass" or a "density"; None while the likelihood is left to the data."""
         return PARTS["likelihood"][self.likelihood.name].measure if self.likelihood else None
@@ -121,8 +139,7 @@ class Recipe:
                 continue
             if isinstance(value, Part):
                 value = value.plain()
-            unused = key in NOT_OF_EXACT and self.is_exact
-            values[key] = None if unused else list(value) if isinstance(value, tuple) else value
+            values[key] = None if key in self.unused else list(value) if isinstance(value, tuple) else value
         return values
 
 
@@ -145,7 +162,8 @@ def completed(given: Options) -> Options:
     values["likelihood"] = choose_likelihood(given.get("likelihood"), values["model"])
     if values["seed"] is None:
         values["seed"] = secrets.randbelow(2**31)
-    check_optimizer(values["optimizer"])
+    if values["optimizer"]:
+        check_optimizer(values["optimizer"])
     return values
 
 
@@ -164,6 +182,9 @@ def complete_exact(values: Options, given: Options) -> None:
     refuse(given, ("particle_chunk",), f"a {name} has no particles")
     refuse(given, ("precision",), f"a {name} is fit and scored in single precision")
     values |= NOT_OF_EXACT | {part: Part() for part in OF_PAIRS}
+    if PARTS["model"][name].classes[0].constants.get("closed_form"):
+        refuse(given, (*NOT_OF_CLOSED_FORM, "patience"), f"a {name} is fit in closed form")
+        values |= NOT_OF_CLOSED_FORM
 
 
 def complete_pair(values: Options, given: Options) -> None:

@@ -199,12 +199,19 @@ def reported_bound(recipe: Recipe) -> str:
     return words
 
 
+def epochs_in_words(fitted: "Fit") -> str:
+    """Which of its epochs a training run kept, and how fast they were."""
+    words = f"the best {fitted.best_epoch}; {fitted.metrics['rows_per_second'].median():,.0f} rows/s"
+    if fitted.compile_seconds:
+        words += f"; {fitted.compile_seconds:.1f} s of the training went into compiling"
+    return words + ("; stopped early" if fitted.stopped == "early" else "")
+
+
 def short_table(recipe: Recipe, values: dict[str, Any], fitted: "Fit", seconds: dict[str, float]) -> str:
     """What a run ends with; `seconds` are those of each stage."""
     from pyrovae.inference.verdicts import Kind
 
     exact = values["K"] is None
-    rate = fitted.metrics["rows_per_second"].median()
     which = "all" if values["rows"] == values["rows_in_split"] else "the first"
     lines = [
         (f"test rows: {which} {values['rows']} of {recipe.data}, {values['measure']}", "", ""),
@@ -231,11 +238,8 @@ def short_table(recipe: Recipe, values: dict[str, Any], fitted: "Fit", seconds: 
     if quality := values["reconstruction_quality"]:
         lines += [(f"reconstruction {label}", value, note) for label, value, note in quality_in_words(quality)]
         lines.append(("", "", "the reconstruction's are no likelihoods"))
-    epochs = f"the best {fitted.best_epoch}; {rate:,.0f} rows/s"
-    if fitted.compile_seconds:
-        epochs += f"; {fitted.compile_seconds:.1f} s of the training went into compiling"
-    early = "; stopped early" if fitted.stopped == "early" else ""
-    lines.append(("epochs", f"{len(fitted.history)}", epochs + early))
+    if not recipe.is_closed_form:
+        lines.append(("epochs", f"{len(fitted.history)}", epochs_in_words(fitted)))
     stages = {name: round(value, 1) for name, value in seconds.items()}  # rounded first, so that the line adds up
     parts = ", ".join(f"{name} {value:.1f}" for name, value in stages.items())
     lines.append(("time", f"{sum(stages.values()):.1f} s", parts))

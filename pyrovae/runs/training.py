@@ -12,13 +12,16 @@ from pyrovae.checks import describe
 from pyrovae.errors import CheckpointError, DataError, Interrupted, UsageError
 from pyrovae.files import write_json
 from pyrovae.inference.diagnostics import remarks
+from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import check_precision
-from pyrovae.inference.training.checkpoint import kept_in, load_latest, lock
+from pyrovae.inference.training.checkpoint import Checkpoint, kept_in, load_latest, lock, save
+from pyrovae.inference.training.record import Progress, Record
 from pyrovae.inference.training.trainer import Fit, fit
 from pyrovae.inference.verdicts import Kind
-from pyrovae.models import Gaussian, LatentLayers
+from pyrovae.models import Exact, Gaussian, LatentLayers
 from pyrovae.processes import leading, several
 from pyrovae.processors import pick_device, threads
+from pyrovae.runs.baseline import MOST_ROWS
 from pyrovae.runs.build import build_model, build_objective, build_optimizer, build_rows, build_schedule, settle
 from pyrovae.runs.directory import (
     Run,
@@ -37,7 +40,7 @@ from pyrovae.runs.progress import Say, silent
 from pyrovae.runs.quality import epoch_metrics
 from pyrovae.runs.recipe import Options, Recipe, title, warnings
 from pyrovae.runs.report import Report, refuse_invalid, report_on
-from pyrovae.runs.scoring import Scoring, rows_of
+from pyrovae.runs.scoring import Scoring, rows_of, score
 from pyrovae.runs.tables import describe_bound, describe_model, short_table
 from pyrovae.seeding import seeded
 
@@ -116,7 +119,10 @@ def train(
             begin()  # so that a run that is killed while it compiles can be resumed
         announce(prepared, tell)
         ready = time.perf_counter()
-        fitted = take_steps(prepared, begin, progress, stopping or nullcontext(lambda: False))
+        if run.recipe.is_closed_form:
+            fitted = keep_fitted(prepared, begin)
+        else:
+            fitted = take_steps(prepared, begin, progress, stopping or nullcontext(lambda: False))
         if fitted.stopped == "interrupted":
             where = f"epoch {len(fitted.history) + 1}, step {fitted.step}"
             raise Interrupted(f"stopped at {where}; the state is saved", run.directory, trained=False)
@@ -204,6 +210,10 @@ def initialised_model(recipe: Recipe, rows: "Rows") -> "Model":
     """The pair with its parameters drawn and started at the training rows."""
     with seeded(recipe.seed, "model"):
         model = build_model(recipe, rows.event_shape)
+        if isinstance(model, Exact) and model.closed_form:
+            spread = -(-len(rows.train) // MOST_ROWS)
+            model.fit(rows.transform(rows.train[::spread]), recipe.seed, rows.validation)
+            return model
         spread = max(1, len(rows.train) // INITIAL_ROWS)
         given: Any = (value[::spread] for value in rows.given["train"])  # nothing, but for what takes it
         model.initialise(rows.transform(rows.train[::spread]), *given)
@@ -212,6 +222,8 @@ def initialised_model(recipe: Recipe, rows: "Rows") -> "Model":
 
 def check_optimizer(recipe: Recipe, model: "Model") -> None:
     """Refuse an optimiser that cannot be made for these parameters, before anything is written."""
+    if recipe.is_closed_form:
+        return
     try:
         build_optimizer(recipe)(list(model.parameters()))
     except (TypeError, ValueError) as error:
@@ -289,6 +301,23 @@ def take_steps(prepared: Prepared, begin: Callable[[], None], say: Say | None, s
             should_stop=should_stop,
             extra_metrics=epoch_metrics(model, rows, prepared.device),
         )
+
+
+def keep_fitted(prepared: Prepared, begin: Callable[[], None]) -> Fit:
+    """Keep a model that has been fit in closed form, as a run of one epoch and step: its state, and how good it is."""
+    run, rows, model = prepared.run, prepared.rows, prepared.model
+    started = time.perf_counter()
+    begin()
+    found = score(model, rows_of(rows, "validation"), Scoring(0)).mean
+    metrics = {"epoch": 1, "step": 1, "validation_bound": found, "seconds": time.perf_counter() - started}
+    progress = Progress(1, 1, best_bound=found, best_epoch=1, best_step=1, history=[metrics])
+    if leading():
+        record = Record(run.directory)
+        record.write(progress.history)
+        record.close()
+        tensors = Pair(model.model, model.guide).tensors()
+        save(run.directory, Checkpoint(1, tensors, {"progress": dict(vars(progress))}))
+    return Fit(progress.history, best_epoch=1, step=1)
 
 
 def conclude(prepared: Prepared, fitted: Fit, seconds: dict[str, float], plots: bool, say: Say | None) -> None:
