@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyrovae import load, plots
+from pyrovae import plots
 from pyrovae.data import Rows
 from pyrovae.inference import layers, log_marginal
 from pyrovae.inference.estimate import standard_error
@@ -26,7 +26,7 @@ from pyrovae.models.exact import Exact
 from pyrovae.models.mixture import BASELINES
 from pyrovae.quality import reconstruction_quality, ssim
 from pyrovae.runs.baseline import best_of
-from pyrovae.runs.directory import Run
+from pyrovae.runs.directory import Run, open_run
 from pyrovae.runs.figures import save_figure
 
 OUT = Path(__file__).parent / "results" / "cifar10"
@@ -163,7 +163,7 @@ def main() -> None:
     torch.manual_seed(0)
     lines = []
     for name, words in NAMES.items():
-        run = load(given.runs / name)
+        run = open_run(given.runs / name)
         vae, rows = run.model(), run.rows()
         assert isinstance(vae, VAE)
         lines.append(line(words, run, vae, rows))
