@@ -88,6 +88,15 @@ def test_a_recipe_trains_on_a_file_for_as_many_epochs_as_are_asked_for(tmp_path,
     assert run.evaluation["bits_per_dimension"] > 8.83
 
 
+def test_an_option_wins_over_the_recipe_and_leaves_the_rest_of_its_part() -> None:
+    path = next(path for path in RECIPES if path.stem == "cifar10-review")
+    recipe = Recipe(**read_options(["--config", str(path), "--likelihood.mean", "sigmoid", "--data-root", "elsewhere"]))
+    assert (recipe.likelihood.name, recipe.prior.name) == ("Gaussian", "IsotropicNormal")
+    assert recipe.likelihood.settings["mean"] == "sigmoid"
+    assert recipe.likelihood.settings["scale"] == recipe.prior.settings["scale"] == SD
+    assert (recipe.data, recipe.data_root, recipe.epochs) == ("cifar10", "elsewhere", 100)
+
+
 # ---------------------------------------------------------------------------------------------- what is mistaken in it
 
 
