@@ -1,5 +1,6 @@
 """Quality of reconstructions and samples: exact answers, and the libraries' own."""
 
+import doctest
 import json
 import math
 import re
@@ -449,3 +450,10 @@ def test_rows_without_labels_need_features_of_ones_own() -> None:
     rows = replace(pyrovae.load_data("digits").rows("mass"), labels={"train": None, "validation": None, "test": None})
     with pytest.raises(UsageError, match="no labels to train a classifier on; give features of your own"):
         features.classifier_features(rows)
+
+
+def test_every_block_of_the_page_is_true() -> None:
+    page = Path(__file__).parents[1] / "docs" / "quality.md"
+    found = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
+    assert found.attempted > 25
+    assert found.failed == 0
