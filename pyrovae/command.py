@@ -32,9 +32,15 @@ if TYPE_CHECKING:
     from pyrovae.runs.parts import Choice
 
 
-def parser(command: str, description: str, usage: str = "[options]") -> Any:
-    """A parser of that command's options; every option defaults to None, which says that it was not given."""
+def parser(command: str, description: str, usage: str = "[options]", doc: str | None = None) -> Any:
+    """A parser of that command's options; every option defaults to None, which says that it was not given.
+
+    The commands that a module's docstring `doc` shows below its first line end --help, as examples.
+    """
     import jsonargparse
+
+    lines = [line.strip() for line in (doc or "").splitlines()[1:]]
+    examples = "\n  ".join(["\nexamples:", *(line for line in lines if line.startswith("python -m"))]) if doc else ""
 
     class Parser(jsonargparse.ArgumentParser):
         """One-line errors, the nearest option for a misspelt one, and `--PART` for `--PART.name`."""
@@ -63,7 +69,7 @@ def parser(command: str, description: str, usage: str = "[options]") -> Any:
         def format_help(self, *formatter: Any) -> str:
             text = re.sub(r"\s*\((type:\s+[^)]*?,\s+)?default:\s+null\)", "", super().format_help(*formatter))
             # As wide as before, so that the columns stay where they are.
-            return re.sub(r"(--\w+)\.name( \S+)", r"\1\2     ", text).replace(" \n", "\n")
+            return re.sub(r"(--\w+)\.name( \S+)", r"\1\2     ", text).replace(" \n", "\n") + examples + "\n" * bool(doc)
 
         def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:  # type: ignore[override]
             parts = {o.removesuffix(".name") for a in self._actions for o in a.option_strings if o.endswith(".name")}

@@ -14,7 +14,7 @@ from pyrovae.data.measure import Measure
 from pyrovae.data.raw import Raw
 from pyrovae.data.spaces import SPACES, Space
 from pyrovae.data.streaming import MappedRows
-from pyrovae.data.transforms import AsFloat, draw_once
+from pyrovae.data.transforms import AsFloat, Transform, draw_once
 from pyrovae.errors import UsageError
 
 
@@ -40,6 +40,7 @@ class Rows:
         given: What the model is conditioned on, by split: `given["train"]`; nothing, unless `Data.rows` was asked.
         data_range: The greatest less the least value that an element can have, which SSIM and PSNR need: 1 for binary
             rows and dequantised levels; else that of the validation rows.
+        of_raw: From a raw row of the source to x, whether or not training rows are drawn once: see `others`.
     """
 
     train: Tensor | MappedRows = field(repr=False)
@@ -55,6 +56,7 @@ class Rows:
     classes: tuple[str, ...] | None = None
     given: Given = field(default_factory=Given)
     data_range: float = 1.0
+    of_raw: Transform = field(default_factory=AsFloat)
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -115,6 +117,7 @@ class Data(Raw):
             classes=self.classes,
             given=given,
             data_range=spread(validation) if reading.data_range is None else reading.data_range,
+            of_raw=reading.transform,
         )
 
     def _space(self, measure: str, binarize: str | None, standardize: bool) -> Space:

@@ -71,6 +71,10 @@ class Standardize:
     def __call__(self, raw: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return (raw.to(torch.float32) - self.mean.to(raw.device)) / self.sd.to(raw.device)
 
+    def undo(self, x: Tensor) -> Tensor:
+        """x in the units of the source, of any shape (*batch, *event)."""
+        return x * self.sd.to(x) + self.mean.to(x)
+
 
 Transform = AsFloat | DrawnPixels | Threshold | Dequantize | Standardize
 

@@ -10,8 +10,10 @@ from pyrovae.plots.comparisons import comparison as comparison
 from pyrovae.plots.comparisons import gaps as gaps
 from pyrovae.plots.comparisons import k_curve as k_curve
 from pyrovae.plots.densities import densities as densities
+from pyrovae.plots.films import film as film
 from pyrovae.plots.images import conditional_samples as conditional_samples
 from pyrovae.plots.images import grid as grid
+from pyrovae.plots.images import named_rows as named_rows
 from pyrovae.plots.images import neighbourhood as neighbourhood
 from pyrovae.plots.images import reconstructions as reconstructions
 from pyrovae.plots.images import samples as samples

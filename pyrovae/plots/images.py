@@ -48,6 +48,7 @@ MAX_PANELS = 16
 MAX_ROWS = 8  # of a neighbourhood; a traversal may have twice as many
 MAX_COLUMNS = 16
 MAX_NAMES = 12  # of columns, under a panel
+UNSEEN = "#BBD6EA"  # pixels that are left out
 
 
 def samples(x: Tensor, title: str | None = None, style: Style = PLAIN) -> Figure:
@@ -104,6 +105,40 @@ def grid(
     for i, name in enumerate(names or ()):
         row, column = divmod(i, across)
         axes.text(column + 0.5, 1.28 * row + 0.97, _short(name), ha="center", va="top", fontsize="small")
+    return figure
+
+
+def named_rows(
+    x: Tensor,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    caption: str,
+    title: str | None = None,
+    style: Style = PLAIN,
+) -> Figure:
+    """Draw images in rows and columns that each have a name, the first 16 of either.
+
+    Args:
+        x: Images, shape (R, C, H, W), (R, C, 1, H, W) or (R, C, 3, H, W); pixels that are NaN are left out.
+        rows: Names of the R rows.
+        columns: Names of the C columns.
+        caption: What they are, the second line of the title.
+        title: First line of the title.
+        style: How data are drawn.
+    Raises:
+        UsageError: the event shape is no image's, or there is not one name for each row and column.
+    """
+    if _kind("x", x, 2) != "image":
+        raise UsageError(f"x: expected images, got rows of shape {tuple(x.shape[2:])}; save them as a table")
+    if (len(rows), len(columns)) != tuple(x.shape[:2]):
+        raise UsageError(f"rows, columns: expected {tuple(x.shape[:2])} names, got {len(rows)} and {len(columns)}")
+    down, across = min(len(rows), MAX_COLUMNS), min(len(columns), MAX_COLUMNS)
+    drawn = as_array(x[:down, :across])
+    figure, axes = _tiles(list(range(down)), list(range(across)), drawn.shape[2:], caption, title)
+    for row, column in np.ndindex(down, across):
+        _tile(axes, style, drawn[row, column], row, column)
+    axes.set_xticks(np.arange(across) + 0.5, [_short(name) for name in columns[:across]])
+    axes.set_yticks(np.arange(down) + 0.5, [_short(name) for name in rows[:down]])
     return figure
 
 
@@ -356,15 +391,20 @@ def _grid(
 
 
 def _tile(axes: Axes, style: Style, image: np.ndarray, row: float, column: float) -> None:
-    """Draw an image, shape (H, W), (1, H, W) or (3, H, W), in the cell at (column, row)."""
+    """Draw an image, shape (H, W), (1, H, W) or (3, H, W), in the cell at (column, row), NaN in a colour of its own."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_rgb
     from matplotlib.patches import Rectangle
 
     low, high = style.limits
     if image.ndim == 3:
         image = image[0] if len(image) == 1 else np.moveaxis((image - low) / (high - low), 0, -1).clip(0, 1)
+    if image.ndim == 3:
+        image = np.where(np.isnan(image), to_rgb(UNSEEN), image)
     left, right, top, bottom = column + 0.04, column + 0.96, row + 0.04, row + 0.96
     extent = (left, right, bottom, top)
-    grey: dict[str, Any] = {"cmap": "gray_r" if style.ink else "gray", "vmin": low, "vmax": high}
+    shades = colormaps["gray_r" if style.ink else "gray"].with_extremes(bad=UNSEEN)
+    grey: dict[str, Any] = {"cmap": shades, "vmin": low, "vmax": high}
     axes.imshow(image, **grey, extent=extent, origin="upper", aspect=axes.get_aspect())
     frame: dict[str, Any] = {
         "fill": False,

@@ -1,0 +1,170 @@
+"""What is looked at: a run's model, and some rows, of one of its splits or of a file."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from pyrovae.checks import check_choice
+from pyrovae.errors import UsageError
+from pyrovae.processors import pick_device
+from pyrovae.runs.directory import Run, open_run
+from pyrovae.runs.scoring import SPLITS, rows_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from pyrovae.data import Rows
+    from pyrovae.inference.batch import Batch
+    from pyrovae.models.conditional import ConditionalVAE
+    from pyrovae.models.vae import LatentLayers
+    from pyrovae.runs.build import Model
+
+STREAMED = 10_000  # training rows that are looked at where they are too many for the memory
+
+
+@dataclass(frozen=True)
+class Looked:
+    """A run and the rows beside it.
+
+    Attributes:
+        run: The run.
+        split: Of its rows, or of those of the file.
+        data: A file of other rows; None: the run's own.
+        label: The class that everything is given, in place of each row's own; None: each row's own.
+        device: Where to compute.
+    """
+
+    run: Run
+    split: str = "test"
+    data: str | None = None
+    label: str | None = None
+    device: str = "auto"
+
+    @cached_property
+    def place(self) -> "torch.device":
+        """The device itself."""
+        return pick_device(self.device)
+
+    @cached_property
+    def rows(self) -> "Rows":
+        """What the run was trained on."""
+        return self.run.rows()
+
+    @cached_property
+    def model(self) -> "Model":
+        """The run's model, in evaluation mode."""
+        return self.run.model(self.place)
+
+    def coded(self, what: str) -> "LatentLayers | ConditionalVAE":
+        """The model, which has codes.
+
+        Raises:
+            UsageError: it has none.
+        """
+        from pyrovae.models.exact import Exact
+
+        if isinstance(self.model, Exact):
+            raise UsageError(
+                f"{self.run.directory}: holds a {self.run.recipe.model.name}, which has no encoder and so no codes, as "
+                f"{what} needs; draw from it, or impute"
+            )
+        return self.model
+
+    @cached_property
+    def condition(self) -> "Tensor | None":
+        """The label as the model is given it, shape (C,); None where none was chosen.
+
+        Raises:
+            UsageError: the run is given no labels, or has no such class.
+        """
+        import torch
+
+        if self.label is None:
+            return None
+        columns = self.rows.given.columns
+        if not columns:
+            raise UsageError(
+                f"class: {self.run.directory} is of p(x), given nothing; train it with a condition",
+                settings=("condition=label",),
+            )
+        if self.label not in columns:
+            raise UsageError(f"class: expected one of {', '.join(columns)}, got {self.label}")
+        return torch.eye(len(columns), device=self.place)[columns.index(self.label)]
+
+    @cached_property
+    def _others(self) -> Any:
+        from pyrovae.data.others import other_rows
+
+        return other_rows(self.rows, str(self.data), self.split)
+
+    @cached_property
+    def count(self) -> int:
+        """How many rows there are."""
+        return len(self._others.x if self.data is not None else getattr(self.rows, self.split))
+
+    @cached_property
+    def labels(self) -> list[str] | None:
+        """The names of all rows' labels; None where there are none."""
+        if self.data is not None:
+            found: list[str] | None = self._others.labels
+            return found
+        labels, classes = self.rows.labels[self.split], self.rows.classes
+        return None if labels is None else [str(i) if classes is None else classes[i] for i in labels.tolist()]
+
+    def first(self, limit: int | None) -> "Batch":
+        """The first rows, with what they are given."""
+        from pyrovae.inference.batch import Batch
+
+        if self.data is None:
+            batch = rows_of(self.rows, self.split, limit)
+        else:
+            batch = Batch(self._others.x[:limit], tuple(value[:limit] for value in self._others.given))
+            self.run_checks(batch)
+        if self.condition is not None:
+            batch = Batch(batch.x, (self.condition.cpu().expand(len(batch), -1),))
+        return batch.to(self.place)
+
+    def run_checks(self, batch: "Batch") -> None:
+        """Refuse rows that are outside the support of the model."""
+        from pyrovae.models.exact import Exact
+
+        if not isinstance(self.model, Exact):
+            self.model.likelihood.check_support(batch.x.to(self.place))
+
+    def numbered(self, numbers: Sequence[int], option: str) -> "Batch":
+        """Rows by their numbers.
+
+        Raises:
+            UsageError: there is no row of such a number.
+        """
+        import torch
+
+        for number in numbers:
+            if not 0 <= number < self.count:
+                raise UsageError(f"{option}: expected numbers of rows from 0 to {self.count - 1}, got {number}")
+        return self.first(max(numbers) + 1)[torch.tensor(list(numbers), device=self.place)]
+
+    def labels_of(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """Their labels as a variable along "row", if there are any."""
+        return {} if self.labels is None else {"label": (("row",), [self.labels[i] for i in numbers])}
+
+    def training(self) -> "Batch":
+        """The training rows, as many as fit, for means and moments."""
+        from torch import Tensor
+
+        return rows_of(self.rows, "train", None if isinstance(self.rows.train, Tensor) else STREAMED).to(self.place)
+
+
+def look(directory: str, options: Mapping[str, Any]) -> Looked:
+    """Open a run and say which rows are looked at, by the options "split", "data", "class" and "device".
+
+    Raises:
+        CheckpointError: there is no run, or its configuration is damaged.
+        UsageError: there is no such split.
+    """
+    names = {"split": "split", "data": "data", "class": "label", "device": "device"}
+    chosen = {field: str(options[name]) for name, field in names.items() if name in options}
+    check_choice("split", chosen.get("split", "test"), SPLITS)
+    return Looked(open_run(directory), **chosen)
