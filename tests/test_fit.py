@@ -250,6 +250,30 @@ def test_resuming_without_the_best_epoch_says_so_and_goes_on(tmp_path):
     assert (again.best_epoch, again.stopped, len(again.history)) == (5, "finished", 5)
 
 
+def test_the_best_is_chosen_among_bounds_on_the_same_rows(tmp_path):
+    """Resumed with other validation rows, or with the first: what came before is on others, and compares with nothing.
+
+    Far rows have a far lower bound: the first epoch, on near ones, would be the best for ever.
+    """
+    near, far = X[:6], X[:6] + 30
+    for name, before, after, said in (
+        ("other", near, far, "other"),
+        ("first", None, far, "other"),
+        ("none", far, None, "no"),
+    ):
+        train(vae(), epochs=2, directory=tmp_path / name, validation=before)
+        again = train(vae(), epochs=4, directory=tmp_path / name, validation=after, patience=2, resume=True)
+        expected = f"resumed with {said} validation rows, so that the best epoch is chosen anew from here on"
+        assert [notice for notice in again.notices if "resumed" in notice] == [expected]
+        if after is not None:
+            bounds = [epoch["validation_bound"] for epoch in again.history[2:]]
+            assert again.best_epoch == 3 + bounds.index(max(bounds))
+        assert again.best_epoch > 2
+    for rows in (near, near.clone()):
+        train(vae(), epochs=2, directory=tmp_path / "same", validation=rows, resume=(tmp_path / "same").exists())
+    assert train(vae(), epochs=2, directory=tmp_path / "same", validation=near, resume=True).notices == []
+
+
 def test_a_validation_bound_that_is_no_number_is_said(monkeypatch):
     """It is never the best, and not in silence."""
     monkeypatch.setattr(svi.Trainer, "validate", lambda self: {"validation_bound": float("nan")})

@@ -126,10 +126,15 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """What a resumed run compares: a hash of a thousand rows."""
-        every = slice(None, None, max(1, len(self) // 1000))
-        sampled = (t[every].cpu().contiguous().view(torch.uint8) for t in (self.rows, *self.given))
-        return hashlib.sha256(b"".join(t.numpy().tobytes() for t in sampled)).hexdigest()[:16]
+        """What a resumed run compares."""
+        return fingerprint((self.rows, *self.given))
+
+
+def fingerprint(tensors: Sequence[Tensor | RowSource]) -> str:
+    """A hash of a thousand rows of what has a row for each datum."""
+    every = slice(None, None, max(1, len(tensors[0]) // 1000))
+    sampled = (t[every].cpu().contiguous().view(torch.uint8) for t in tensors)
+    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in sampled)).hexdigest()[:16]
 
 
 def fits(data: Tensor, device: torch.device) -> bool:

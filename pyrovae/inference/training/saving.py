@@ -11,10 +11,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyrovae.errors import CheckpointError
+from pyrovae.inference.batch import Batch
 from pyrovae.inference.objectives import Objective
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.training import checkpoint as checkpoints
-from pyrovae.inference.training.batches import Source
+from pyrovae.inference.training.batches import Source, fingerprint
 from pyrovae.inference.training.processes import Processes, describe_device
 from pyrovae.inference.training.record import Notices, Progress
 from pyrovae.inference.training.resuming import (
@@ -52,11 +53,11 @@ class Keeper:
         progress: Progress,
         directory: Path | None,
         notice: Notices,
-        validated: bool,
+        validation: Batch | None,
     ) -> None:
         self.pair, self.objective, self.source, self.settings = pair, objective, source, settings
         self.processes, self.progress, self.directory, self.notice = processes, progress, directory, notice
-        self.validated = validated
+        self.validation = None if validation is None else fingerprint(validation.tensors)
         self.best_weights: dict[str, Tensor] | None = None
         self.kept_best: int | None = None  # best step as of the checkpoint before
         self.threads_vary = False
@@ -73,6 +74,7 @@ class Keeper:
             "scheduler": self.schedule_state(),
             "run": self.identity(),
             "environment": self.environment(),
+            "validation": self.validation,
         }
         # The newest two stay, so the best of either has to stay as well.
         best = (state.best_step, self.kept_best)
@@ -123,8 +125,18 @@ class Keeper:
         self.kept_best = self.progress.best_step
         if then.get("processes") != self.processes.world:
             self.progress.compiled = None  # each process has other numbers of rows
-        if self.validated and self.progress.best_step is not None:
+        if training.get("validation", self.validation) != self.validation:
+            self.choose_anew()
+        elif self.validation is not None and self.progress.best_step is not None:
             self.restore_best(saved)
+
+    def choose_anew(self) -> None:
+        """Forget the best epoch so far: bounds on different validation rows are not compared."""
+        rows = "no" if self.validation is None else "other"
+        self.notice(f"resumed with {rows} validation rows, so that the best epoch is chosen anew from here on")
+        state = self.progress
+        state.untrained_bound, state.best_bound = None, -math.inf
+        state.best_epoch, state.best_step = state.epoch, state.step
 
     def restore_best(self, saved: checkpoints.Checkpoint) -> None:
         """Take over the weights of the best epoch so far."""
