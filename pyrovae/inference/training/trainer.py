@@ -107,8 +107,8 @@ def fit(
         threads: Processor threads to compute with: a number; "auto", as many as torch would take, less those whose
             cores other programs keep busy at the start; None: as many as torch has. They are as before at the end.
         directory: Where to keep metrics.csv, TensorBoard records and checkpoints; None: nowhere.
-        resume: Continue from the newest whole checkpoint in `directory`. With other validation rows than before, the best
-            epoch is chosen anew.
+        resume: Continue from the newest whole checkpoint in `directory`. With other validation rows than before, the
+            best epoch is chosen anew.
         progress: Show a progress bar when the output is a terminal.
         on_start: Called when everything is checked, and a checkpoint restored if asked, before the first step. Until
             then nothing in `directory` is changed; it may remove older checkpoints there.
