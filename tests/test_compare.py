@@ -483,7 +483,7 @@ def test_one_table_per_measure(runs, capsys):
     for kind in ("density", "mass"):
         assert Path(f"comparison/{kind}.png").stat().st_size > 5000
         assert "\\toprule" in Path(f"comparison/{kind}.tex").read_text()
-        assert set(pd.read_csv(f"comparison/{kind}-pictures.csv")["rows"]) == {40}
+        assert set(pd.read_csv(f"comparison/{kind}-quality.csv")["rows"]) == {40}
     assert sorted(path.suffix for path in Path("comparison").iterdir()) == [".csv"] * 4 + [".png"] * 2 + [".tex"] * 2
 
 

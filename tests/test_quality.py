@@ -296,7 +296,7 @@ def test_compare_has_a_table_of_their_own(trained: Path, tmp_path: Path, capsys:
     assert out.index("log p(x) [95 %]") < out.index("no likelihoods")
     assert "mixture" not in below  # which reconstructs nothing
     assert "data range 1" in below
-    table = pd.read_csv(tmp_path / "mass-pictures.csv")
+    table = pd.read_csv(tmp_path / "mass-quality.csv")
     assert table["name"].tolist() == ["a (2 seeds)"]
     both = [by_hand(Path(run), "test") for run in runs]
     for word in ("sse", "psnr", "ssim"):
@@ -317,8 +317,8 @@ def test_what_has_no_density_is_a_row_of_that_table(trained: Path) -> None:
 
 
 def test_a_table_of_somebody_elses_is_not_replaced(trained: Path, tmp_path: Path) -> None:
-    (tmp_path / "mass-pictures.csv").write_text("mine\n")
-    with pytest.raises(UsageError, match=r"mass-pictures.csv was not written by pyrovae.compare"):
+    (tmp_path / "mass-quality.csv").write_text("mine\n")
+    with pytest.raises(UsageError, match=r"mass-quality.csv was not written by pyrovae.compare"):
         compare.command([str(trained / "a-s1"), "--K", "5", "--out", str(tmp_path)])
 
 
@@ -338,19 +338,19 @@ def test_points_of_the_plane_have_only_a_squared_error_and_few_rows_are_looked_a
     assert len(rows.validation) >= EPOCH_ROWS
     seen = []
 
-    class Zero(Halves):
+    class Zero(torch.nn.Linear):
         def reconstruct(self, x: Tensor) -> Tensor:
             seen.append(len(x))
             return 0 * x
 
-    measured = epoch_metrics(Zero(), rows, "cpu")
+    measured = epoch_metrics(Zero(2, 2), rows)
     assert measured is not None
     expected = rows.validation[:EPOCH_ROWS].square().sum(1).mean().item()
     assert measured() == {"reconstruction_sse": pytest.approx(expected)}
     assert sum(seen) == EPOCH_ROWS
-    assert epoch_metrics(BernoulliMixture((8,), components=2), rows, "cpu") is None
+    assert epoch_metrics(BernoulliMixture((8,), components=2), rows) is None
     assert of_reconstructions(BernoulliMixture((8,), components=2), Batch(rows.test), rows) is None
-    assert isinstance(Zero(), Reconstructs)
+    assert isinstance(Halves(), Reconstructs)
 
 
 def test_curves_of_reconstructions_have_panels_of_their_own() -> None:
@@ -430,7 +430,7 @@ def test_evaluate_and_compare_have_the_same_distance(
     assert "squared Frechet distance of rows and as many draws of x; no likelihood" in out
     assert f"{report['by_rows'][0]['distance']:.2f}" in out
     compare.command([str(run), "--K", "5", "--frechet", "--components", "2", "--out", str(tmp_path / "out")])
-    table = pd.read_csv(tmp_path / "out" / "mass-pictures.csv").set_index("name")
+    table = pd.read_csv(tmp_path / "out" / "mass-quality.csv").set_index("name")
     assert table.loc["a-s1", "frechet"] == pytest.approx(report["extrapolated"])
     assert table.loc["a-s1", "frechet_plain"] == pytest.approx(report["by_rows"][0]["distance"])
     assert table.loc["a-s1", "features"] == report["features"]

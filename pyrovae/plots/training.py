@@ -24,18 +24,12 @@ from pyrovae.plots.style import (
     new_figure,
     require_columns,
 )
+from pyrovae.quality import QUALITIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from pandas import DataFrame
-
-# What is measured of the reconstructions of validation rows, which are no likelihoods: column -> title, axis.
-QUALITY = {
-    "reconstruction_sse": ("SSE of reconstructions", "squared units of x"),
-    "reconstruction_psnr": ("PSNR of reconstructions", "decibels"),
-    "reconstruction_ssim": ("SSIM of reconstructions", "from −1 to 1"),
-}
 
 
 def training_curves(metrics: DataFrame, title: str | None = None) -> Figure:
@@ -66,7 +60,8 @@ def training_curves(metrics: DataFrame, title: str | None = None) -> Figure:
         [name for name in ("active_units", "beta", "learning_rate") if name in columns],
     ]
     stacks = [stack for stack in stacks if stack]
-    if not stacks and not dimensions and not QUALITY.keys() & columns.keys():
+    quality = [q.column for q in QUALITIES if q.column in columns]
+    if not stacks and not dimensions and not quality:
         raise UsageError("metrics: expected a column of finite values beside 'epoch', got none; train an epoch first")
     # On a grid of 6 by 6 the stacks share the width and the panels of a stack share its height, whatever is there.
     layout = [
@@ -74,7 +69,6 @@ def training_curves(metrics: DataFrame, title: str | None = None) -> Figure:
         for row in range(6 if stacks else 0)
     ]
     layout += [["heatmap"] * 4 + ["last"] * 2] * (6 if dimensions else 0)
-    quality = [name for name in QUALITY if name in columns]
     layout += [[name for name in quality for _ in range(6 // len(quality))] for _ in range(4) if quality]
 
     height = 3.7 * (bool(stacks) + bool(dimensions)) + 2.5 * bool(quality) + 0.6
@@ -91,7 +85,7 @@ def training_curves(metrics: DataFrame, title: str | None = None) -> Figure:
             panels[name].grid(alpha=0.3)
             panels[name].tick_params(labelbottom=name == stack[-1])
         panels[stack[-1]].set_xlabel("epoch")
-    _draw_quality([panels[name] for name in quality], epoch, {name: columns[name] for name in quality})
+    _draw_quality(panels, epoch, columns)
     if dimensions:
         kl = {name.removeprefix("kl_"): columns[name] for name in dimensions}
         _draw_kl_per_dimension(panels["heatmap"], panels["last"], epoch, kl)
@@ -169,13 +163,15 @@ def _draw_parts(panels: dict[str, Axes], epoch: np.ndarray, columns: dict[str, n
         _leave_out_low_epochs(panels["reconstruction"], columns["reconstruction"][None])
 
 
-def _draw_quality(panels: list[Axes], epoch: np.ndarray, columns: dict[str, np.ndarray]) -> None:
+def _draw_quality(panels: dict[str, Axes], epoch: np.ndarray, columns: dict[str, np.ndarray]) -> None:
     """Draw each measure of reconstructions in a panel of its own, with its unit."""
-    for axes, (name, values) in zip(panels, columns.items(), strict=True):
-        title, unit = QUALITY[name]
-        _curve(axes, epoch, values, color=GREEN)
-        axes.set_title(title, fontsize="medium")
-        axes.set(xlabel="epoch", ylabel=unit)
+    for q in QUALITIES:
+        if q.column not in panels:
+            continue
+        axes = panels[q.column]
+        _curve(axes, epoch, columns[q.column], color=GREEN)
+        axes.set_title(f"{q.title} of reconstructions", fontsize="medium")
+        axes.set(xlabel="epoch", ylabel=q.unit.replace("-", "−"))
         axes.grid(alpha=0.3)
         _integer_ticks(axes)
 

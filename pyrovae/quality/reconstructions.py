@@ -125,7 +125,7 @@ class Quality:
     """A measure of reconstructions, and what a table or a figure says of it.
 
     Attributes:
-        word: In names of columns and keys.
+        word: In names of keys.
         title: In tables and figures.
         unit: In words; of a number without one, its range.
         better: "smaller" or "larger".
@@ -140,9 +140,14 @@ class Quality:
     of: Callable[[Tensor, Tensor, float], Tensor]
     images: bool
 
+    @property
+    def column(self) -> str:
+        """Its name in metrics.csv."""
+        return f"reconstruction_{self.word}"
+
 
 QUALITIES = (
-    Quality("sse", "SSE", "squared units of x, summed over its elements", "smaller", lambda x, y, _: sse(x, y), False),
+    Quality("sse", "SSE", "squared units of x", "smaller", lambda x, y, _: sse(x, y), False),
     Quality("psnr", "PSNR", "dB", "larger", psnr, True),
     Quality("ssim", "SSIM", "from -1 to 1", "larger", ssim, True),
 )

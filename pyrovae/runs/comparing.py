@@ -12,14 +12,13 @@ from pyrovae.runs.directory import Run
 from pyrovae.runs.grouping import check_same_rows, load_rows, measure_of, name_pools, pools
 from pyrovae.runs.progress import Say, silent
 from pyrovae.runs.quality import Draws, Reconstructs, reconstruction_values
-from pyrovae.runs.quality_tables import Pictured, check_quality_replaced, present_quality, quality_table
+from pyrovae.runs.quality_tables import Seen, check_quality_replaced, present_quality
 from pyrovae.runs.scoring import Scoring, rows_of, score
 
 if TYPE_CHECKING:
     import torch
 
     from pyrovae.inference.batch import Batch
-    from pyrovae.models.exact import Exact
     from pyrovae.runs.features import Features, MakeFeatures
 
 
@@ -35,7 +34,7 @@ def compare_runs(
     make_features: "MakeFeatures | None" = None,
     say: Say = silent,
 ) -> list[Scored]:
-    """Score runs, and say and write the tables.
+    """Score runs, and say and write the tables, of log p(x) and of quality.
 
     Args:
         runs: Of one measure or of both; those of a measure on the same rows.
@@ -71,19 +70,18 @@ def compare_runs(
         rows = loaded[members[0].directory]
         batch = rows_of(rows, "test", limit).to(device)
         features = None if make_features is None else features_for(make_features, rows, batch, say)
-        baselines: list[Exact] = []
         of_kind = [(name, seeds) for name, seeds in zip(names, together, strict=True) if measure_of(seeds[0]) == kind]
         scored = [
             Scored(name, *zip(*(score_run(run, rows, batch, how, say) for run in seeds), strict=True))
             for name, seeds in of_kind
         ]
-        if components and rows.given.name is None:  # a baseline is of p(x)
-            baselines = fit_baselines(rows, components, how.seed, device, say)
-            scored += [Scored(model.description, [score(model, batch, how)]) for model in baselines]
+        wanted = components and rows.given.name is None  # a baseline is of p(x)
+        baselines = fit_baselines(rows, components, how.seed, device, say) if wanted else []
+        scored += [Scored(model.description, [score(model, batch, how)]) for model in baselines]
         present(table(scored, how.seed), rows, kind, len(batch), members[0].recipe.data, out, say)
         models = ((name, [run.model(device) for run in seeds]) for name, seeds in of_kind)
-        if pictured := of_quality(models, batch, rows.data_range, baselines, features, how.seed):
-            present_quality(quality_table(pictured), rows, kind, len(batch), out, features, say)
+        seen = of_quality(models, batch, rows.data_range, baselines, features, how.seed)
+        present_quality(seen, rows, kind, len(batch), out, features, say)
         everything += scored
     say(f"tables and figures in {out}")
     return everything
@@ -96,8 +94,8 @@ def of_quality(
     others: Sequence[Any] = (),
     features: "Features | None" = None,
     seed: int = 0,
-) -> list[Pictured]:
-    """What is seen of each model, for the table of pictures: those that neither reconstruct nor draw are left out.
+) -> list[Seen]:
+    """What is seen of each model, for the table of their quality: those that neither reconstruct nor draw are left out.
 
     Args:
         models: Trained pairs by name, one for each seed; each is made when it is its turn.
@@ -117,5 +115,5 @@ def of_quality(
                 values.append(reconstruction_values(model, batch, data_range))
             if features is not None and isinstance(model, Draws):
                 distances.append(frechet_of(model, batch, features, seed))
-        found += [Pictured(name, values, distances)] if values or distances else []
+        found += [Seen(name, values, distances)] if values or distances else []
     return found

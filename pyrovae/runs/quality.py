@@ -4,12 +4,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from pyrovae.data import Rows
     from pyrovae.inference.batch import Batch
 
-PREFIX = "reconstruction_"  # of columns and keys, as reconstruction_sse; "reconstruction" itself is E log p(x|z)
 BLOCK = 500  # rows at once
 EPOCH_ROWS = 500  # validation rows looked at after each epoch, the first: for SSIM, 0.05 s of 28 x 28 pixels
 ABOUT = "rows beside their reconstructions, of a pair the mean of p(x|z) at the mean of q(z|x); no likelihoods"
@@ -62,20 +61,22 @@ def reconstruction_values(model: Reconstructs, batch: "Batch", data_range: float
     return {word: torch.cat([values[word] for values in found]) for word in found[0]}
 
 
-def epoch_metrics(model: Any, rows: "Rows", device: Any) -> Callable[[], dict[str, float]] | None:
+def epoch_metrics(model: "nn.Module", rows: "Rows") -> Callable[[], dict[str, float]] | None:
     """What a run records of reconstructions after each epoch: means over the first validation rows.
 
     None for a model that makes no reconstruction.
     """
+    from pyrovae.quality import QUALITIES
     from pyrovae.runs.scoring import rows_of
 
     if not isinstance(model, Reconstructs):
         return None
-    batch = rows_of(rows, "validation", EPOCH_ROWS).to(device)
+    batch = rows_of(rows, "validation", EPOCH_ROWS)
 
     def measured() -> dict[str, float]:
-        values = reconstruction_values(model, batch, rows.data_range)
-        return {PREFIX + word: value.mean().item() for word, value in values.items()}
+        here = next(model.parameters()).device  # where its process has put it meanwhile
+        values = reconstruction_values(model, batch.to(here), rows.data_range)
+        return {q.column: values[q.word].mean().item() for q in QUALITIES if q.word in values}
 
     return measured
 

@@ -1,4 +1,4 @@
-"""Pictures side by side, reconstructions and draws: a table below those of log p(x), with which it is never sorted."""
+"""Reconstructions and draws side by side: a table below those of log p(x), with which it is never sorted."""
 
 import os
 import textwrap
@@ -24,7 +24,7 @@ HEAD = b"name,seeds,"  # what our file of the table begins with
 
 
 @dataclass(frozen=True)
-class Pictured:
+class Seen:
     """What is seen of a model: its reconstructions of the rows of a table, its draws, or both.
 
     Attributes:
@@ -56,7 +56,7 @@ class Pictured:
         return found
 
 
-def quality_table(models: "Sequence[Pictured]") -> "pd.DataFrame":
+def quality_table(models: Sequence[Seen]) -> "pd.DataFrame":
     """One row per model, the smallest squared error first; what a model has not is NaN."""
     import pandas as pd
 
@@ -66,7 +66,7 @@ def quality_table(models: "Sequence[Pictured]") -> "pd.DataFrame":
 
 
 def present_quality(
-    frame: "pd.DataFrame",
+    models: Sequence[Seen],
     rows: "Rows",
     kind: str,
     count: int,
@@ -74,13 +74,16 @@ def present_quality(
     features: "Features | None" = None,
     say: Say = silent,
 ) -> None:
-    """Say the table and write it as CSV."""
+    """Say the table and write it as CSV; nothing where there is nothing to see of any model."""
     import pandas as pd
 
     from pyrovae.files import write_atomically
     from pyrovae.quality import QUALITIES
     from pyrovae.runs.comparison_tables import aligned
 
+    if not models:
+        return
+    frame = quality_table(models)
     shown = [q for q in QUALITIES if q.word in frame]
     notes = [
         f"{q.title}: {q.unit}, {q.better} is better" + (f"; data range {rows.data_range:g}" if q.images else "")
@@ -98,10 +101,9 @@ def present_quality(
         pairs = zip(frame[word], frame[f"{word}_error"], strict=True)
         strings[title] = pd.Series([number(value, error) for value, error in pairs])
     which = "all" if count == len(rows.test) else "the first"
-    say(f"{which} {count} test rows beside pictures of each model: no likelihoods; the smallest SSE first")
-    say(
-        "SSE, PSNR and SSIM are of reconstructions, a pair's the mean of p(x|z) at the mean of q(z|x); ± standard error"
-    )
+    say(f"{which} {count} test rows beside each model's reconstructions and draws: no likelihoods")
+    if shown:
+        say("smallest SSE first; a pair's reconstruction is the mean of p(x|z) at the mean of q(z|x); ± standard error")
     say("\n" + aligned(pd.DataFrame(strings)) + "\n")
     for note in notes:
         say(textwrap.fill(note, 118, initial_indent="  ", subsequent_indent="    "))
@@ -113,7 +115,7 @@ def present_quality(
 
 def file_of(out: Path, kind: str) -> Path:
     """Where the table of the rows of a measure is written."""
-    return out / f"{kind}-pictures.csv"
+    return out / f"{kind}-quality.csv"
 
 
 def check_quality_replaced(out: Path, kind: str) -> None:

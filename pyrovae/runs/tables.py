@@ -74,8 +74,8 @@ def describe(name: str, values: Report) -> str:
     """The report as a table to read."""
     lines = [*heading(name, values), ""]
 
-    def line(label: str, value: str, note: str = "") -> None:
-        lines.append(f"  {label:<26}{value:>18}{'   ' + note if note else ''}".rstrip())
+    def line(*cells: str) -> None:
+        lines.append(aligned_line(*cells))
 
     how = "exact" if values["K"] is None else f"K = {values['K']}"
     line("log p(x)", number(values["log_marginal"], values["error_over_rows"]), f"{how}; ± error over rows")
@@ -122,23 +122,29 @@ def describe(name: str, values: Report) -> str:
             line("unreliable rows", str(len(bad)), listed(bad) + again)
         if values["zero_weights"]:
             line("weights of zero", f"{values['zero_weights']}", f"in {values['rows_with_zero_weights']} rows")
-    if quality := values["reconstruction_quality"]:
-        lines += ["", f"  {quality['about']}"]
-        for label, value, note in quality_in_words(quality):
-            line(label, value, note)
-    if found := values["frechet"]:
-        most, *fewer = found["by_rows"]
-        lines += ["", f"  {found['about']}", *textwrap.wrap(f"on {found['features']}", 100, **INDENT)]
-        line(
-            "Frechet distance",
-            number(found["extrapolated"], found["error"]),
-            "to infinitely many rows; smaller is better",
-        )
-        plain = ", ".join(f"{point['distance']:.2f} from {point['rows']}" for point in fewer)
-        line(f"  from {most['rows']} rows of each", f"{most['distance']:.2f}", f"too high, as from fewer: {plain}")
+    lines += describe_pictures(values)
     if values["K"] is not None:
         lines += describe_rows(values)
     return "\n".join(lines)
+
+
+def aligned_line(label: str, value: str, note: str = "") -> str:
+    """A line of a report."""
+    return f"  {label:<26}{value:>18}{'   ' + note if note else ''}".rstrip()
+
+
+def describe_pictures(values: Report) -> list[str]:
+    """What is no likelihood: how near reconstructions are to their rows, and draws to all rows."""
+    lines: list[str] = []
+    if quality := values["reconstruction_quality"]:
+        lines += ["", f"  {quality['about']}", *(aligned_line(*cells) for cells in quality_in_words(quality))]
+    if found := values["frechet"]:
+        distance, (most, *fewer) = number(found["extrapolated"], found["error"]), found["by_rows"]
+        plain = ", ".join(f"{point['distance']:.2f} from {point['rows']}" for point in fewer)
+        lines += ["", f"  {found['about']}", *textwrap.wrap(f"on {found['features']}", 100, **INDENT)]
+        lines.append(aligned_line("Frechet distance", distance, "extrapolated to infinitely many; smaller is better"))
+        lines.append(aligned_line(f"  from {most['rows']} of each", f"{most['distance']:.2f}", f"too high; {plain}"))
+    return lines
 
 
 def describe_rows(values: Report) -> list[str]:

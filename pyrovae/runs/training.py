@@ -299,7 +299,7 @@ def take_steps(prepared: Prepared, begin: Callable[[], None], say: Say | None, s
             on_epoch=on_epoch,
             on_notice=note,
             should_stop=should_stop,
-            extra_metrics=epoch_metrics(model, rows, prepared.device),
+            extra_metrics=epoch_metrics(model, rows),
         )
 
 
