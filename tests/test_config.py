@@ -109,8 +109,8 @@ def test_short_names_and_any_case():
     for part, choices in PARTS.items():
         for full, choice in choices.items():
             for word in (full, full.upper(), *choice.short):
-                given = {part: word, "latent_dim": [5, 3]} if word == "hierarchical" else {part: word}
-                assert getattr(resolve(given), part).name == full
+                needs = {"hierarchical": {"latent_dim": [5, 3]}, "two-stage": {"first": "runs/a"}}.get(full, {})
+                assert getattr(resolve({part: word, **needs}), part).name == full
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from pyrovae.data.found import Found
 
 PLANE_ROWS = 5000
+SURFACE_ROWS = 10_000
+WIDTH = 32  # of the hidden layer that bends a surface
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,38 @@ def _pinwheel(random: "np.random.Generator", noise: "np.ndarray") -> "tuple[np.n
     angle = 2 * np.pi * label / 5 + np.exp(along) / 4
     turned = [np.cos(angle) * along - np.sin(angle) * across, np.sin(angle) * along + np.cos(angle) * across]
     return np.stack(turned, 1), label
+
+
+@dataclass(frozen=True)
+class Manifold(Source):
+    r"""Rows on a curved surface without noise, so that they have no density in the space around it.
+
+        x = W_2 tanh(W_1 z + b) / sqrt(WIDTH),        z = label / 2 + e / 8,  label in {-1, 1}^inner,  e ~ N(0, I)
+
+    with weights of a network drawn once, from N(0, 1) but for W_1, of variance 4 / inner. Rows lie in 2^inner patches
+    of the surface, one for each label: where the surface is, and how rows are spread on it, are two things to find.
+
+    Attributes:
+        inner: r, the dimension of the surface.
+        outer: d, that of the rows.
+    """
+
+    kind = "on a surface of r dimensions in d"
+    inner: int
+    outer: int
+
+    def read(self, root: Path, download: bool) -> "Found":
+        import numpy as np
+
+        from pyrovae.data.found import SEED, Found
+
+        random = np.random.default_rng(SEED["manifold"])
+        first = random.standard_normal((self.inner, WIDTH)) * 2 / np.sqrt(self.inner)
+        bias, second = random.standard_normal(WIDTH), random.standard_normal((WIDTH, self.outer))
+        sides = random.integers(2, size=(SURFACE_ROWS, self.inner))
+        z = sides - 0.5 + random.standard_normal(sides.shape) / 8
+        x = np.tanh(z @ first + bias) @ second / np.sqrt(WIDTH)
+        return Found({"train": x}, {"train": sides @ 2 ** np.arange(self.inner)})
 
 
 def _arrays(found: Any, name: str) -> "tuple[np.ndarray, np.ndarray]":
@@ -262,6 +296,8 @@ SOURCES: tuple[Source, ...] = (
     Plane("three-gaussians", _three_gaussians),
     Plane("ring", _ring),
     Plane("pinwheel", _pinwheel),
+    Manifold("manifold-2-in-20", 2, 20),
+    Manifold("manifold-3-in-20", 3, 20),
 )
 NAMES: tuple[str, ...] = tuple(source.name for source in SOURCES)
 

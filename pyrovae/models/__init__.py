@@ -35,6 +35,8 @@ from pyrovae.models.priors import MixtureOfGaussians as MixtureOfGaussians
 from pyrovae.models.priors import Prior as Prior
 from pyrovae.models.priors import StandardNormal as StandardNormal
 from pyrovae.models.priors import VampPrior as VampPrior
+from pyrovae.models.two_stage import ExPostVAE as ExPostVAE
+from pyrovae.models.two_stage import TwoStageVAE as TwoStageVAE
 from pyrovae.models.vae import VAE as VAE
 from pyrovae.models.vae import HierarchicalVAE as HierarchicalVAE
 from pyrovae.models.vae import LatentLayers as LatentLayers

@@ -12,7 +12,7 @@ those of torch modules (the Pyro parameter store is not used).
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import pyro
 import pyro.distributions as dist
@@ -25,6 +25,18 @@ from pyrovae.models.guides import Guide
 from pyrovae.models.likelihoods import Likelihood
 from pyrovae.models.priors import Prior
 from pyrovae.settings import Whole, check
+
+
+class Layer(Protocol):
+    """p(zL-1|zL): a module that maps the layer above, of `event_shape`, to a distribution of `latent_dim` elements."""
+
+    @property
+    def latent_dim(self) -> int: ...
+
+    @property
+    def event_shape(self) -> tuple[int, ...]: ...
+
+    def __call__(self, z: Tensor, /) -> dist.Distribution: ...
 
 
 class LatentLayers(nn.Module, ABC):
@@ -51,14 +63,14 @@ class LatentLayers(nn.Module, ABC):
     def __init__(
         self,
         prior: Prior,
-        conditionals: Sequence[Guide],
+        conditionals: Sequence[Layer],
         likelihood: Likelihood,
         guides: Sequence[Guide],
         corruption: Corruption | None = None,
     ) -> None:
         super().__init__()
         self.prior = prior
-        self.conditionals: Sequence[Guide] = nn.ModuleList(conditionals)  # type: ignore[assignment]
+        self.conditionals: Sequence[Layer] = nn.ModuleList(conditionals)  # type: ignore[arg-type, assignment]
         self.likelihood = likelihood
         self.guides: Sequence[Guide] = nn.ModuleList(guides)  # type: ignore[assignment]
         self.corruption = Clean() if corruption is None else corruption
@@ -152,12 +164,9 @@ class LatentLayers(nn.Module, ABC):
                 z = pyro.sample(name, guide(z))
         return z
 
+    @abstractmethod
     def initialise(self, x: Tensor) -> None:
-        """Start the parts at training data x of shape (N, *event): output bias, input centring, pseudo-inputs."""
-        self.corruption.initialise(x)
-        self.guides[0].initialise(x)
-        self.likelihood.initialise(x)
-        self.prior.initialise(x)
+        """Start what is trained at training data x of shape (N, *event): output bias, input centring, pseudo-inputs."""
 
     def posterior(self, x: Tensor) -> dist.Distribution:
         """q(z1|x) for x of shape (*batch, *event), never corrupted: batch shape `batch`, event shape (Z,)."""
@@ -217,6 +226,9 @@ class VAE(LatentLayers):
     ) -> None:
         super().__init__(prior, [], likelihood, [guide], corruption)
 
+    def initialise(self, x: Tensor) -> None:
+        start(self, x)
+
 
 class HierarchicalVAE(LatentLayers):
     """Several latent layers: a VAE with latent sites "z1", ..., "zL".
@@ -244,6 +256,17 @@ class HierarchicalVAE(LatentLayers):
         corruption: Corruption | None = None,
     ) -> None:
         super().__init__(prior, conditionals, likelihood, guides, corruption)
+
+    def initialise(self, x: Tensor) -> None:
+        start(self, x)
+
+
+def start(model: LatentLayers, x: Tensor) -> None:
+    """Start the parts of a model that depend on the data at training data x of shape (N, *event)."""
+    model.corruption.initialise(x)
+    model.guides[0].initialise(x)
+    model.likelihood.initialise(x)
+    model.prior.initialise(x)
 
 
 PAIRS = (VAE, HierarchicalVAE)

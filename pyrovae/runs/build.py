@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     Model = LatentLayers | ConditionalVAE | Exact
 
 
+# p(z|u) of a second stage, with a learned scale.
+OF_CODES = "Gaussian"
+
+
 def build_rows(recipe: Recipe) -> "Rows":
     """Load the data and split it, of the measure that the likelihood has, or that suits the data.
 
@@ -96,6 +100,8 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
         settings = exact(recipe, str(recipe.measure)).settings
         model = BASELINES[recipe.model.name].of(str(recipe.measure)).build("model", settings, event_shape=event_shape)
         return model
+    if recipe.first:
+        return build_stages(recipe, event_shape)
 
     latent, network = recipe.latent_dim, recipe.network.settings
     encoding, decoding = PARTS["network"][recipe.network.name].classes
@@ -123,6 +129,15 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
         return ConditionalVAE(UnconditionalPrior(prior), likelihood, guides[0], corruption)
     parts = {"prior": prior, "likelihood": likelihood, "conditionals": conditionals, "corruption": corruption}
     model = make("model", recipe.model, **parts, guide=guides[0], guides=guides)
+    return model
+
+
+def build_stages(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
+    """A first stage as its own recipe says, and a second one on its codes as this one does, joined."""
+    below = Recipe(**recipe.first.settings["recipe"])
+    of_codes = recipe.settled(model=Part(first("model")), likelihood=choose_likelihood(OF_CODES, Part()), first=Part())
+    stages = {"first": build_model(below, event_shape), "second": build_model(of_codes, below.latent_dim)}
+    model: Model = make("model", recipe.model, **stages)
     return model
 
 

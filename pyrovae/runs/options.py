@@ -3,17 +3,19 @@
 Of the parts, and of what a proposal may be, the classes say it themselves: `pyrovae.runs.parts` reads them.
 """
 
+from os import PathLike
 from typing import Any
 
-from pyrovae.runs.parts import Choices, Setting
+from pyrovae.runs.parts import Choices, Part, Setting
 from pyrovae.settings import Either, Flag, Number, Several, Text, Whole, Words
 
 PAIRS, EXACT = ("pyrovae.models.vae", "PAIRS"), ("pyrovae.models.baselines", "BASELINES")
+STAGED = ("pyrovae.models.two_stage", "STAGED")
 # Models with an exact log p(x).
 BASELINES = Choices(EXACT)
 # Part -> choices; the first is the default, but for a likelihood, which is left to the data.
 PARTS = {
-    "model": Choices(PAIRS, EXACT),
+    "model": Choices(PAIRS, STAGED, EXACT),
     "prior": Choices(("pyrovae.models.priors", "PRIORS")),
     "likelihood": Choices(("pyrovae.models.likelihoods", "LIKELIHOODS")),
     "guide": Choices(("pyrovae.models.guides", "GUIDES")),
@@ -56,6 +58,21 @@ class Beta:
         return value
 
 
+class OfRun:
+    """A run by its directory; in a saved configuration, with all that was taken over from it."""
+
+    def __str__(self) -> str:
+        return "the directory of a run"
+
+    def holds(self, value: object) -> bool:
+        return isinstance(value, Part) and isinstance(value.name, str) and value.name != ""
+
+    def read(self, word: Any) -> Any:
+        if isinstance(word, str | PathLike):
+            return Part(str(word))
+        return Part(**{"name": word["name"], "settings": {k: v for k, v in word.items() if k != "name"}})
+
+
 # None as a default is filled in by `resolve`, from the other choices.
 OPTIONS: dict[str, dict[str, Setting]] = {
     "Bound": {
@@ -87,8 +104,16 @@ OPTIONS: dict[str, dict[str, Setting]] = {
         "latent_dim": Setting(
             Several(Whole()),
             None,
-            "latent dimensions; for hierarchical one per layer from the data up (default 50; 50,25)",
+            "latent dimensions; for hierarchical one per layer from the data up (default 50; 50,25; for two-stage the "
+            "first stage's)",
             "INT",
+        ),
+        "first": Setting(
+            OfRun(),
+            None,
+            "a trained vae, the first stage of a two-stage: its p(x|z) and q(z|x) are frozen, and the options of the "
+            "model are those of a second vae, of draws of q(z|x); data and likelihood are the first stage's",
+            "RUN",
         ),
     },
     "Data": {

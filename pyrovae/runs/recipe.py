@@ -39,6 +39,8 @@ class Recipe:
 
     Attributes:
         prior, guide, network, corruption: Nothing for a model with an exact log p(x).
+        first: The run of the first stage of a two-stage, by its directory; once it is known, with the hash of its
+            `weights` and its `recipe`. Nothing for other models.
         likelihood, binarize: Left to the data, where they were not given, until `settled`.
         K, M, eval_K: Numbers of particles; 0 for a model with an exact log p(x).
         data_hash, event_shape: Of the rows, once they are known.
@@ -56,6 +58,7 @@ class Recipe:
     alpha: float | None
     beta: float | str | None
     latent_dim: tuple[int, ...]
+    first: Part
     data: str
     data_root: str | None
     binarize: str | None
@@ -135,7 +138,7 @@ class Recipe:
         values: Options = {}
         for key in (f.name for f in fields(self) if f.name != "given"):
             value = getattr(self, key)
-            if not value and key in (*OF_PAIRS, *DERIVED):
+            if not value and key in ("first", *OF_PAIRS, *DERIVED):
                 continue
             if isinstance(value, Part):
                 value = value.plain()
@@ -153,10 +156,12 @@ def completed(given: Options) -> Options:
     if unknown:
         known = [*SETTINGS, *PARTS]
         raise UsageError(f"configuration: {nearest(str(unknown[0]), known)}")
-    values: Options = {"model": choose("model", given.get("model"), first("model"), PARTS["model"])}
+    usual = first("model") if given.get("first") is None else staged()
+    values: Options = {"model": choose("model", given.get("model"), usual, PARTS["model"])}
     for name, setting in SETTINGS.items():
         value = given.get(name)
         values[name] = setting.default if value is None else read(name, value, setting.kind)
+    complete_stages(values, given)
     complete = complete_exact if values["model"].name in BASELINES else complete_pair
     complete(values, given)
     values["likelihood"] = choose_likelihood(given.get("likelihood"), values["model"])
@@ -170,6 +175,26 @@ def completed(given: Options) -> Options:
 def first(part: str) -> str:
     """The default choice of a part."""
     return next(iter(PARTS[part]))
+
+
+def staged() -> str:
+    """The model that has a first stage."""
+    return next(name for name, choice in PARTS["model"].items() if "first" in choice.classes[0].takes)
+
+
+def complete_stages(values: Options, given: Options) -> None:
+    """Ask for the first stage of a model that has one, and refuse it, and what makes no sense with it, elsewhere."""
+    name = values["model"].name
+    if name != staged():
+        refuse(given, ("first",), f"a {name} has one stage", f"model={staged()}")
+        values["first"] = Part()
+        return
+    if values["first"] is None:
+        raise UsageError(
+            f"first: a {name} is trained on the codes of a {first('model')}; name its run", settings=("first",)
+        )
+    refuse(given, ("condition",), f"a {name} model is given nothing", f"model={first('model')}")
+    refuse(given, ("beta",), f"the second stage of a {name} is all in the KL, so that a weight changes nothing")
 
 
 def complete_exact(values: Options, given: Options) -> None:
@@ -192,8 +217,9 @@ def complete_pair(values: Options, given: Options) -> None:
     complete_bound(values, given)
     name = values["model"].name
     layered = "guides" in PARTS["model"][name].classes[0].takes
-    latent = tuple(values["latent_dim"] or [50, 25][: 2 if layered else 1])
-    if not layered and len(latent) != 1:
+    usual: list[int] = [] if values["first"] else [50, 25][: 2 if layered else 1]
+    latent = tuple(values["latent_dim"] or usual)
+    if not layered and len(latent) > 1:
         raise UsageError(
             f"latent_dim: a {name} has one latent layer, got {len(latent)}; use `model=hierarchical`",
             settings=("latent_dim", "model=hierarchical"),
@@ -207,6 +233,8 @@ def complete_pair(values: Options, given: Options) -> None:
     values["latent_dim"] = latent
     for part in OF_PAIRS:
         values[part] = choose(part, given.get(part), first(part), PARTS[part])
+    if values["first"] and values["corruption"].name != first("corruption"):
+        raise UsageError(f"corruption: not used, since the q(z|x) of a {name} is frozen", settings=("corruption",))
     prior = values["prior"].name
     if layered and "guide" in PARTS["prior"][prior].classes[0].takes:
         raise UsageError(
@@ -241,7 +269,7 @@ def complete_bound(values: Options, given: Options) -> None:
     if "beta" not in bound.takes:
         why = f"with `elbo={elbo}` a weighted KL is not a bound on log p(x)"
         refuse(given, ("beta",), why, "elbo=elbo", of=f"elbo={elbo}")
-    elif values["beta"] is None:
+    elif values["beta"] is None and not values["first"]:
         values["beta"] = 1.0
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pyrovae.runs.scores import Scores
 
 Report = dict[str, Any]
+# Draws of z for each row, and of the latents above z for each of those, for a distance to the prior.
+AGGREGATE_DRAWS, PRIOR_DRAWS = 5, 100
 
 
 def report_on(
@@ -80,6 +82,7 @@ def report_on(
     if not exact:
         values |= of_terms(result, terms) | {"kl_forms": forms} | of_weights(result) | of_check(check, judgement)
         values |= how.proposal.computation() | {"worst_rows": worst(result), "curve": curve(result)}
+        values |= of_stages(model, batch, how.seed)
     values["reconstruction_quality"] = of_reconstructions(model, batch, rows)
     values["frechet"] = None if features is None else of_frechet(model, batch, features, how.seed)
     return values | provenance(model, batch, rows, how.seed)
@@ -161,6 +164,29 @@ def of_check(check: "Sandwich | Simulated | None", judgement: "Verdict") -> Repo
         # Of chains there are too few for an effective sample size or a k-hat to tell.
         values["unreliable_rows"] = []
     return values
+
+
+def of_stages(model: "Model", batch: "Batch", seed: int) -> Report:
+    """How far the codes of a first stage are from its prior, and from what a second stage made of them.
+
+    KL(q(z) || p(z)) in nats, with q(z) the aggregate posterior of these rows: of all of them for each row's draws
+    ("upper", for data at large too high), and of the others ("lower", too low). Nothing for other models.
+    """
+    from pyrovae.inference.information import aggregate_kl
+    from pyrovae.models import TwoStageVAE
+    from pyrovae.seeding import seeded
+
+    if not isinstance(model, TwoStageVAE) or len(batch) < 2:
+        return {}
+    found: Report = {}
+    for name, pair, site in (("first", model.first, "z"), ("joined", model, "z1")):
+        with seeded(seed, "aggregate posterior", device=batch.x.device):
+            distance = aggregate_kl(pair.model, pair.guide, batch.x, site, AGGREGATE_DRAWS, PRIOR_DRAWS)
+        found[name] = {
+            side: {"mean": e.mean, "error_over_rows": e.error_over_rows, "monte_carlo_error": e.monte_carlo_error}
+            for side, e in (("upper", distance.upper), ("lower", distance.lower))
+        }
+    return {"aggregate_kl": {**found, "draws": AGGREGATE_DRAWS, "draws_of_prior": PRIOR_DRAWS}}
 
 
 def worst(result: "LogMarginal") -> list[Report]:

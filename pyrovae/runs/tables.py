@@ -60,6 +60,20 @@ def quality_in_words(quality: Report) -> list[tuple[str, str, str]]:
     return lines
 
 
+def stages_in_words(values: Report) -> list[tuple[str, str, str]]:
+    """How far q(z) is from p(z) before and after a second stage: label, number and note of each line; none without."""
+    lines = []
+    for stage, label, note in (
+        ("first", "KL(q(z) || p(z)), before", "the first stage's prior"),
+        ("joined", "KL(q(z) || p(z)), after", "the second stage as the prior; too high by its bound"),
+    ):
+        if (found := values.get("aggregate_kl")) is not None:
+            upper, lower = found[stage]["upper"], found[stage]["lower"]
+            value = number(upper["mean"], upper["error_over_rows"])
+            lines.append((label, value, f"q(z) of these rows; of the others {lower['mean']:.2f}; {note}"))
+    return lines
+
+
 def heading(name: str, values: Report) -> list[str]:
     """What a report is about, in two lines: the rows, and what log p(x) is of them."""
     split = values["split"]
@@ -97,7 +111,7 @@ def describe(name: str, values: Report) -> str:
         line("gap, log p(x) - ELBO", number(values["gap"], values["gap_error_over_rows"]))
         line("reconstruction", number(values["reconstruction"]), "E log p(x|z)")
         line("KL(q(z|x) || p(z))", number(values["kl"]), in_words(values["kl_forms"]))
-        for label, count, note in units_in_words(values):
+        for label, count, note in [*stages_in_words(values), *units_in_words(values)]:
             line(label, count, note)
         ess, k_hat = values["ess"], values["pareto_k"]
         line("effective sample size", f"{ess['median']:.1f}", f"median; least {ess['min']:.1f}, of K = {values['K']}")
@@ -238,7 +252,7 @@ def short_table(recipe: Recipe, values: dict[str, Any], fitted: "Fit", seconds: 
         lines += [("verdict", values["verdict"], reason), *(("", "", part) for part in more)]
         lines.insert(1, (f"bound, {reported_bound(recipe)}", number(values["test_bound"]), "nats per datum"))
         lines.append(("KL(q(z|x) || p(z))", number(values["kl"]), f"nats per datum, {in_words(values['kl_forms'])}"))
-        lines += units_in_words(values)
+        lines += [*stages_in_words(values), *units_in_words(values)]
     if values["bits_per_dimension"] is not None:
         lines.append(("bits per dimension", f"{values['bits_per_dimension']:.4f}", ""))
     if quality := values["reconstruction_quality"]:

@@ -18,7 +18,7 @@ from pyrovae.inference.training.checkpoint import Checkpoint, kept_in, load_late
 from pyrovae.inference.training.record import Progress, Record
 from pyrovae.inference.training.trainer import Fit, fit
 from pyrovae.inference.verdicts import Kind
-from pyrovae.models import Exact, Gaussian, LatentLayers
+from pyrovae.models import Exact, Gaussian, LatentLayers, TwoStageVAE
 from pyrovae.processes import leading, several
 from pyrovae.processors import pick_device, threads
 from pyrovae.runs.baseline import MOST_ROWS
@@ -41,6 +41,7 @@ from pyrovae.runs.quality import epoch_metrics
 from pyrovae.runs.recipe import Options, Recipe, title, warnings
 from pyrovae.runs.report import Report, refuse_invalid, report_on
 from pyrovae.runs.scoring import Scoring, rows_of, score
+from pyrovae.runs.stages import FirstStage, first_stage
 from pyrovae.runs.tables import describe_bound, describe_model, short_table
 from pyrovae.seeding import seeded
 
@@ -180,6 +181,10 @@ def prepare(recipe: Recipe, directory: str | Path | None, resume: bool, say: Say
     device = pick_device(recipe.device)
     check_precision(recipe.precision, device)
     expected = recipe.data_hash
+    started = resume and directory is not None and kept_in(Path(directory))
+    below = first_stage(recipe.first) if recipe.first and not started else None
+    if below is not None and not resume:
+        recipe = below.taken_over(recipe)
     rows = build_rows(recipe)
     for note in rows.notices:
         say(f"note: {note}")
@@ -187,8 +192,10 @@ def prepare(recipe: Recipe, directory: str | Path | None, resume: bool, say: Say
         raise DataError(
             f"{directory}: the data has changed since the run started: hash {rows.hash[:12]} now, {expected[:12]} then"
         )
+    if below is not None:
+        below.check_rows(rows, recipe.first.name)
     recipe = settle(recipe, rows)
-    model = initialised_model(recipe, rows)
+    model = initialised_model(recipe, rows, below)
     check_optimizer(recipe, model)
     run = Run(fresh_directory(title(recipe)) if directory is None else Path(directory), recipe)
     return Prepared(run, rows, model, device, resume)
@@ -206,14 +213,16 @@ def begin_run(run: Run, resume: bool) -> Callable[[], None]:
     return begin
 
 
-def initialised_model(recipe: Recipe, rows: "Rows") -> "Model":
-    """The pair with its parameters drawn and started at the training rows."""
+def initialised_model(recipe: Recipe, rows: "Rows", below: FirstStage | None = None) -> "Model":
+    """The pair with its parameters drawn and started at the training rows, on a trained first stage if it has one."""
     with seeded(recipe.seed, "model"):
         model = build_model(recipe, rows.event_shape)
         if isinstance(model, Exact) and model.closed_form:
             spread = -(-len(rows.train) // MOST_ROWS)
             model.fit(rows.transform(rows.train[::spread]), recipe.seed, rows.validation)
             return model
+        if below is not None and isinstance(model, TwoStageVAE):
+            model.first.load_state_dict(below.vae.state_dict())
         spread = max(1, len(rows.train) // INITIAL_ROWS)
         given: Any = (value[::spread] for value in rows.given["train"])  # nothing, but for what takes it
         model.initialise(rows.transform(rows.train[::spread]), *given)
@@ -237,13 +246,15 @@ def announce(prepared: Prepared, say: Say) -> None:
     from torch import Tensor
 
     recipe, rows = prepared.run.recipe, prepared.rows
-    parameters = sum(p.numel() for p in prepared.model.parameters())
+    parameters = f"{sum(p.numel() for p in prepared.model.parameters()):,} parameters"
+    if frozen := sum(p.numel() for p in prepared.model.parameters() if not p.requires_grad):
+        parameters += f", of which the first stage's {frozen:,} are frozen"
     how = f", binarisation {rows.binarize}" if rows.binarize else ""
     counts = ", ".join(f"{len(getattr(rows, split))} {split}" for split in ("train", "validation", "test"))
     streamed = "" if isinstance(rows.train, Tensor) else ", training rows read from the file at every step"
     say(f"data   {recipe.data}: {counts} rows{streamed}")
     say(f"       {rows.measure.description}{how}")
-    say(f"model  {describe_model(recipe)}; {parameters:,} parameters")
+    say(f"model  {describe_model(recipe)}; {parameters}")
     precision = "" if recipe.precision == "fp32" else f", {recipe.precision}"
     say(f"bound  {describe_bound(recipe)}; seed {recipe.seed}, on {prepared.device.type}{precision}")
     say(f"run    {prepared.run.directory}")
