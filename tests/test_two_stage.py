@@ -361,7 +361,7 @@ def test_a_run_resumes_bit_for_bit(runs: Path, tmp_path: Path):
 def test_a_saved_configuration_asks_for_the_first_stage_as_it_was(runs: Path, tmp_path: Path):
     """It names the run and the hash of its weights: another run under that name is refused, and so is none."""
     options = {k: v for k, v in open_run(runs / "b").recipe.plain().items() if k not in ("data_hash", "event_shape")}
-    with pytest.raises(CheckpointError, match="the weights of .* are not those"):
+    with pytest.raises(CheckpointError, match=r"the weights of .* are not those"):
         train({**options, "first": {**options["first"], "weights": "0" * 64}}, tmp_path / "d")
     with pytest.raises(CheckpointError, match="no such run directory"):
         train({**options, "first": {**options["first"], "name": str(tmp_path / "gone")}}, tmp_path / "d")
