@@ -57,7 +57,7 @@ def trained(prior: Any = None, likelihood: Any = None, guide: Any = None, object
 
 def test_every_section_has_a_test() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
-    assert len(SECTIONS) == 9
+    assert len(SECTIONS) == 10
     assert [name for name in SECTIONS if f'run("{name}")' not in source] == []
 
 
@@ -177,6 +177,14 @@ def test_an_exact_baseline() -> None:
 
 
 @pytest.mark.slow
+def test_a_measure_of_reconstructions() -> None:
+    made = run("A measure of reconstructions")["QUALITIES"][-1]
+    x, y = torch.rand(4, 2, 3), torch.rand(4, 2, 3)
+    assert_close(made.of(x, y, 1.0), (x - y).abs().amax((1, 2)).double())
+    assert made.of(x, x, 1.0).tolist() == [0.0] * 4
+    assert made.column == "reconstruction_largest"
+
+
 def test_a_command_that_trains_many_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     made = run("A command that trains many runs")

@@ -448,7 +448,7 @@ def test_too_few_rows_are_refused_before_anything_is_scored(trained: Path, monke
 
 def test_rows_without_labels_need_features_of_ones_own() -> None:
     rows = replace(pyrovae.load_data("digits").rows("mass"), labels={"train": None, "validation": None, "test": None})
-    with pytest.raises(UsageError, match="no labels to train a classifier on; give features of your own"):
+    with pytest.raises(UsageError, match="no labels to train a classifier on; from Python, give features"):
         features.classifier_features(rows)
 
 

@@ -63,11 +63,13 @@ def classifier_features(rows: "Rows", device: torch.device | str = "cpu", say: S
     """
     labels, train = rows.labels, rows.train
     if labels["train"] is None or labels["test"] is None:
-        raise UsageError("features: the rows have no labels to train a classifier on; give features of your own")
+        raise UsageError(
+            "features: the rows have no labels to train a classifier on; from Python, give features of your own"
+        )
     classes = int(max(labels["train"].max(), labels["test"].max())) + 1
     if len(labels["train"].unique()) < 2:
         raise UsageError(
-            "features: the rows are all of one class, which needs no classifier; give features of your own"
+            "features: the rows are all of one class, which none can tell apart; from Python, give features of your own"
         )
     with seeded("classifier", device=device):
         image = is_image(rows.event_shape)
