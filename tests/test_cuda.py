@@ -5,7 +5,7 @@ import torch
 
 from pyrovae.data import load_data
 from pyrovae.errors import NumericalError
-from pyrovae.inference import ELBO, IWAE, Fit, LinearWarmup, Renyi, fit, log_marginal
+from pyrovae.inference import ELBO, IWAE, Constraint, Fit, LinearWarmup, Renyi, fit, log_marginal
 from pyrovae.inference.training.step import Step
 from pyrovae.models import (
     MLP,
@@ -130,8 +130,11 @@ def test_resuming_on_the_gpu_is_exact(tmp_path) -> None:
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters(), strict=True))
 
 
-def test_steps_as_one_cuda_graph_are_the_eager_steps_and_wait_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With dropout, a schedule of beta and one of the rate; nothing is read before an epoch ends."""
+@pytest.mark.parametrize("beta", [LinearWarmup(steps=100), Constraint(2.0)], ids=lambda beta: type(beta).__name__)
+def test_steps_as_one_cuda_graph_are_the_eager_steps_and_wait_for_nothing(
+    monkeypatch: pytest.MonkeyPatch, beta
+) -> None:
+    """With dropout, a beta that changes and a schedule of the rate; nothing is read before an epoch ends."""
     rows = load_data("digits").rows("mass")
     settle = Step.settle
 
@@ -161,7 +164,7 @@ def test_steps_as_one_cuda_graph_are_the_eager_steps_and_wait_for_nothing(monkey
 
         try:
             result = fit(
-                vae.model, vae.guide, rows.train[:1408], ELBO(beta=LinearWarmup(steps=100)), epochs=4, batch_size=32,
+                vae.model, vae.guide, rows.train[:1408], ELBO(beta=beta), epochs=4, batch_size=32,
                 transform=watched, device="cuda", progress=False, compile=mode, seed=1, on_epoch=rest,
                 schedule=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.1),
             )  # fmt: skip
@@ -173,6 +176,8 @@ def test_steps_as_one_cuda_graph_are_the_eager_steps_and_wait_for_nothing(monkey
     assert fitted.compiled
     bounds = [[epoch["train_bound"] for epoch in result.history] for result in (fitted, wanted)]
     assert bounds[0] == pytest.approx(bounds[1], rel=1e-4)
+    betas = [[epoch["beta"] for epoch in result.history] for result in (fitted, wanted)]
+    assert betas[0] == pytest.approx(betas[1], rel=1e-4)
     for p, q in zip(graph.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-2, rtol=1e-2)
 

@@ -178,10 +178,10 @@ def test_a_figure_shows_itself_in_a_notebook_without_pyplot() -> None:
 
 def test_training_curves_mark_the_argmax_of_the_validation_bound(metrics: pd.DataFrame) -> None:
     figure = plots.training_curves(metrics)
-    np.testing.assert_array_equal(line(figure, "best epoch"), [[4, -99.0]])
+    np.testing.assert_array_equal(line(figure, "best, epoch"), [[4, -99.0]])
     np.testing.assert_array_equal(line(figure, "train"), metrics[["epoch", "train_bound"]])
     without = plots.training_curves(metrics.drop(columns="validation_bound"))
-    np.testing.assert_array_equal(line(without, "best epoch"), [[5, -90.0]])
+    np.testing.assert_array_equal(line(without, "best, epoch"), [[5, -90.0]])
 
 
 def test_training_curves_keep_the_first_epochs_from_flattening_the_rest(metrics: pd.DataFrame) -> None:
@@ -218,7 +218,7 @@ def test_training_curves_sort_the_kl_of_each_dimension_by_the_last_epoch(metrics
 def test_training_curves_work_with_one_epoch_and_gaps(metrics: pd.DataFrame) -> None:
     one = plots.training_curves(metrics[:1])
     one.draw_without_rendering()
-    np.testing.assert_array_equal(line(one, "best epoch"), [[1, -9e4]])
+    np.testing.assert_array_equal(line(one, "best, epoch"), [[1, -9e4]])
     metrics.loc[[0, 2], "validation_bound"] = np.nan
     metrics.loc[4, "validation_bound"] = np.inf
     np.testing.assert_array_equal(line(plots.training_curves(metrics), "validation"), [[2, -112.0], [4, -99.0]])

@@ -23,7 +23,18 @@ from torch.testing import assert_close
 
 from pyrovae.data import load_data
 from pyrovae.errors import DataError, NumericalError, UsageError
-from pyrovae.inference import ELBO, IWAE, Capacity, LinearWarmup, Renyi, StickingTheLanding, adam, fit, measure
+from pyrovae.inference import (
+    ELBO,
+    IWAE,
+    Capacity,
+    Constraint,
+    LinearWarmup,
+    Renyi,
+    StickingTheLanding,
+    adam,
+    fit,
+    measure,
+)
 from pyrovae.inference import precision as rounding
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.objectives import ImportanceWeighted, OfParticles, as_objective
@@ -101,7 +112,7 @@ def gradients(step: Step, x: Tensor, seed: int = 5, number: int = 0) -> tuple[Te
     if step.is_compiled(batch):
         step.checked_gradient(batch, number)
     torch.manual_seed(seed)
-    loss, found = step.gradient(batch, number)
+    loss, found, _ = step.gradient(batch, number)
     return loss, [g for g in found if g is not None]
 
 
@@ -119,6 +130,7 @@ OBJECTIVES: dict[str, Callable] = {
     "sampled": lambda: ELBO(kl="sampled"),
     "warmup": lambda: ELBO(beta=LinearWarmup(steps=9)),
     "capacity": lambda: ELBO(2, beta=Capacity(3.0, steps=9)),
+    "constraint": lambda: ELBO(2, beta=Constraint(3.0)),
     "iwae": lambda: IWAE(5, 2),
     "renyi": lambda: Renyi(0.5, 4),
     "sticking": lambda: StickingTheLanding(3, 2),

@@ -38,6 +38,7 @@ from pyrovae.inference.proposals import Widened as Widened
 from pyrovae.inference.repairs import repair as repair
 from pyrovae.inference.schedules import Capacity as Capacity
 from pyrovae.inference.schedules import Constant as Constant
+from pyrovae.inference.schedules import Constraint as Constraint
 from pyrovae.inference.schedules import Cyclical as Cyclical
 from pyrovae.inference.schedules import LinearWarmup as LinearWarmup
 from pyrovae.inference.simulation import Simulated as Simulated

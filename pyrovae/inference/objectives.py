@@ -45,7 +45,7 @@ from pyrovae.errors import PairError, UsageError
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.kl import kl_terms
 from pyrovae.inference.pair import Pair
-from pyrovae.inference.schedules import Constant, Schedule
+from pyrovae.inference.schedules import Constant, Constraint, Schedule
 from pyrovae.inference.weights import Particles, draw, log_mean_exp
 
 # Closer to 1 than this, Renyi's bound differs from the ELBO by less than its rounding error.
@@ -54,9 +54,15 @@ ALPHA_TOLERANCE = 1e-4
 
 @dataclass
 class Taken:
-    """How many losses were differentiated, for loops that keep no count of steps: SVI's, and one in torch."""
+    """How many losses were differentiated, for loops that keep no count of steps: SVI's, and one in torch.
+
+    Attributes:
+        steps: How many.
+        beta: What a constraint has adapted it to.
+    """
 
     steps: int = 0
+    beta: Tensor | None = None
 
 
 class Objective(PyroELBO, ABC):
@@ -105,6 +111,11 @@ class Objective(PyroELBO, ABC):
         """The numbers that depend on the gradient step, such as beta: recorded, and inputs of compiled steps."""
 
     @property
+    def constraint(self) -> Constraint | None:
+        """What adapts the beta of `settings` to what steps find; None: it depends on their number alone."""
+        return None
+
+    @property
     @final
     def taken(self) -> Taken:
         """The count of steps of loops that do not count by themselves; no part of the value.
@@ -143,18 +154,27 @@ class Objective(PyroELBO, ABC):
     @final
     def bound_of(self, pair: Pair, batch: Batch) -> Tensor:
         """`bound` of a pair whose modules are known: to look for them takes a third of a millisecond."""
+        return self.bound_and_terms(pair, batch)[0]
+
+    @final
+    def bound_and_terms(self, pair: Pair, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What is maximised after the steps taken, shape (N,), and the terms that it is made of, (T, M * K, N)."""
         terms = self.draw(pair, batch, sum(self.chunks()))
-        bound = self.combine(terms, **self.settings(self.taken.steps))
+        adapted = {} if self.taken.beta is None else {"beta": self.taken.beta}
+        bound = self.combine(terms, **self.settings(self.taken.steps) | adapted)
         check_per_datum(self, bound, len(batch))
-        return bound
+        return bound, terms
 
     @final
     def loss_of(self, pair: Pair, batch: Batch) -> Tensor:
         """-bound summed over the batch, a differentiable scalar in nats; a step, if it is differentiated."""
-        loss = -self.bound_of(pair, batch).sum()
+        bound, terms = self.bound_and_terms(pair, batch)
         if torch.is_grad_enabled():
+            if self.constraint is not None:
+                beta = self.constraint.tensor(terms.device) if self.taken.beta is None else self.taken.beta
+                self.taken.beta = self.constraint.adapted(beta, *self.constraint.observed(terms))
             self.taken.steps += 1
-        return loss
+        return -bound.sum()
 
     @final
     def differentiable_loss(self, model: Callable, guide: Callable, x: Tensor, *given: Tensor) -> Tensor:
@@ -335,7 +355,8 @@ class ELBO(OfParticles):
 
     The KL of a site is analytic where it exists (see `analytic_kl`), else log q - log p at the draw; `kl_forms` tells
     which. With beta > 1 the value is a looser lower bound on log p(x); with beta < 1 it may exceed log p(x), as it may
-    under a `Capacity` while the KL is near C. `of` is the ELBO, whatever beta is.
+    under a `Constraint` that is not tight, and under a `Capacity` while the KL is near C. `of` is the ELBO, whatever
+    beta is.
 
     Args:
         num_particles: Number of draws averaged.
@@ -363,6 +384,10 @@ class ELBO(OfParticles):
     def schedule(self) -> Schedule:
         """How beta depends on the step."""
         return self.beta if isinstance(self.beta, Schedule) else Constant(float(self.beta))
+
+    @property
+    def constraint(self) -> Constraint | None:
+        return self.beta if isinstance(self.beta, Constraint) else None
 
     def terms(self, particles: Particles) -> Tensor:
         """log p(x|z) and KL(q(z|x) || p(z)) of all sites, shape (2, K', N)."""

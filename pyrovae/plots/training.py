@@ -40,8 +40,8 @@ def training_curves(metrics: DataFrame, title: str | None = None) -> Figure:
     says how many.
 
     Args:
-        metrics: One row per epoch. `epoch`, and any of `train_bound`, `validation_bound` (its maximum is marked as
-            the best epoch; that of `train_bound` where there is no validation), `validation_elbo`,
+        metrics: One row per epoch. `epoch`, and any of `train_bound`, `validation_bound` (its maximum is marked; that
+            of `train_bound` where there is no validation), `validation_elbo`,
             `reconstruction`, `kl` and `kl_<site>[<dimension>]` in nats per datum; `active_units`; `beta`, drawn
             unless always 1; `learning_rate`, drawn if it changes; `reconstruction_sse`, `reconstruction_psnr` and
             `reconstruction_ssim`, each with an axis of its own.
@@ -187,7 +187,7 @@ def _draw_bounds(axes: Axes, epoch: np.ndarray, bounds: dict[str, np.ndarray]) -
     judged = "validation_bound" if "validation_bound" in bounds else next(iter(bounds))
     finite = np.where(np.isfinite(bounds[judged]), bounds[judged], -np.inf)
     best = int(finite.argmax())
-    label = f"best epoch {epoch[best]:g}: {in_nats(finite[best])}"
+    label = f"best, epoch {epoch[best]:g}: {in_nats(finite[best])}"
     axes.axvline(epoch[best], color=FAINT, linewidth=0.8)
     axes.plot(epoch[best], finite[best], "*", color=INK, markersize=11, linestyle="none", label=label)
     axes.set_title("bound", fontsize="medium")

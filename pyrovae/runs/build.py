@@ -160,11 +160,13 @@ def build_objective(recipe: Recipe, steps_per_epoch: int = 1) -> "PyroELBO":
 
 def build_beta(value: float | str | None, steps_per_epoch: int) -> Any:
     """A number, or the schedule that a string such as warmup:10 names; 1 where there is none."""
-    from pyrovae.inference.schedules import Capacity, Cyclical, LinearWarmup
+    from pyrovae.inference.schedules import Capacity, Constraint, Cyclical, LinearWarmup
 
     if not isinstance(value, str):
         return 1.0 if value is None else value
     kind, *numbers = value.split(":")
+    if kind == "constraint":
+        return Constraint(float(numbers[0]))
     steps = int(numbers[-1]) * steps_per_epoch
     if kind == "warmup":
         return LinearWarmup(steps=steps)

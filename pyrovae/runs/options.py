@@ -37,7 +37,7 @@ class Beta:
     """The weight of a KL: a number, or a schedule in epochs."""
 
     def __str__(self) -> str:
-        return "a number of at least 0, warmup:EPOCHS, cyclical:EPOCHS or capacity:NATS:EPOCHS"
+        return "a number of at least 0, warmup:EPOCHS, cyclical:EPOCHS, capacity:NATS:EPOCHS or constraint:NATS"
 
     def holds(self, value: object) -> bool:
         return isinstance(value, str) or Number(least=0).holds(value)
@@ -48,6 +48,8 @@ class Beta:
             return f"{name}:{self.part(Whole(), numbers[0])}"
         if name == "capacity" and len(numbers) == 2:
             return f"capacity:{self.part(Number(least=0), numbers[0]):g}:{self.part(Whole(), numbers[1])}"
+        if name == "constraint" and len(numbers) == 1:
+            return f"constraint:{self.part(Number(above=0), numbers[0]):g}"
         return Number().read(word)
 
     def part(self, kind: Whole | Number, word: str) -> Any:
@@ -95,8 +97,9 @@ OPTIONS: dict[str, dict[str, Setting]] = {
         "beta": Setting(
             Beta(),
             None,
-            "weight of the KL, only with elbo: a number, warmup:EPOCHS, cyclical:EPOCHS or capacity:NATS:EPOCHS; above "
-            "1 a looser lower bound is maximised, below 1 what may exceed log p(x) (default 1)",
+            "weight of the KL, only with elbo: a number, warmup:EPOCHS, cyclical:EPOCHS, capacity:NATS:EPOCHS, or "
+            "constraint:NATS, adapted so that the KL is at most so many nats; above 1 a looser lower bound is "
+            "maximised, below 1 what may exceed log p(x) (default 1)",
             "BETA",
         ),
     },

@@ -110,6 +110,11 @@ class Recipe:
         return (NOT_OF_EXACT if self.is_exact else {}) | (NOT_OF_CLOSED_FORM if self.is_closed_form else {})
 
     @property
+    def is_constrained(self) -> bool:
+        """Whether the KL is held below a number of nats, so that the last epoch is kept and not the best."""
+        return is_constraint(self.beta)
+
+    @property
     def measure(self) -> str | None:
         """Of log p(x), a "mass" or a "density"; None while the likelihood is left to the data."""
         return PARTS["likelihood"][self.likelihood.name].measure if self.likelihood else None
@@ -271,6 +276,13 @@ def complete_bound(values: Options, given: Options) -> None:
         refuse(given, ("beta",), why, "elbo=elbo", of=f"elbo={elbo}")
     elif values["beta"] is None and not values["first"]:
         values["beta"] = 1.0
+    elif is_constraint(values["beta"]):
+        refuse(given, ("patience",), "under a constraint the last epoch is kept")
+
+
+def is_constraint(beta: float | str | None) -> bool:
+    """Whether a weight of the KL is a constraint on it."""
+    return isinstance(beta, str) and beta.startswith("constraint:")
 
 
 def choose_likelihood(value: Any, model: Part) -> Part:

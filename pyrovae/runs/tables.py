@@ -219,9 +219,10 @@ def reported_bound(recipe: Recipe) -> str:
     return words
 
 
-def epochs_in_words(fitted: "Fit") -> str:
+def epochs_in_words(recipe: Recipe, fitted: "Fit") -> str:
     """Which of its epochs a training run kept, and how fast they were."""
-    words = f"the best {fitted.best_epoch}; {fitted.metrics['rows_per_second'].median():,.0f} rows/s"
+    kept = "the last is kept" if recipe.is_constrained else f"the best {fitted.best_epoch}"
+    words = f"{kept}; {fitted.metrics['rows_per_second'].median():,.0f} rows/s"
     if fitted.compile_seconds:
         words += f"; {fitted.compile_seconds:.1f} s of the training went into compiling"
     return words + ("; stopped early" if fitted.stopped == "early" else "")
@@ -259,7 +260,7 @@ def short_table(recipe: Recipe, values: dict[str, Any], fitted: "Fit", seconds: 
         lines += [(f"reconstruction {label}", value, note) for label, value, note in quality_in_words(quality)]
         lines.append(("", "", "the reconstruction's are no likelihoods"))
     if not recipe.is_closed_form:
-        lines.append(("epochs", f"{len(fitted.history)}", epochs_in_words(fitted)))
+        lines.append(("epochs", f"{len(fitted.history)}", epochs_in_words(recipe, fitted)))
     stages = {name: round(value, 1) for name, value in seconds.items()}  # rounded first, so that the line adds up
     parts = ", ".join(f"{name} {value:.1f}" for name, value in stages.items())
     lines.append(("time", f"{sum(stages.values()):.1f} s", parts))

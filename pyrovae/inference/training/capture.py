@@ -43,7 +43,7 @@ class Captured:
         """Whether the optimiser has other settings, such as a learning rate, than those in the graph."""
         return self.hyperparameters != hyperparameters(self.optimizer)
 
-    def __call__(self, batch: Batch, settings: Iterable[float]) -> None:
+    def __call__(self, batch: Batch, settings: Iterable[float | Tensor]) -> None:
         for tensor, value in zip(self.tensors, batch.tensors, strict=True):
             tensor.copy_(value)
         for tensor, setting in zip(self.settings, settings, strict=True):

@@ -13,9 +13,10 @@ from pyrovae.errors import NumericalError, PyrovaeError
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.objectives import Objective
 from pyrovae.inference.pair import Pair
+from pyrovae.inference.schedules import Constraint
 from pyrovae.inference.training import checkpoint as checkpoints
 from pyrovae.inference.training.batches import Source
-from pyrovae.inference.training.record import Progress
+from pyrovae.inference.training.record import Metrics, Progress
 from pyrovae.inference.training.settings import Settings
 from pyrovae.inference.training.step import Step
 from pyrovae.inference.weights import draw, sample_sites
@@ -136,3 +137,15 @@ def look_for_divergence(state: Progress, notice: Callable[[str], None]) -> None:
             f"training diverged: {found}followed by {last:.6g} in the last one; the best is kept, and a lower "
             "learning rate may find a better one"
         )
+
+
+def look_at_constraint(constraint: Constraint, metrics: Metrics, notice: Callable[[str], None]) -> None:
+    """Say that a constraint is not met, or that it has no effect, as far as the validation rows show it."""
+    kl, beta, limit = metrics.get("kl"), metrics["beta"], constraint.limit
+    if kl is not None and kl > 1.1 * limit:
+        notice(
+            f"the KL of the validation rows, {kl:.4g} nats, is above the {limit:g} that the constraint allows on the "
+            "training rows: train for longer, or at a lower learning rate"
+        )
+    elif beta <= constraint.least:
+        notice(f"the constraint KL <= {limit:g} nats is not active: beta is at its least, {constraint.least:g}")

@@ -2,7 +2,7 @@ r"""The loss of a pair on a batch and its gradient, as modules that can be run a
 
 The loss is -sum_n L_n, with the bound L_n of an objective:
 
-    Gradient    (x, *given, *settings)  ->  loss, gradients
+    Gradient    (x, *given, *settings)  ->  loss, gradients, and what the objective's constraint observes of t_kn
     Terms       (x, *given)             ->  t_kn, what the objective makes of each particle and datum
     Pullback    (x, *given, s)          ->  the gradients of sum_kn s_kn t_kn
 
@@ -91,7 +91,7 @@ class Part(nn.Module, ABC):
 
 
 class Gradient(Part):
-    """(x, *given, *settings) -> loss, gradients; None for parameters on which the loss does not depend."""
+    """(x, *given, *settings) -> loss, gradients, observed; None for parameters on which the loss does not depend."""
 
     def compute(self, leaves: Sequence[Tensor], *inputs: Any) -> Any:
         tensors = len(inputs) - len(self.settings)
@@ -100,7 +100,9 @@ class Gradient(Part):
             settings = dict(zip(self.settings, inputs[tensors:], strict=True))
             loss = -self.objective.combine(terms, **settings).sum()
             gradients = self.gradients(loss, leaves)
-        return loss.detach(), *gradients
+            constraint = self.objective.constraint
+            observed = () if constraint is None else constraint.observed(terms)
+        return loss.detach(), *gradients, *observed
 
 
 class Terms(Part):

@@ -65,6 +65,7 @@ class Progress:
     best_step: int | None = None
     compiled: list[int] | None = None  # numbers of rows for which steps are compiled, once that is decided
     refused: str | None = None  # why they could not be
+    beta: float | None = None  # to which a constraint has adapted it
     history: list[Metrics] = field(default_factory=list)
 
 

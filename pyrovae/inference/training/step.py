@@ -7,6 +7,7 @@ by the same operations as one compiled graph (see `tracing`):
 
 What changes between steps is an input of the graph (the parameters, the batch, the objective's `settings`) or a random
 operation in it (noise, dropout). On a CUDA device the whole step, update included, is then captured as one CUDA graph.
+A constraint on the KL adapts its beta to the KL of the batch, which such a graph gives beside the gradients.
 
 In chunks of particles, with t_kn the `terms` of particle k and datum n, of which L_n is a function,
 
@@ -56,6 +57,8 @@ class NotFinite(ArithmeticError):
 
 
 Shapes = tuple[torch.Size, ...]
+# The loss of a batch, its gradients, and what the objective's constraint observed, if it has one.
+Found = tuple[Tensor, list[Tensor | None], list[Tensor]]
 
 
 def shapes_of(batch: Batch) -> Shapes:
@@ -74,6 +77,7 @@ class Step:
         particle_chunk: Particles at a time, for memory; None: all.
         precision: "fp32"; "tf32", which the caller sets in torch; "bf16-mixed", with matrix products in bfloat16.
         together: Sums a vector over processes, each of which steps on rows of its own.
+        beta: To what the objective's constraint had adapted its beta; None: to nothing yet.
         on_notice: Called with a sentence when something was compiled.
         on_refusal: Called with one when it could not be.
 
@@ -92,6 +96,7 @@ class Step:
         particle_chunk: int | None = None,
         precision: str = "fp32",
         together: Callable[[Tensor], Tensor] | None = None,
+        beta: float | None = None,
         on_notice: Callable[[str], None] | None = None,
         on_refusal: Callable[[str], None] | None = None,
     ) -> None:
@@ -116,6 +121,8 @@ class Step:
         self.taken_on: dict[Shapes, int] = {}
         self.captured: dict[Shapes, Captured] = {}
         device = self.parameters[0].device
+        self.constraint = objective.constraint
+        self.beta = None if self.constraint is None else self.constraint.tensor(device, beta)
         # On a GPU nothing is read back within an epoch: the optimiser itself leaves out what is not finite.
         self.deferred = device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False)
         capturable = all(group.get("capturable", False) for group in optimizer.param_groups)
@@ -143,12 +150,13 @@ class Step:
         due = self.is_compiled(batch) and self.is_due(batch)
         if self.capturing and not due and self.replay(batch, number):
             return None
-        loss, gradients = self.checked_gradient(batch, number) if due else self.gradient(batch, number)
+        found = self.checked_gradient(batch, number) if due else self.gradient(batch, number)
         if absent:
-            loss, gradients = loss * 0, [None if g is None else g * 0 for g in gradients]
+            loss, gradients, observed = found
+            found = loss * 0, [None if g is None else g * 0 for g in gradients], [value * 0 for value in observed]
         if self.together is not None:
-            loss, gradients = self.summed(loss, gradients, due)
-        return self.update(loss, gradients)
+            found = self.summed(*found, due)
+        return self.update(*found)
 
     def is_due(self, batch: Batch) -> bool:
         """Whether compiled code for the shapes of a batch has to be compared with the pair, or made."""
@@ -156,32 +164,36 @@ class Step:
         count = self.steps_since[shapes] = self.steps_since.get(shapes, -1) + 1
         return count == 0 or (shapes in self.stale and count >= RECHECK)
 
+    def values(self, number: int) -> dict[str, float | Tensor]:
+        """The numbers of the objective that change from step to step, by name."""
+        adapted = {} if self.beta is None else {"beta": self.beta}
+        return {**self.objective.settings(number), **adapted}
+
     def settings(self, batch: Batch, number: int) -> list[Tensor]:
-        """The numbers of the objective that change from step to step, in the precision of x."""
+        """`values` in the precision of x; a GPU is not waited for."""
         x = batch.x
         dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
-        values = self.objective.settings(number).values()
-        return [torch.full((), value, dtype=dtype, device=x.device) for value in values]  # a GPU is not waited for
+        return [torch.empty((), dtype=dtype, device=x.device).fill_(value) for value in self.values(number).values()]
 
     def is_compiled(self, batch: Batch) -> bool:
         """Whether steps on as many rows are compiled."""
         wanted = self.compiled if isinstance(self.compiled, bool) else len(batch) in self.compiled
         return wanted and self.refused is None
 
-    def checked_gradient(self, batch: Batch, number: int) -> tuple[Tensor, list[Tensor | None]]:
+    def checked_gradient(self, batch: Batch, number: int) -> Found:
         """`gradient` by compiled code, compiled if it is new, and compared with the pair itself on the same noise.
 
         Where that cannot be had, from here on everything is computed by the pair itself, on the same noise as well.
         """
         before, held, started = Before(self.pair, batch.x.device), held_by(self.pair), time.perf_counter()
         new, known = self.held is None, len(self.codes)
-        loss, gradients = self.gradient(batch, number, compiled=False)
+        loss, gradients, _ = self.gradient(batch, number, compiled=False)
         wanted = [loss, *(g for g in gradients if g is not None)]
         try:
             if name := changed(held, held_by(self.pair)):
                 raise Refused(f"running the pair changes {name}, which a graph would not")
             before.restore()
-            loss, gradients = self.gradient(batch, number)
+            loss, gradients, observed = self.gradient(batch, number)
             compare_gradients(
                 [loss, *(g for g in gradients if g is not None)],
                 wanted,
@@ -201,7 +213,7 @@ class Step:
         self.held = held if self.held is None else self.held
         self.steps_since[shapes_of(batch)] = 0
         self.stale.discard(shapes_of(batch))
-        return loss, gradients
+        return loss, gradients, observed
 
     def refuse(self, why: str) -> None:
         """Compute everything by the pair itself from here on."""
@@ -210,8 +222,8 @@ class Step:
         self.captured.clear()
         self.on_refusal(f"not compiled, so slower: {why}")
 
-    def gradient(self, batch: Batch, number: int, compiled: bool = True) -> tuple[Tensor, list[Tensor | None]]:
-        """The loss of a batch and the gradients of `parameters`; of all particles in one, or in chunks.
+    def gradient(self, batch: Batch, number: int, compiled: bool = True) -> Found:
+        """The loss of a batch, the gradients of `parameters`, and what is observed; of all particles, or in chunks.
 
         Args:
             batch: N rows of data.
@@ -221,8 +233,7 @@ class Step:
         make = self.code if compiled and self.is_compiled(batch) else self.part
         tensors, settings = batch.tensors, self.settings(batch, number)
         if len(self.sizes) == 1:
-            loss, *gradients = make(Gradient, *tensors, *settings)(*tensors, *settings)
-            return loss, gradients
+            return self.parted(make(Gradient, *tensors, *settings)(*tensors, *settings))
         device = batch.x.device
         # From torch's generator on the CPU, which waits for no device.
         seed = int(torch.randint(2**62, ()).item())
@@ -231,13 +242,20 @@ class Step:
             named = dict(zip(self.objective.settings(number), settings, strict=True))
             loss = -self.objective.combine(terms, **named).sum()
             (slope,) = torch.autograd.grad(loss, terms)
+        observed = [] if self.constraint is None else [*self.constraint.observed(terms)]
         sums: list[Tensor | None] = []
         for i, (k, piece) in enumerate(zip(self.sizes, slope.split(self.sizes, 1), strict=True)):
             reseed(seed + i, device)
             inputs = (*tensors, piece.contiguous())
             gradients = list(make(Pullback, *inputs, num_particles=k)(*inputs))
             sums = gradients if i == 0 else [a if b is None else a + b for a, b in zip(sums, gradients, strict=True)]
-        return loss.detach(), sums
+        return loss.detach(), sums, observed
+
+    def parted(self, outputs: Sequence[Any]) -> Found:
+        """What a `Gradient` gives, in its three parts."""
+        loss, *rest = outputs
+        count = len(self.parameters)
+        return loss, rest[:count], rest[count:]
 
     def terms(self, batch: Batch, seed: int, make: Callable[..., Callable[..., Tensor]]) -> Tensor:
         """The terms of all particles, chunk by chunk, each chunk on noise of its own seed."""
@@ -288,36 +306,41 @@ class Step:
                 self.capturing = False
                 self.on_notice(f"not captured as a CUDA graph, so slower: {why}")
                 return False
-        self.captured[shapes](batch, self.objective.settings(number).values())
+        self.captured[shapes](batch, self.values(number).values())
         return True
 
     def taking(self, code: Code) -> Callable[..., None]:
         """A step by compiled code, as a function of its inputs."""
 
         def take(*inputs: Tensor) -> None:
-            loss, *gradients = code(*inputs)
-            self.update(loss, gradients)
+            self.update(*self.parted(code(*inputs)))
 
         return take
 
-    def summed(self, loss: Tensor, gradients: Sequence[Tensor | None], due: bool) -> tuple[Tensor, list[Tensor | None]]:
+    def summed(self, loss: Tensor, gradients: Sequence[Tensor | None], observed: Sequence[Tensor], due: bool) -> Found:
         """The sums over processes; a gradient is None if it is None in all of them."""
         assert self.together is not None
         have = torch.tensor([float(self.refused is not None), *(g is not None for g in gradients)])
         filled = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, gradients, strict=True)]
-        own = [loss.reshape(1), have.to(loss), *(g.flatten() for g in filled)]
+        own = [
+            loss.reshape(1),
+            have.to(loss),
+            *(g.flatten() for g in filled),
+            *(value.reshape(1) for value in observed),
+        ]
         total, had, *pieces = self.together(torch.cat(own)).split([len(piece) for piece in own])
+        count = len(self.parameters)
         if self.refused is None and (due or not self.deferred) and had[0] > 0:
             self.refuse("another process could not compile it")
         sums: list[Tensor | None] = [
-            piece.reshape(p.shape).to(p.dtype) for piece, p in zip(pieces, self.parameters, strict=True)
+            piece.reshape(p.shape).to(p.dtype) for piece, p in zip(pieces[:count], self.parameters, strict=True)
         ]
         if any(g is None for g in gradients):
             sums = [g if count else None for g, count in zip(sums, had[1:].tolist(), strict=True)]
-        return total[0], sums
+        return total[0], sums, [piece[0] for piece in pieces[count:]]
 
-    def update(self, loss: Tensor, gradients: Sequence[Tensor | None]) -> float | None:
-        """Let the optimiser take a step, unless a number is not finite; the loss, where it can be read."""
+    def update(self, loss: Tensor, gradients: Sequence[Tensor | None], observed: Sequence[Tensor]) -> float | None:
+        """Let optimiser and constraint take a step, unless a number is not finite; the loss, where it can be read."""
         value, size = None, get_total_norm([g for g in gradients if g is not None])
         if self.deferred:
             # Once 1 it stays 1, so that nothing is updated any more.
@@ -333,6 +356,9 @@ class Step:
         self.optimizer.step()
         for parameter in self.parameters:
             parameter.grad = None
+        if self.constraint is not None and self.beta is not None:
+            beta = self.constraint.adapted(self.beta, *observed)
+            self.beta.copy_(torch.where(self.failed > 0, self.beta, beta))
         return value
 
     def settle(self) -> float:

@@ -30,7 +30,7 @@ from pyrovae.inference.tracing.checked import Before
 from pyrovae.inference.training import checkpoint as checkpoints
 from pyrovae.inference.training.batches import Data, RowSource, Source, unchanged
 from pyrovae.inference.training.counts import worth_compiling
-from pyrovae.inference.training.diagnosis import Diagnosis, look_for_divergence
+from pyrovae.inference.training.diagnosis import Diagnosis, look_at_constraint, look_for_divergence
 from pyrovae.inference.training.gradients import check_chunk
 from pyrovae.inference.training.optimizers import Factory, adam, check_layout
 from pyrovae.inference.training.processes import Processes, accelerated, is_of_the_network
@@ -91,7 +91,7 @@ def fit(
         schedule: Makes a scheduler of the optimiser; it is stepped once per epoch.
         given: What everything is conditioned on, such as labels: tensors with a row for each of the data.
         validation: Rows of shape (V, *event), not transformed. The epoch of the best validation bound (with beta = 1)
-            is kept; without them, the last.
+            is kept; without them, or under a `Constraint`, the last.
         validation_given: What is given beside them.
         transform: Maps a batch of rows to x, e.g. a binarisation drawn anew at every step.
         patience: Stop after so many epochs without a better validation bound.
@@ -152,6 +152,8 @@ def fit(
     if compile not in ("auto", "on", "off"):
         raise UsageError(f"compile: expected auto, on or off, got {compile!r}")
     check_chunk(goal, particle_chunk)
+    if patience is not None and goal.constraint is not None:
+        raise UsageError("patience: not used, since under a constraint the last epoch is kept; leave it out")
     requested = None if device is None else torch.device(device)
     if requested is not None and requested.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device: {requested} asked for, but torch sees no CUDA device; use cpu")
@@ -267,6 +269,7 @@ class Trainer:
             particle_chunk=self.settings.particle_chunk,
             precision=self.settings.precision,
             together=None if self.processes.alone else self.processes.total,
+            beta=self.progress.beta,
             on_notice=self.notice,
             on_refusal=self.notice.not_compiled,
         )
@@ -329,6 +332,8 @@ class Trainer:
         record.close()
         if stopped != "interrupted":
             look_for_divergence(state, self.notice)
+            if (constraint := self.objective.constraint) is not None:
+                look_at_constraint(constraint, state.history[-1], self.notice)
         if stopped != "interrupted" and self.keeper.best_weights is not None:
             checkpoints.assign(self.pair.tensors(), self.keeper.best_weights, "best epoch")
         compiled = bool(self.step.codes)
@@ -370,6 +375,7 @@ class Trainer:
             raise
         finally:
             state.refused = self.step.refused
+            state.beta = None if self.step.beta is None else self.step.beta.item()
             state.seconds += time.perf_counter() - started - (self.step.compile_seconds - compiling)
         return state.batch == len(batches)
 
@@ -416,7 +422,7 @@ class Trainer:
                     self.pair.tensors().values()
                 )  # moments of batch normalisation are each process's own
             metrics |= self.validate()
-        metrics |= self.objective.settings(state.step)
+        metrics |= {name: float(value) for name, value in self.step.values(state.step).items()}
         metrics["learning_rate"] = float(self.keeper.optimizer.param_groups[0]["lr"])
         metrics["rows_per_second"] = state.rows / max(state.seconds, 1e-9)
         metrics["seconds"] = state.seconds
@@ -427,7 +433,8 @@ class Trainer:
         state.batch, state.total, state.rows, state.seconds = 0, 0.0, 0, 0.0
         if self.keeper.scheduler is not None:
             self.keeper.scheduler.step()
-        improved = self.validation is None or bound > state.best_bound
+        # Under a constraint a better bound may be one that breaks it: there the last epoch is kept.
+        improved = self.validation is None or self.objective.constraint is not None or bound > state.best_bound
         if not math.isfinite(bound) and self.validation is not None:
             self.notice(f"epoch {state.epoch}: the validation bound is {bound}, so it cannot be the best")
         if improved:
