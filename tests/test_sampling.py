@@ -1,6 +1,7 @@
 """`python -m pyrovae.sample` and `encode`: what is in the files is what the model says, in the units of the data."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pyrovae
 from pyrovae import encode, sample
 from pyrovae.data.others import other_rows
 from pyrovae.errors import CheckpointError, DataError, UsageError
+from pyrovae.inference import log_prob_missing
 from pyrovae.models import PPCA, BernoulliMixture, LatentLayers
 from pyrovae.quality import sse
 from pyrovae.runs.directory import Run
@@ -360,3 +362,17 @@ def test_a_file_that_is_there_is_replaced_on_demand_and_only_by_its_kind(digits:
         return
     with pytest.raises(UsageError, match="closed cannot be written to"):
         sample.command([*words, "closed/x.npz"])
+
+
+@pytest.mark.slow
+def test_what_the_page_shows_from_python_runs() -> None:
+    """Halves of digits are drawn among some hundred of the thousand weighted draws, and their log p is finite."""
+    page = Path(__file__).parents[1] / "docs" / "looking.md"
+    (block,) = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    names: dict[str, Any] = {}
+    exec(compile(block, str(page), "exec"), names)
+    assert names["filled"].ess.median() > 100
+    assert torch.equal(names["filled"].draws[..., :4, :], names["x"][:8, :, :4].expand(100, -1, -1, -1, -1))
+    assert names["between"].shape == (11, 1, 8, 8)
+    assert names["near"].shape == (8, 1, 8, 8)
+    assert (log_prob_missing(names["whole"], names["part"]).values < 0).all()

@@ -42,6 +42,16 @@ class Masked(nn.Module):
 
     Raises:
         UsageError: `fill` is not of the event's shape.
+
+    Example:
+        >>> import torch
+        >>> from pyrovae.inference import impute
+        >>> from pyrovae.models import MLP, VAE, Bernoulli, MeanFieldNormal, StandardNormal
+        >>> vae = VAE(StandardNormal(2), Bernoulli(MLP(2, 3)), MeanFieldNormal(MLP(3), 2))
+        >>> masked = Masked(vae, fill=torch.full((3,), 0.5))
+        >>> x, seen = torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([True, True, False])
+        >>> impute(masked.model, masked.guide, x, seen, num_draws=2).draws[..., :2].tolist()
+        [[[1.0, 0.0]], [[1.0, 0.0]]]
     """
 
     fill: Tensor
