@@ -1,6 +1,7 @@
 """Figures hold the data that they were given, and leave matplotlib's global state alone."""
 
 import ast
+import io
 import math
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from matplotlib.collections import PathCollection, QuadMesh
 from matplotlib.colors import to_rgb
 from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
+from matplotlib.image import AxesImage, imread
 from matplotlib.text import Text
 
 from pyrovae import plots
@@ -719,3 +720,40 @@ def test_densities_are_of_the_plane() -> None:
         plots.densities(torch.randn(5, 2), {})
     with pytest.raises(UsageError, match=r"'one' gives a log p\(x\) of shape \(6400, 1\), expected \(6400,\)"):
         plots.densities(torch.randn(5, 2), {"one": lambda x: x[:, :1]})
+
+
+def test_a_film_shows_each_frame_as_it_is_and_goes_back() -> None:
+    """Grey levels to the last, ink inverted; frames there and back without the ends twice; pictures side by side."""
+    from PIL import Image
+
+    levels = torch.tensor([0.0, 0.2, 0.6, 1.0])
+    frames = levels.view(4, 1, 1, 1, 1).expand(4, 3, 1, 28, 28)
+    for ink in (False, True):
+        with Image.open(io.BytesIO(plots.film(frames, plots.Style(ink=ink)))) as picture:
+            assert picture.n_frames == 6
+            assert picture.size == (3 * 112 + 4 * 4, 112 + 2 * 4)
+            shown = []
+            for i in range(6):
+                picture.seek(i)
+                shown.append(np.array(picture.convert("L"))[60, [60, 180, 290]].tolist())
+        wanted = [round(255 * (1 - level if ink else level)) for level in levels[[0, 1, 2, 3, 2, 1]].tolist()]
+        assert shown == [[level] * 3 for level in wanted]
+    with pytest.raises(UsageError, match="frames: expected shape"):
+        plots.film(torch.zeros(3, 2, 5))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_that_are_left_out_have_a_colour_of_their_own(channels: int) -> None:
+    x = torch.ones(2, 3, channels, 4, 4)
+    x[:, 1, :, 2:] = torch.nan
+    figure = plots.named_rows(x, ["a", "b"], ["x", "seen", "filled"], "caption")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    buffer.seek(0)
+    pixels = imread(buffer)[..., :3]
+    colour = np.array(to_rgb("#BBD6EA"))
+    share = (np.abs(pixels - colour).max(-1) < 0.01).mean()
+    tile = (np.abs(pixels - 1).max(-1) < 0.01).mean()
+    assert 0.01 < share < tile
+    with pytest.raises(UsageError, match=r"rows, columns: expected \(2, 3\) names, got 1 and 3"):
+        plots.named_rows(x, ["a"], ["x", "seen", "filled"], "caption")
