@@ -1585,3 +1585,25 @@ def test_a_whole_number_that_no_float_holds_is_refused_in_a_line(tmp_path: Path)
     (tmp_path / "x.csv").write_text(f"a,b\n1,2\n{'9' * 400},3\n3,4\n4,5\n")
     with pytest.raises(DataError, match="column 'a' is not numeric"):
         load_data(tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize("r", [2, 3])
+def test_rows_of_a_manifold_have_its_dimension_wherever_one_looks(r: int) -> None:
+    """The nearest rows of a row are in r directions, but for the curvature; all rows together are in many more."""
+    x = load_data(f"manifold-{r}-in-20").train.double()
+    assert x.shape[1:] == (20,)
+    every = torch.linalg.svdvals(x - x.mean(0))
+    assert every[2 * r] > 0.05 * every[0]
+    for i in range(0, len(x), 800):
+        near = x[(x - x[i]).square().sum(1).argsort()[:25]]
+        values = torch.linalg.svdvals(near - near.mean(0))
+        assert values[r] < 0.25 * values[r - 1] < 0.25 * values[0]
+
+
+def test_rows_of_a_manifold_are_in_patches() -> None:
+    """One for each label: rows of a label are nearer to one another than to the others."""
+    data = load_data("manifold-2-in-20")
+    x, label = data.train.double(), data.labels["train"]
+    assert label.unique().tolist() == [0, 1, 2, 3]
+    nearest = torch.cdist(x[:500], x).fill_diagonal_(torch.inf).argmin(1)
+    assert (label[nearest] == label[:500]).double().mean() > 0.99

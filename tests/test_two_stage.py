@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import yaml
 from conftest import EXACT, assert_mean
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, kl_divergence
@@ -405,6 +406,16 @@ def test_rows_that_changed_since_are_refused(runs: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(training, "build_rows", lambda recipe: build(recipe.replace(standardize=True)))
     with pytest.raises(DataError, match="the data has changed since the first stage was trained"):
         train({**SECOND, "first": str(runs / "a")}, tmp_path / "d")
+
+
+def test_the_recipe_needs_a_first_stage_and_nothing_else(runs: Path, tmp_path: Path):
+    recipe = yaml.safe_load((Path(__file__).parents[1] / "recipes" / "two-stage.yaml").read_text())
+    with pytest.raises(UsageError, match="first: a two-stage is trained on the codes of a vae; name its run"):
+        Recipe(**recipe)
+    quick = {key: SECOND[key] for key in ("seed", "eval_rows", "eval_K", "device", "compile")}
+    run = train({**recipe, **quick, "first": str(runs / "a"), "epochs": 1}, tmp_path / "e", plots=False)
+    scale = run.model().second.likelihood.loc_and_scale(torch.zeros(1, 3))[1]
+    assert len(scale.unique()) == 3  # learned for each element of z: its own from the start
 
 
 def test_it_is_evaluated_as_any_other(runs: Path):

@@ -111,7 +111,8 @@ class TwoStageVAE(SecondStage):
     Args:
         first: A trained VAE of x, whose parts become this model's, frozen.
         second: A VAE of z: its data are vectors of the first's `latent_dim`. Its likelihood is of all real numbers, as
-            a `Gaussian` with a learned scale.
+            a `Gaussian` with a learned scale: one for each element, since latents that the first stage does not use
+            are noise of sd 1, and the others have finer structure.
 
     Raises:
         UsageError: the second is of vectors of another size than the first's latents; both are named.

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     Model = LatentLayers | ConditionalVAE | Exact
 
 
-# p(z|u) of a second stage, with a learned scale.
-OF_CODES = "Gaussian"
+# p(z|u) of a second stage. Elements of z that the first one does not use are noise of sd 1, others have fine structure:
+# one scale for all of them would be that of the noise.
+OF_CODES = {"name": "Gaussian", "scale": "per-dimension"}
 
 
 def build_rows(recipe: Recipe) -> "Rows":
