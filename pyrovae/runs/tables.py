@@ -258,7 +258,7 @@ def short_table(recipe: Recipe, values: dict[str, Any], fitted: "Fit", seconds: 
         lines.append(("bits per dimension", f"{values['bits_per_dimension']:.4f}", ""))
     if quality := values["reconstruction_quality"]:
         lines += [(f"reconstruction {label}", value, note) for label, value, note in quality_in_words(quality)]
-        lines.append(("", "", "the reconstruction's are no likelihoods"))
+        lines.append(("", "", "of one reconstruction of each row: no likelihood"))
     if not recipe.is_closed_form:
         lines.append(("epochs", f"{len(fitted.history)}", epochs_in_words(recipe, fitted)))
     stages = {name: round(value, 1) for name, value in seconds.items()}  # rounded first, so that the line adds up
