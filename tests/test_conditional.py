@@ -8,7 +8,9 @@ z|y ~ N(Ay, S) with diagonal S, x|z, y ~ N(Wz + By + b, s2 I):
 
 import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import EXACT, assert_mean
@@ -19,6 +21,8 @@ from torch.testing import assert_close
 
 import pyrovae
 from pyrovae import Recipe, compare, evaluate
+from pyrovae.data import load_data
+from pyrovae.data.streaming import MappedRows
 from pyrovae.errors import CheckpointError, DataError, UsageError
 from pyrovae.inference import log_marginal, log_weights
 from pyrovae.models import (
@@ -39,6 +43,7 @@ from pyrovae.models.conditional import join
 from pyrovae.models.guides import SCALE_FLOOR
 from pyrovae.runs.build import build_model, build_rows, settle
 from pyrovae.runs.directory import Run, open_run
+from pyrovae.runs.recipe import title
 
 D, Z, C = 5, 2, 3
 SCALE = 0.6
@@ -310,7 +315,7 @@ def test_runs_given_labels_are_compared_with_no_model_of_x_alone(run, tmp_path, 
             {"model": "hierarchical"},
             "^condition: not used, since a hierarchical model is given nothing; use `model=vae`",
         ),
-        ({"condition": "labels"}, "^condition: .* label"),
+        ({"condition": 5}, "^condition: expected a word"),
     ],
 )
 def test_what_cannot_be_given_labels(options, words):
@@ -336,3 +341,136 @@ def test_recipes_of_images_given_labels(network):
     model.initialise(x, y)
     assert log_weights(model.model, model.guide, x, 2, given=(y,)).isfinite().all()
     assert model.sample(3, y[:3]).shape == (3, 1, 8, 8)
+
+
+# --------------------------------------------------------------------------------------------- columns of a table as y
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """600 rows: age (30 +- 5), sex (0 or 1), a label of three; x = (a, b), N((age - 30) / 5 + 3 sex, 0.5^2) each."""
+    torch.manual_seed(0)
+    age, sex, group = 30 + 5 * torch.randn(600), (torch.rand(600) < 0.3).float(), torch.arange(600) % 3
+    x = ((age - 30) / 5 + 3 * sex)[:, None] + 0.5 * torch.randn(600, 2)
+    path = tmp_path_factory.mktemp("table") / "people.csv"
+    lines = [f"{a:.6f},{s:.0f},g{g},{p:.6f},{q:.6f}" for a, s, g, (p, q) in zip(age, sex, group, x, strict=True)]
+    path.write_text("\n".join(["age, sex,label,a,b", *lines]))
+    return path
+
+
+def test_columns_leave_x_and_are_given_instead(table: Path) -> None:
+    """Standardised by the training rows; zeros and ones as they are; in the order in which they are named."""
+    data = load_data(table)
+    plain, rows = data.rows("density"), data.rows("density", condition="sex,label,age")
+    assert data.columns == ("age", " sex", "a", "b")
+    assert rows.columns == ("a", "b")
+    assert rows.given.columns == ("sex", "label g0", "label g1", "label g2", "age")
+    assert rows.measure.description == ("density of the data in its own units, 2 dimensions, given sex, label, age")
+    mean, sd = plain.train[:, 0].double().mean(), plain.train[:, 0].double().std(correction=0)
+    for split in ("train", "validation", "test"):
+        x, (y,) = getattr(plain, split), rows.given[split]
+        assert_close(getattr(rows, split), x[:, 2:], **EXACT)
+        assert_close(y[:, 0], x[:, 1], **EXACT)
+        assert_close(y[:, 1:4], one_hot(rows.labels[split], 3).float(), **EXACT)
+        assert_close(y[:, 4].double(), (x[:, 0].double() - mean) / sd, rtol=0, atol=1e-6)
+    assert len({plain.hash, rows.hash, data.rows("density", condition="sex").hash}) == 3
+
+
+def test_examples_to_draw_for_are_classes_or_ends_of_each_column(table: Path) -> None:
+    data = load_data(table)
+    by_class = data.rows("density", condition="age,label").given
+    assert list(by_class.examples) == ["g0", "g1", "g2"]
+    means = by_class["train"][0].mean(0)
+    assert_close(torch.stack(list(by_class.examples.values())), torch.cat([means[:1].expand(3, 1), torch.eye(3)], 1))
+    by_column = data.rows("density", condition="age,sex").given
+    names = list(by_column.examples)
+    assert [name.split(" = ")[0] for name in names] == ["age", "age", "sex", "sex"]
+    low, high = (float(name.split(" = ")[1]) for name in names[:2])
+    assert (low, high) == (pytest.approx(25, abs=1), pytest.approx(35, abs=1))
+    share = by_column["train"][0][:, 1].mean()
+    assert_close(
+        torch.stack(list(by_column.examples.values()))[:2], torch.stack([torch.tensor([-1, 1]), share.expand(2)], 1)
+    )
+
+
+def test_zeros_and_ones_that_are_left_are_binary(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    bits, age = (torch.rand(50, 3) < 0.5).long(), torch.randn(50)
+    path = tmp_path / "bits.csv"
+    path.write_text("\n".join(["age,a,b,c", *(f"{a:.5f},{p},{q},{r}" for a, (p, q, r) in zip(age, bits, strict=True))]))
+    with pytest.raises(DataError, match="no mass on"):
+        load_data(path).rows("mass")
+    rows = load_data(path).rows("mass", condition="age")
+    assert rows.train.dtype == torch.uint8
+    assert rows.measure.description == "mass on {0,1}^3, given age"
+
+
+@pytest.mark.parametrize(
+    ("condition", "words"),
+    [
+        ("agee", "condition: 'agee' is none of label, age, sex, a, b; did you mean age"),
+        ("age,age", "condition: 'age' is named twice"),
+        ("age,,sex", "condition: '' is none of"),
+        ("b,a,sex,age", "condition: takes all columns, so that no x is left"),
+    ],
+)
+def test_columns_that_cannot_be_given(table: Path, condition: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        load_data(table).rows("density", condition=condition)
+    with pytest.raises(UsageError, match=r"none of label$"):
+        load_data("three-gaussians").rows("density", condition="age")
+
+
+def test_a_run_given_columns_reaches_log_p_of_x_given_them(table: Path, tmp_path: Path, capsys) -> None:
+    """x|y is Gaussian: from the file to a scored run, with a prior p(z|y) by a network."""
+    options = {
+        **SMALL,
+        "data": str(table),
+        "condition": "age,sex",
+        "batch_size": 60,
+        "epochs": 60,
+        "prior": "amortised",
+    }
+    run = pyrovae.train({**options, "eval_K": 200}, tmp_path / "run")
+    model, rows = pyrovae.load(run.directory), run.rows()
+    assert type(model.prior) is AmortisedPrior
+    plain = load_data(table).rows("density").test
+    truth = Normal(((plain[:, 0] - 30) / 5 + 3 * plain[:, 1])[:, None], 0.5).log_prob(rows.test).sum(-1)
+    found = log_marginal(model.model, model.guide, rows.test, 200, given=rows.given["test"], seed=0).estimate
+    assert abs(found.mean() - truth.mean()) < 0.15
+    assert run.evaluation["measure"].endswith("2 dimensions, given age, sex")
+    assert (run.directory / "plots" / "samples.png").exists()
+    assert title(run.recipe) == "people-elbo-K1-AmortisedPrior-Gaussian-given-age-sex"
+    words = [str(run.directory), "--K", "5", "--rows", "30", "--out", str(tmp_path / "tables")]
+    compare.command(words)
+    assert (tmp_path / "tables" / "density-given-age-sex.csv").exists()
+
+
+def test_a_prior_given_a_condition_needs_one() -> None:
+    with pytest.raises(UsageError, match=r"^prior=AmortisedPrior: is p\(z\|y\), and nothing is given; give `condition"):
+        Recipe(prior="amortised")
+
+
+# --------------------------------------------------------------------------------------------- labels beside a .npy
+
+
+def test_labels_lie_beside_rows_that_stay_in_their_file(tmp_path: Path) -> None:
+    """The same labels, and the same training, whether rows are streamed or in memory."""
+    torch.manual_seed(0)
+    y = torch.arange(300) % 3
+    np.save(tmp_path / "rows.npy", (0.3 * torch.randn(300, 2) + 4 * y[:, None]).numpy())
+    with pytest.raises(DataError, match=r"no labels.*NAME\.labels\.npy beside NAME\.npy"):
+        load_data(tmp_path / "rows.npy").rows("density", condition="label")
+    np.save(tmp_path / "rows.labels.npy", y.numpy())
+    options = {**SMALL, "data": str(tmp_path / "rows.npy"), "batch_size": 50, "epochs": 2}
+    runs = [pyrovae.train({**options, "stream": how}, tmp_path / how, plots=False) for how in ("on", "off")]
+    streamed = load_data(tmp_path / "rows.npy", stream="on").rows("density", condition="label")
+    assert isinstance(streamed.train, MappedRows)
+    assert torch.equal((streamed.train[:].mean(1) / 4).round().long().clamp(0, 2), streamed.given["train"][0].argmax(1))
+    assert any("labels are read from" in notice for notice in streamed.notices)
+    weights = [run.model().state_dict() for run in runs]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert runs[0].evaluation["log_marginal"] == runs[1].evaluation["log_marginal"]
+    np.save(tmp_path / "rows.labels.npy", y[:-1].numpy())
+    with pytest.raises(DataError, match="300 rows in train, but labels of shape"):
+        load_data(tmp_path / "rows.npy", stream="on")

@@ -357,9 +357,12 @@ def rows_for(likelihood: str, event: tuple[int, ...]) -> torch.Tensor:
 def assert_trains(given: dict, likelihood: str, event: tuple[int, ...]) -> None:
     """One step changes every parameter that the bound depends on."""
     resolved = config(**given, likelihood=likelihood)
-    x = rows_for(likelihood, event)
+    if resolved.condition is not None:
+        resolved = resolved.settled(classes=("a", "b"))
+    x, y = rows_for(likelihood, event), torch.eye(2).repeat(4, 1)
+    beside = () if resolved.condition is None else (y,)
     pair = build_model(resolved, event)
-    pair.initialise(x)
+    pair.initialise(x, *beside)
     before = {name: p.detach().clone() for name, p in pair.named_parameters()}
     result = fit(
         pair.model,
@@ -369,6 +372,7 @@ def assert_trains(given: dict, likelihood: str, event: tuple[int, ...]) -> None:
         epochs=1,
         batch_size=8,
         optimizer=build_optimizer(resolved),
+        given=beside,
     )
     assert result.step == 1
     assert result.notices == []
@@ -388,7 +392,9 @@ def small(part: str, name: str) -> dict:
 @pytest.mark.parametrize(("network", "event"), [("mlp", VECTOR), ("conv", IMAGE)])
 def test_every_prior_trains_with_every_guide(prior, guide, network, event):
     given = {"prior": small("prior", prior), "guide": guide, "network": small("network", network)}
-    assert_trains(given, "Bernoulli", event)
+    if "conditional" not in PARTS["prior"][prior].classes[0].takes:
+        assert_trains(given, "Bernoulli", event)
+    assert_trains({**given, "condition": "label"}, "Bernoulli", event)
 
 
 @pytest.mark.parametrize(("network", "event"), [("mlp", VECTOR), ("mlp", IMAGE), ("conv", IMAGE), ("conv", (3, 9, 11))])
@@ -397,7 +403,9 @@ def test_every_likelihood_trains_with_every_network(network, event, likelihood):
     assert_trains({"network": small("network", network)}, likelihood, event)
 
 
-@pytest.mark.parametrize("prior", [name for name, c in PARTS["prior"].items() if "guide" not in c.classes[0].takes])
+@pytest.mark.parametrize(
+    "prior", [name for name, c in PARTS["prior"].items() if not {"guide", "conditional"} & set(c.classes[0].takes)]
+)
 @pytest.mark.parametrize("guide", PARTS["guide"])
 def test_every_hierarchy_trains(prior, guide):
     for network in PARTS["network"]:

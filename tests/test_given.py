@@ -234,7 +234,7 @@ def test_an_estimate_is_judged_and_repaired_with_its_labels() -> None:
 def test_draws_for_arviz_are_given_the_labels(exact) -> None:
     y = labels()
     x = exact.sample(y)
-    for proposal in (None, Individual(steps=5)):
+    for proposal in (FromGuide(), Individual(steps=5)):
         data = to_inference_data(exact.model, exact.guide, x, 200, 50, seed=1, proposal=proposal, given=(y,))
         assert_close(torch.from_numpy(data["constant_data"]["given_0"].values), y, **EXACT)
         assert_close(

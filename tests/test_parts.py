@@ -103,7 +103,7 @@ GUIDES: dict[str, Callable[[], Guide]] = {
 PRIORS: dict[str, Callable[[], Prior]] = {
     cls.__name__: lambda cls=cls, settings=settings: cls(Z, **settings)
     for cls, settings, takes in classes("prior")
-    if "guide" not in takes
+    if not {"guide", "conditional"} & set(takes)  # those given a condition: test_conditional
 } | {
     f"{cls.__name__}({name})": lambda cls=cls, make=make, settings=settings: cls(g := make(), g.event_shape, **settings)
     for cls, settings, takes in classes("prior")
@@ -800,6 +800,7 @@ def test_a_value_that_is_not_allowed_is_refused_by_name(cls: Class) -> None:
         "latent_dim": Z,
         "event_shape": (4,),
         "guide": GUIDES["MeanFieldNormal-MLP"](),
+        "conditional": GUIDES["MeanFieldNormal-MLP"](),
         "encoder": encoder((4,)),
         "decoder": decoder((4,)),
         "in_shape": (1, 4, 4),

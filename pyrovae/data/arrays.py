@@ -23,7 +23,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from pyrovae.data.found import HELD_OUT, SPLITS, Found, available_memory, in_short, require_memory
+from pyrovae.data.found import HELD_OUT, SPLITS, Found, available_memory, in_short, require_memory, shown_path
 from pyrovae.errors import DataError
 
 POSITION = 16  # bytes of memory for each row that stays in its file: its place, and room to draw it
@@ -32,27 +32,48 @@ POSITION = 16  # bytes of memory for each row that stays in its file: its place,
 def read_npy(path: Path, where: str, stream: str) -> Found:
     """The rows of a .npy file, as a memory map; they are read from it once the splits are known, or stay in it.
 
+    Labels are those of NAME.labels.npy beside NAME.npy, where there is one.
+
     Raises:
         DataError: its header is not one, or does not agree with its size; or there is too little memory.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header = _npy_header(file, where)
-    if header.nbytes != size:
-        raise DataError(f"{where}: expected {header.nbytes} bytes by its header, found {size}; save it again")
+    header = _whole_npy(path, where)
     streamed = stream == "on" or (stream == "auto" and header.needed > available_memory())
     if not streamed:
         require_memory(header.needed, where)
-    try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False, max_header_size=LARGEST_HEADER)
-    except ValueError as error:
-        raise DataError(f"{where}: cannot be read ({in_short(error)}); save it again") from error
+    rows = _mapped(path, where)
     if streamed and rows.ndim > 1 and rows.size:
         if not rows.flags.c_contiguous:
             raise DataError(f"{where}: stored column by column, so rows cannot be read from it; save it in C order")
         held_out = 2 * min(HELD_OUT, len(rows)) * rows[0].size
         require_memory(POSITION * len(rows) + 8 * held_out, where)
-    return Found({"train": rows}, {}, stream=streamed)
+    beside = path.with_suffix(".labels.npy")
+    if not beside.is_file():
+        return Found({"train": rows}, {}, stream=streamed)
+    its_place = shown_path(beside, beside)
+    require_memory(_whole_npy(beside, its_place).needed, its_place)
+    labels = np.array(_mapped(beside, its_place))
+    return Found(
+        {"train": rows}, {"train": labels}, notices=(f"{where}: labels are read from {beside}",), stream=streamed
+    )
+
+
+def _whole_npy(path: Path, where: str) -> "_NpyHeader":
+    """The header of a .npy file that is as long as it says."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = _npy_header(file, where)
+    if header.nbytes != size:
+        raise DataError(f"{where}: expected {header.nbytes} bytes by its header, found {size}; save it again")
+    return header
+
+
+def _mapped(path: Path, where: str) -> np.ndarray:
+    """The memory map of a .npy file whose header was checked."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False, max_header_size=LARGEST_HEADER)
+    except ValueError as error:
+        raise DataError(f"{where}: cannot be read ({in_short(error)}); save it again") from error
 
 
 def read_npz(path: Path, where: str) -> Found:

@@ -50,7 +50,8 @@ def load_data(
         source: One of `NAMES` (in any case, with `-` or `_`), or a path to
 
             - .npz holding `x`, or `x_train` and `x_test` and perhaps `x_validation`; labels `y`, `y_train`, ...;
-            - .npy holding rows; the one format whose training rows can stay in the file;
+            - .npy holding rows; the one format whose training rows can stay in the file; NAME.labels.npy beside
+              NAME.npy holds their labels;
             - .csv, with or without a header, numeric; a column named `y` or `label` holds the labels;
             - a folder of 8-bit images of one size: subfolders `train` and `test` (and `validation`) are the splits,
               other subfolders the labels; one channel if all are grey, otherwise three (alpha is dropped).

@@ -10,6 +10,7 @@ from torch.nn.functional import one_hot
 
 from pyrovae.data.files import FORMATS, read_path
 from pyrovae.data.found import check_shape, counted, encode_labels, shown_path
+from pyrovae.data.given import LABEL
 from pyrovae.data.rows import Rows
 from pyrovae.data.streaming import Conversion
 from pyrovae.data.transforms import Dequantize, DrawnPixels, Threshold, draw_once
@@ -119,6 +120,8 @@ def _given(labels: list[str] | None, rows: Rows, where: str) -> tuple[Tensor, ..
     """One-hot labels, where the model is given labels."""
     if rows.given.name is None:
         return ()
+    if rows.given.name != LABEL:
+        raise DataError(f"{where}: the model is given {rows.given.words}; only labels are read beside other rows")
     if labels is None:
         raise DataError(f"{where}: no labels, and the model is given one with each row; add `y` or a column `label`")
     column = {name: i for i, name in enumerate(rows.given.columns)}

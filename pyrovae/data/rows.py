@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.checks import check_choice
-from pyrovae.data.given import CONDITIONS, Given, labels_as_given
+from pyrovae.data.given import Given, conditioned
 from pyrovae.data.measure import Measure
 from pyrovae.data.raw import Raw
 from pyrovae.data.spaces import SPACES, Space
@@ -81,7 +81,8 @@ class Data(Raw):
             measure: "mass", for a likelihood on {0,1}, or "density"; or a `Space` with its settings.
             binarize: How grey pixels become binary under "mass": dynamic, fixed or threshold; see `Binary`.
             standardize: Under "density" of continuous data, (x - mean) / sd of the training rows; see `Continuous`.
-            condition: What the model is given beside x: "label", for one-hot labels; None, for nothing.
+            condition: What the model is given beside x: "label", for one-hot labels; columns of a table, which are then
+                none of x, or both, as "age,label"; None, for nothing.
         Raises:
             UsageError: an unknown measure, binarisation or condition, or one that the data or the measure has no use
                 for.
@@ -89,17 +90,16 @@ class Data(Raw):
                 condition on.
         """
         space = self._space(measure, binarize, standardize) if isinstance(measure, str) else measure
-        reading = space.read(self)
-        scored, given = reading.measure, Given()
+        data, given = (self, Given()) if condition is None else conditioned(self, condition)
+        reading = space.read(data)
+        scored = reading.measure
         if condition is not None:
-            check_choice("condition", condition, CONDITIONS)
-            given = labels_as_given(self.labels, self.classes, self.name)
-            scored = replace(scored, description=f"{scored.description}, given the {condition}")
-        train, transform = self.train, reading.transform
+            scored = replace(scored, description=f"{scored.description}, given {given.words}")
+        train, transform = data.train, reading.transform
         if reading.once:
             train, transform = draw_once(train, transform, "train", torch.uint8), AsFloat()
-        validation = draw_once(self.validation, reading.transform, "validation")
-        test = draw_once(self.test, reading.transform, "test")
+        validation = draw_once(data.validation, reading.transform, "validation")
+        test = draw_once(data.test, reading.transform, "test")
         words = f"{self.hash} {scored} {reading.binarize}"
         if given.name is not None:
             words += f" {' '.join(given.columns)}"
@@ -113,7 +113,7 @@ class Data(Raw):
             hash=sha256([validation, test, *given["validation"], *given["test"]], words),
             binarize=reading.binarize,
             notices=self.notices + reading.notices,
-            columns=self.columns,
+            columns=data.columns,
             classes=self.classes,
             given=given,
             data_range=spread(validation) if reading.data_range is None else reading.data_range,

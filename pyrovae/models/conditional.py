@@ -9,6 +9,7 @@ bound and every estimate is then one of log p(x|y). The parts are those of a VAE
 
 import math
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -24,7 +25,13 @@ from pyrovae.settings import Whole, check
 
 
 class ConditionalPrior(nn.Module, ABC):
-    """p(z|y), a distribution over vectors of `latent_dim` elements."""
+    """p(z|y), a distribution over vectors of `latent_dim` elements.
+
+    Attributes:
+        short: Other names that the class goes by where it is chosen by name.
+    """
+
+    short: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
@@ -59,11 +66,13 @@ class UnconditionalPrior(ConditionalPrior):
 
 
 class AmortisedPrior(ConditionalPrior):
-    """p(z|y) by a network of y.
+    """p(z|y) by a network of y, where there is a condition.
 
     Args:
         conditional: Any guide class over a network from C, as `MeanFieldNormal(MLP(C), Z)`.
     """
+
+    short = ("amortised",)
 
     def __init__(self, conditional: Guide) -> None:
         super().__init__(conditional.latent_dim)
@@ -74,6 +83,10 @@ class AmortisedPrior(ConditionalPrior):
 
     def initialise(self, xy: Tensor) -> None:
         """Nothing depends on the data."""
+
+
+# Those that can be chosen where there is a condition; any other prior is `UnconditionalPrior` there.
+CONDITIONAL_PRIORS = (AmortisedPrior,)
 
 
 class ConditionalVAE(nn.Module):

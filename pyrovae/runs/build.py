@@ -124,10 +124,14 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
         guides.append(make("guide", recipe.guide, encoder=MLP(below, **dense), latent_dim=above))
         conditionals.append(MeanFieldNormal(MLP(above, **dense), below))
 
-    prior = make("prior", recipe.prior, latent_dim=latent[-1], guide=guides[0], event_shape=in_shape)
+    offered: dict[str, Any] = {"latent_dim": latent[-1], "guide": guides[0], "event_shape": in_shape}
+    by_condition = "conditional" in PARTS["prior"][recipe.prior.name].classes[0].takes
+    if by_condition:
+        offered["conditional"] = MeanFieldNormal(MLP(conditions, **dense), latent[0])
+    prior = make("prior", recipe.prior, **offered)
     corruption = make("corruption", recipe.corruption)
     if conditions:
-        return ConditionalVAE(UnconditionalPrior(prior), likelihood, guides[0], corruption)
+        return ConditionalVAE(prior if by_condition else UnconditionalPrior(prior), likelihood, guides[0], corruption)
     parts = {"prior": prior, "likelihood": likelihood, "conditionals": conditionals, "corruption": corruption}
     model = make("model", recipe.model, **parts, guide=guides[0], guides=guides)
     return model

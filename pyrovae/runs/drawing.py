@@ -58,8 +58,8 @@ class Draws(Way):
             said = (counted(f"{self.number} {what}", shape),)
             figure = (lambda title, style: plots.samples(x, f"{title}, {what}", style)) if drawable else None
             return Made({"x": (("draw", "event"), x)}, said=said, figure=figure)
-        names = looked.rows.given.columns if looked.label is None else (looked.label,)
-        each = torch.eye(len(names), device=looked.place) if chosen is None else chosen.unsqueeze(0)
+        names = list(looked.rows.given.examples) if looked.label is None else [looked.label]
+        each = [y.to(looked.place) for y in looked.rows.given.examples.values()] if chosen is None else [chosen]
         drawn = torch.stack([model.sample(self.number, y, mean=self.mean) for y in each])
         of = "each class" if looked.label is None else f"class {looked.label}"
         labels = [name for name in names for _ in range(self.number)]

@@ -132,16 +132,16 @@ def write_density(model: "Model", rows: "Rows", folder: Path, name: str, style: 
 def write_conditional(
     model: "ConditionalVAE", rows: "Rows", folder: Path, name: str, style: "Style", pictures: bool
 ) -> None:
-    """Draw samples of each class, and reconstructions given the class."""
+    """Draw samples given each of some y, such as each class, and reconstructions given their own."""
     import torch
 
     from pyrovae import plots
 
     device = next(model.parameters()).device
     drawn = "means of p(x|z, y), z from the prior" if pictures else "draws from p(x|y)"
-    each = torch.eye(model.condition_dim, device=device)
-    x = torch.stack([model.sample(500 if rows.event_shape == (2,) else 16, y, mean=pictures) for y in each])
-    figure = plots.conditional_samples(x, rows.given.columns, f"{name}, {drawn}", style)
+    number, each = 500 if rows.event_shape == (2,) else 16, rows.given.examples
+    x = torch.stack([model.sample(number, y.to(device), mean=pictures) for y in each.values()])
+    figure = plots.conditional_samples(x, list(each), f"{name}, {drawn}", style)
     save_figure(figure, folder, "samples")
     some = slice(500 if rows.event_shape == (2,) else 32)
     x, y = rows.test[some].to(device), rows.given["test"][0][some].to(device)

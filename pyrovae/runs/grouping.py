@@ -12,6 +12,7 @@ from pyrovae.errors import CheckpointError, UsageError
 from pyrovae.runs.directory import Run, open_run
 from pyrovae.runs.options import DERIVED
 from pyrovae.runs.progress import Say, silent
+from pyrovae.runs.recipe import as_word
 
 if TYPE_CHECKING:
     from pyrovae.data import Rows
@@ -89,7 +90,7 @@ def data_of(run: Run) -> tuple[object, ...]:
 def measure_of(run: Run) -> str:
     """What a run's log p is of: "mass" or "density", or "density-given-label"; the three never meet in a table."""
     condition = run.recipe.condition
-    return str(run.recipe.measure) + ("" if condition is None else f"-given-{condition}")
+    return str(run.recipe.measure) + ("" if condition is None else f"-given-{as_word(condition)}")
 
 
 def check_same_rows(runs: Sequence[Run]) -> None:

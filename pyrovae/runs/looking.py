@@ -79,19 +79,17 @@ class Looked:
         Raises:
             UsageError: the run is given no labels, or has no such class.
         """
-        import torch
-
         if self.label is None:
             return None
-        columns = self.rows.given.columns
-        if not columns:
+        examples = self.rows.given.examples
+        if not examples:
             raise UsageError(
                 f"class: {self.run.directory} is of p(x), given nothing; train it with a condition",
                 settings=("condition=label",),
             )
-        if self.label not in columns:
-            raise UsageError(f"class: expected one of {', '.join(columns)}, got {self.label}")
-        return torch.eye(len(columns), device=self.place)[columns.index(self.label)]
+        if self.label not in examples:
+            raise UsageError(f"class: expected one of {', '.join(examples)}, got {self.label}")
+        return examples[self.label].to(self.place)
 
     @cached_property
     def _others(self) -> Any:

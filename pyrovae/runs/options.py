@@ -16,7 +16,7 @@ BASELINES = Choices(EXACT)
 # Part -> choices; the first is the default, but for a likelihood, which is left to the data.
 PARTS = {
     "model": Choices(PAIRS, STAGED, EXACT),
-    "prior": Choices(("pyrovae.models.priors", "PRIORS")),
+    "prior": Choices(("pyrovae.models.priors", "PRIORS"), ("pyrovae.models.conditional", "CONDITIONAL_PRIORS")),
     "likelihood": Choices(("pyrovae.models.likelihoods", "LIKELIHOODS")),
     "guide": Choices(("pyrovae.models.guides", "GUIDES")),
     "network": Choices(("pyrovae.models.networks", "NETWORKS")),
@@ -130,10 +130,11 @@ OPTIONS: dict[str, dict[str, Setting]] = {
             "HOW",
         ),
         "condition": Setting(
-            Words(("label",)),
+            Text(),
             None,
-            "what everything is given: label, for p(x) given the label, with samples of each class; a vae alone",
-            "NAME",
+            "what everything is given: label, for p(x) given the label, with samples of each class; columns of a .csv, "
+            "which are then none of x; or both, as age,label; a vae alone",
+            "NAME[,NAME]",
         ),
         "stream": Setting(
             SWITCH,

@@ -5,6 +5,7 @@ choices made have no use for is refused; `pyrovae.runs.build` turns a recipe int
 """
 
 import copy
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -44,7 +45,8 @@ class Recipe:
         likelihood, binarize: Left to the data, where they were not given, until `settled`.
         K, M, eval_K: Numbers of particles; 0 for a model with an exact log p(x).
         data_hash, event_shape: Of the rows, once they are known.
-        classes: Names of the labels that everything is given, once they are known; none, unless `condition` says so.
+        classes: Names of the columns of what everything is given, such as the classes of the labels, once they are
+            known; none, unless `condition` says so.
         given: The options as they were given.
 
     Raises:
@@ -241,7 +243,13 @@ def complete_pair(values: Options, given: Options) -> None:
     if values["first"] and values["corruption"].name != first("corruption"):
         raise UsageError(f"corruption: not used, since the q(z|x) of a {name} is frozen", settings=("corruption",))
     prior = values["prior"].name
-    if layered and "guide" in PARTS["prior"][prior].classes[0].takes:
+    takes = PARTS["prior"][prior].classes[0].takes
+    if "conditional" in takes and values["condition"] is None:
+        named = f"prior={prior}"
+        raise UsageError(
+            f"{named}: is p(z|y), and nothing is given; give `condition=label`", settings=(named, "condition=label")
+        )
+    if layered and "guide" in takes:
         raise UsageError(
             f"prior={prior}: needs a {first('model')}, since it is made of its one guide q(z|x)",
             settings=(f"prior={prior}",),
@@ -338,6 +346,15 @@ def warnings(recipe: Recipe) -> list[str]:
     return notes
 
 
+def as_word(condition: str) -> str:
+    """What is given, for the name of a file.
+
+    >>> as_word("age, x/y")
+    'age-x-y'
+    """
+    return re.sub(r"\W+", "-", condition)
+
+
 def title(recipe: Recipe) -> str:
     """A short name for a run, for tables and directories: digits-iwae-K5."""
     data = recipe.data.rstrip("/").split("/")[-1].split(".")[0]
@@ -348,7 +365,7 @@ def title(recipe: Recipe) -> str:
     defaults = [first("prior"), first("guide"), first("likelihood"), first("corruption"), ""]
     parts = [data, recipe.elbo, f"K{recipe.K}", *(part.name for part in chosen if part.name not in defaults)]
     if recipe.condition is not None:
-        parts.append(f"given-{recipe.condition}")
+        parts.append(f"given-{as_word(recipe.condition)}")
     if recipe.model.name != first("model"):
         parts.insert(1, recipe.model.name)
     return "-".join(parts)

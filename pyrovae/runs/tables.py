@@ -197,7 +197,9 @@ def describe_model(recipe: Recipe) -> str:
         return f"{recipe.model.name} with {', '.join(f'{k} {v}' for k, v in recipe.model.settings.items())}"
     latent = ", ".join(map(str, recipe.latent_dim))
     parts = [part.name for part in (recipe.prior, recipe.guide, recipe.likelihood, recipe.network)]
-    given = "" if recipe.condition is None else f", given the {recipe.condition}: {len(recipe.classes)} classes"
+    given = "" if recipe.condition is None else f", given {recipe.condition}: {len(recipe.classes)} columns"
+    if recipe.condition == "label":
+        given = f", given the label: {len(recipe.classes)} classes"
     corrupted = "" if recipe.corruption.name == first("corruption") else f", input corrupted: {recipe.corruption.name}"
     return f"{recipe.model.name} with {', '.join(parts)}, latent dimensions {latent}{given}{corrupted}"
 
