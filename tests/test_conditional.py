@@ -24,7 +24,7 @@ from pyrovae import Recipe, compare, evaluate
 from pyrovae.data import load_data
 from pyrovae.data.streaming import MappedRows
 from pyrovae.errors import CheckpointError, DataError, UsageError
-from pyrovae.inference import log_marginal, log_weights
+from pyrovae.inference import Fit, log_marginal, log_weights
 from pyrovae.models import (
     MLP,
     AmortisedPrior,
@@ -44,6 +44,7 @@ from pyrovae.models.guides import SCALE_FLOOR
 from pyrovae.runs.build import build_model, build_rows, settle
 from pyrovae.runs.directory import Run, open_run
 from pyrovae.runs.recipe import title
+from pyrovae.runs.training import observations
 
 D, Z, C = 5, 2, 3
 SCALE = 0.6
@@ -341,6 +342,18 @@ def test_recipes_of_images_given_labels(network):
     model.initialise(x, y)
     assert log_weights(model.model, model.guide, x, 2, given=(y,)).isfinite().all()
     assert model.sample(3, y[:3]).shape == (3, 1, 8, 8)
+
+
+@pytest.mark.parametrize("condition", ["label", None])
+def test_a_scale_at_its_floor_is_said_given_labels_too(condition: str | None) -> None:
+    recipe = Recipe(**{**SMALL, "condition": condition})
+    rows = build_rows(recipe)
+    model = build_model(settle(recipe, rows), rows.event_shape)
+    fitted = Fit([{"epoch": 1.0}], 1)
+    assert observations(model, fitted, rows, torch.device("cpu")) == []
+    model.likelihood.raw_scale.data.fill_(-30.0)
+    (said,) = observations(model, fitted, rows, torch.device("cpu"))
+    assert said.startswith("the likelihood's scale is at its floor, 0.001 standard deviations of the data, for 1e+02 %")
 
 
 # --------------------------------------------------------------------------------------------- columns of a table as y

@@ -119,6 +119,7 @@ HOOKS = {
     *("Network.output_bias", "Network.forward", "Prior.initialise", "Corruption.initialise"),
     *("Objective.__post_init__", "Objective.constraint"),
     *("Proposal.of_guide", "Proposal.as_guide", "Proposal.computation"),
+    "Likelihood.remarks",
 }
 
 

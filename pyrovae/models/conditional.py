@@ -229,6 +229,11 @@ class ConditionalVAE(nn.Module):
         self.check_condition(y)
         return self.likelihood(join(z, y)).mean
 
+    @torch.no_grad()
+    def remarks(self, x: Tensor, y: Tensor) -> list[str]:
+        """What a user should know of the trained model on rows x (N, *event) given y (N, C), in sentences."""
+        return self.likelihood.remarks(join(self.encode(x, y), y))
+
     def reconstruct(self, x: Tensor, y: Tensor) -> Tensor:
         """Mean of p(x|z, y) at the mean of q(z|x, y), shape (N, *event)."""
         return self.decode(self.encode(x, y), y)

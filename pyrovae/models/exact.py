@@ -74,6 +74,10 @@ class Exact(nn.Module, ABC):
     def guide(self, x: Tensor) -> None:
         """Pyro guide: empty, because there is nothing to infer."""
 
+    def remarks(self, x: Tensor) -> list[str]:
+        """What a user should know of the trained model on rows x (N, *event): nothing."""
+        return []
+
     @abstractmethod
     def log_prob(self, x: Tensor) -> Tensor:
         """Exact log p(x) in nats, shape (N,); differentiable.

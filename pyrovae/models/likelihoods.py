@@ -73,6 +73,10 @@ class Likelihood(nn.Module, ABC):
             DataError: some value of x has no probability under this likelihood.
         """
 
+    def remarks(self, z: Tensor) -> list[str]:
+        """What a user should know of p(x|z) at trained codes z of shape (*batch, Z), in sentences. Here: nothing."""
+        return []
+
 
 class Bernoulli(Likelihood):
     """A mass on {0,1}^D: independent pixels, with the decoder's output as logits."""
@@ -223,6 +227,17 @@ class Gaussian(Likelihood):
             )
 
     @torch.no_grad()
+    def remarks(self, z: Tensor) -> list[str]:
+        """That the scale is at its floor, where it is."""
+        share = self.scale_at_floor(z)
+        if share == 0:
+            return []
+        return [
+            f"the likelihood's scale is at its floor, {self.floor:g} standard deviations of the data, for "
+            f"{100 * share:.2g} % of the elements: the density there is set by the floor (likelihood.floor), not by "
+            "the data"
+        ]
+
     def scale_at_floor(self, z: Tensor) -> float:
         """Share of elements whose scale is within 1 % of the floor, for z of shape (*batch, Z)."""
         if not isinstance(self.scale, str) or self.floor == 0:

@@ -201,6 +201,11 @@ class LatentLayers(nn.Module, ABC):
         """Mean of p(x|z1) for z1 of shape (*batch, Z), shape (*batch, *event)."""
         return self.likelihood(z).mean
 
+    @torch.no_grad()
+    def remarks(self, x: Tensor) -> list[str]:
+        """What a user should know of the trained model on rows x (N, *event), in sentences."""
+        return self.likelihood.remarks(self.encode(x))
+
     def reconstruct(self, x: Tensor) -> Tensor:
         """Mean of p(x|z) at the mean of q(z|x), shape (N, *event)."""
         return self.decode(self.encode(x))

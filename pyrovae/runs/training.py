@@ -18,7 +18,7 @@ from pyrovae.inference.training.checkpoint import Checkpoint, kept_in, load_late
 from pyrovae.inference.training.record import Progress, Record
 from pyrovae.inference.training.trainer import Fit, fit
 from pyrovae.inference.verdicts import Kind
-from pyrovae.models import Exact, Gaussian, LatentLayers, TwoStageVAE
+from pyrovae.models import Exact, TwoStageVAE
 from pyrovae.processes import leading, several
 from pyrovae.processors import pick_device, threads
 from pyrovae.runs.baseline import MOST_ROWS
@@ -366,17 +366,10 @@ def next_command(run: Run, values: Report) -> str:
 
 
 def observations(model: "Model", fitted: Fit, rows: "Rows", device: "torch.device") -> list[str]:
-    """Posterior collapse and a scale at its floor, in words."""
-    notes = remarks(fitted.history[fitted.best_epoch - 1])
-    if isinstance(model, LatentLayers) and isinstance(model.likelihood, Gaussian):
-        share = model.likelihood.scale_at_floor(model.encode(rows.validation[:500].to(device)))
-        if share > 0:
-            notes.append(
-                f"the likelihood's scale is at its floor, {model.likelihood.floor:g} standard deviations of the data, "
-                f"for {100 * share:.2g} % of the elements: the density there is set by the floor (likelihood.floor), "
-                "not by the data"
-            )
-    return notes
+    """Posterior collapse, and what the model says of itself, such as a scale at its floor."""
+    x, *given = (value[:500].to(device) for value in (rows.validation, *rows.given["validation"]))
+    of_model: Callable[..., list[str]] = model.remarks
+    return remarks(fitted.history[fitted.best_epoch - 1]) + of_model(x, *given)
 
 
 def continued(directory: str | Path | None, options: Options) -> Recipe:
