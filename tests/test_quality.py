@@ -190,6 +190,9 @@ def test_the_extrapolated_distance_is_the_true_one_with_its_error() -> None:
     errors = torch.tensor([f.error for f in found])
     assert errors.mean().item() == pytest.approx(extrapolated.std().item(), rel=0.3)
     assert list(found[0].by_rows) == [200, 100, 50]
+    for f in found:  # the line through the first two, at 1/n = 0
+        slope = (f.by_rows[100] - f.by_rows[200]) / (1 / 100 - 1 / 200)
+        assert f.extrapolated == pytest.approx(f.by_rows[200] - slope / 200, abs=1e-9)
 
 
 def test_rows_sorted_by_class_are_dealt_to_parts() -> None:
@@ -437,7 +440,7 @@ def test_evaluate_and_compare_have_the_same_distance(
     assert table.loc["a-s1", "frechet_plain"] == pytest.approx(report["by_rows"][0]["distance"])
     assert table.loc["a-s1", "features"] == report["features"]
     # A mixture draws, and reconstructs nothing.
-    assert table.loc["mixture of 2 Bernoullis", ["frechet", "frechet_error"]].gt(0).all()
+    assert table.loc["mixture of 2 Bernoullis", ["frechet_plain", "frechet_error"]].gt(0).all()
     assert math.isnan(table.loc["mixture of 2 Bernoullis", "sse"])
     assert report["features"] in " ".join(capsys.readouterr().out.split())
 

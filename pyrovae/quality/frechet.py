@@ -14,9 +14,14 @@ the true ones do not. For two equal Gaussians of covariance I, to first order,
     E[d^2_n] = (2 F + F (F + 1) / 2) / n
 
 so that distances from different numbers of rows do not compare either, and neither do models with different C. What is
-reported is therefore the estimate from N, N/2 and N/4 rows (the smaller ones averaged over disjoint parts), and the
-line through them in 1/n where it meets 1/n = 0. Its error is a jackknife over `GROUPS` groups of rows. The
-extrapolated distance may be below 0 by about its error; the plain one never is.
+reported is therefore the estimate from N, N/2 and N/4 rows (the smaller ones averaged over disjoint parts), and where
+the line through the first two in 1/n meets 1/n = 0:
+
+    d^2 = (N d^2_N - N/2 d^2_{N/2}) / (N - N/2) = 2 d^2_N - d^2_{N/2}
+
+That from N/4 shows whether the line is one: where it lies far above, the extrapolated distance is too low, and where it
+lies far below, as with features of heavy tails, too high still. The error is a jackknife over `GROUPS` groups of rows.
+The extrapolated distance may be below 0 by about its error; the plain one never is.
 
 References:
     Heusel et al. 2017, GANs Trained by a Two Time-Scale Update Rule, https://arxiv.org/abs/1706.08500
@@ -32,7 +37,7 @@ from torch import Tensor
 from pyrovae.errors import UsageError
 from pyrovae.seeding import seeded
 
-HALVINGS = 2  # of the rows, for the line: N, N/2 and N/4
+HALVINGS = 2  # of the rows: N, N/2 and N/4
 GROUPS = 20  # of rows, left out one by one for the error
 LEAST = 2  # rows for each dimension of the features, in the smallest part
 
@@ -148,9 +153,6 @@ def _by_rows(data: Tensor, samples: Tensor) -> dict[int, float]:
 
 
 def _extrapolated(by_rows: dict[int, float]) -> float:
-    """Where the line through the estimates over 1/n, by least squares, meets 1/n = 0."""
-    inverse = torch.tensor([1 / rows for rows in by_rows], dtype=torch.float64)
-    values = torch.tensor(list(by_rows.values()), dtype=torch.float64)
-    centred = inverse - inverse.mean()
-    slope = (centred @ values) / centred.square().sum()
-    return (values.mean() - slope * inverse.mean()).item()
+    """Where the line through the estimates from N and N/2 rows, over 1/n, meets 1/n = 0."""
+    (rows, all_of_them), (fewer, half_of_them), *_ = by_rows.items()
+    return (rows * all_of_them - fewer * half_of_them) / (rows - fewer)
