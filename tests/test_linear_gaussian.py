@@ -437,6 +437,21 @@ def test_a_guide_with_dropout_cannot_be_held(exact: LinearGaussian) -> None:
         StickingTheLanding().differentiable_loss(vae.model, vae.guide, x)
 
 
+def test_tensors_that_no_module_holds_cannot_be_held(exact: LinearGaussian) -> None:
+    """Else their gradient would be the ELBO's own, in silence."""
+    loc, x = torch.zeros(4, Q, dtype=torch.double, requires_grad=True), exact.sample(4)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    vae = exact.vae(exact_guide(exact, "full"))
+    with pytest.raises(PairError, match=r"'z': a tensor of shape \(4, 3\) that is trained is in no module"):
+        StickingTheLanding().differentiable_loss(vae.model, guide, x)
+    ELBO().differentiable_loss(vae.model, guide, x)
+    StickingTheLanding().differentiable_loss(vae.model, vae.guide, x.requires_grad_())  # the data are no parameters
+
+
 def test_averages_of_a_held_guide_see_each_batch_once(exact: LinearGaussian) -> None:
     """The guide is run twice, and batch normalisation is as under the ELBO."""
     x, seen = exact.sample(6), []

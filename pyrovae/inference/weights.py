@@ -187,6 +187,7 @@ def held_densities(pair: Pair, batch: Batch, q: dict[str, dict], log_q: dict[str
         sites = drawn_sites(sample_sites(run(pair.guide, "guide", batch, k)))
     again = {name: log_prob(site, f"guide site '{name}'", (k, n)) for name, site in sites.items()}
     if type(batch.x) is Tensor:  # in a graph it has no values
+        check_held(again, [site["value"] for site in q.values()], batch)
         for name, value in again.items():
             if not torch.allclose(value, log_q[name], rtol=1e-3, atol=1e-3, equal_nan=True):
                 raise PairError(
@@ -194,6 +195,32 @@ def held_densities(pair: Pair, batch: Batch, q: dict[str, dict], log_q: dict[str
                     "with dropout or corruption, so that its parameters cannot be held; remove it, or hold nothing"
                 )
     return again
+
+
+def check_held(log_q: dict[str, Tensor], draws: list[Tensor], batch: Batch) -> None:
+    """Refuse a guide whose densities have a gradient beside that by its draws: its parameters are not held.
+
+    Raises:
+        PairError: it has tensors that are trained, and are in no module that it refers to.
+    """
+    ends = {id(tensor.grad_fn) for tensor in (*draws, *batch.tensors)}
+    given = {id(tensor) for tensor in batch.tensors}
+    seen: set[int] = set()
+    for name, value in log_q.items():
+        nodes = [value.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is None or id(node) in ends or id(node) in seen:
+                continue
+            seen.add(id(node))
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) not in given:
+                raise PairError(
+                    f"guide site '{name}': a tensor of shape {tuple(leaf.shape)} that is trained is in no module that "
+                    "the guide refers to, so that it cannot be held; make it a parameter of a torch module, or declare "
+                    "it by pyro.param"
+                )
+            nodes += [after for after, _ in node.next_functions]
 
 
 class At(Messenger):
