@@ -435,6 +435,19 @@ def test_beta_weighs_the_kl_only(beta: float, form: str) -> None:
         assert_close(seeded(objective, vae, x), seeded(ELBO(k, kl=form), vae, x), **EXACT)
 
 
+def test_a_beta_above_one_is_a_looser_lower_bound() -> None:
+    """It loosens the bound by (beta - 1) KL, whatever is said of tightening; below 1 it is none, and says so."""
+    pair, x = GaussianPair(), rows()  # the guide is the posterior: the ELBO is log p(x)
+    log_p = pair.log_prob(x[:1]).item()
+    mean, variance = 0.7 / 2, 0.5
+    kl = 0.5 * (mean**2 + variance - 1 - math.log(variance))
+    for beta in (0.5, 1.0, 2.0, 8.0):
+        values = seeded(ELBO(beta=beta), pair, x)
+        assert_mean(values, log_p - (beta - 1) * kl, least=kl / 4)
+        assert (values.mean() > log_p + kl / 4) == (beta < 1)
+    assert "With beta > 1 the value is a looser lower bound" in (ELBO.__doc__ or "")
+
+
 def test_schedules() -> None:
     """beta as a function of the gradient step."""
     steps = [0, 1, 5, 10, 11, 15, 25]

@@ -7,6 +7,7 @@ region that is not whole in the frame, because the model has mass beyond it, is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 SHARES = (0.5, 0.9, 0.99)
 SHADES = (0.45, 0.25, 0.12)  # opacity of the region of each share
 MARGIN = 0.2  # of the data's range, around them
-MOST_ACROSS = 3
 RADII = (1.0, 2.0)  # standard deviations, of the ellipses of components
 
 
@@ -57,7 +57,7 @@ def densities(
     grid = torch.stack(torch.meshgrid(across, up, indexing="xy"), -1)  # (up, across, 2)
     area = float((across[1] - across[0]) * (up[1] - up[0]))
 
-    columns = min(len(models), MOST_ACROSS)
+    columns = len(models) if len(models) <= 3 else math.ceil(math.sqrt(len(models)))
     rows = -(-len(models) // columns)
     held = ", ".join(f"{share:.0%}" for share in SHARES)
     caption = f"The smallest regions that hold {held} of p(x), and {len(x):,} data"
