@@ -44,7 +44,7 @@ def command(words: Sequence[str]) -> int:
     way = Encode(whole_option(options, "rows", None), whole_option(options, "draws", 0))
     seed, overwrite = whole_option(options, "seed", 0), bool(options.get("overwrite"))
     looked = look(options["run"], options)
-    with threads(read("--threads", options.get("threads", "auto"), THREADS), lambda text: say(f"note: {text}")):
+    with threads(read("threads", options.get("threads", "auto"), THREADS), lambda text: say(f"note: {text}")):
         make(looked, way, options.get("out"), overwrite, seed, say)
     return 0
 

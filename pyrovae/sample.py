@@ -90,7 +90,7 @@ def command(words: Sequence[str]) -> int:
 
     way, seed = way_of(options), whole_option(options, "seed", 0)
     looked = look(options["run"], options)
-    with threads(read("--threads", options.get("threads", "auto"), THREADS), lambda text: say(f"note: {text}")):
+    with threads(read("threads", options.get("threads", "auto"), THREADS), lambda text: say(f"note: {text}")):
         make(looked, way, options.get("out"), bool(options.get("overwrite")), seed, say)
     return 0
 

@@ -139,7 +139,10 @@ class Between(Way):
         ends = (self.start, self.end)
         model, batch = looked.coded(self.word), looked.numbered(ends, "between")
         if batch.given and not torch.equal(batch.given[0][0], batch.given[0][1]):
-            raise UsageError("between: the rows are of two classes, and what lies between is of none; choose its class")
+            raise UsageError(
+                "between: the rows are of two classes, and what lies between is of none; choose `class`",
+                settings=("between", "class"),
+            )
         a, b = model.encode(*batch.tensors)
         every = {"line": line, "circle": great_circle}
         chosen = {name: way for name, way in every.items() if self.path in (name, "both")}
@@ -194,7 +197,8 @@ class Traverse(Way):
         codes = torch.cat([model.encode(*block.tensors) for block in looked.training().split(1000)])
         mean, sd = codes.mean(0), codes.std(0)
         if self.dims is not None and max(self.dims) >= len(mean):
-            raise UsageError(f"dims: expected latent dimensions from 0 to {len(mean) - 1}, got {max(self.dims)}")
+            wanted = f"latent dimensions from 0 to {len(mean) - 1}"
+            raise UsageError(f"dims: expected {wanted}, got {max(self.dims)}", settings=("dims",))
         dims = self.dims or tuple(sd.argsort(descending=True)[:MOST_DIMS].tolist())
         t = torch.linspace(-REACH, REACH, self.steps, device=looked.place)
         values = torch.stack([mean[dim] + sd[dim] * t for dim in dims])
@@ -387,7 +391,7 @@ def hidden(word: str) -> str | float:
     except ValueError:
         return word
     if not 0 < share < 1:
-        raise UsageError(f"impute: expected a share above 0 and below 1, got {word}")
+        raise UsageError(f"impute: expected a share above 0 and below 1, got {word}", settings=("impute",))
     return share
 
 
@@ -405,7 +409,8 @@ def mask_of(hidden: str | float, x: "Tensor") -> "Tensor":
     if hidden not in HALVES:
         return read_mask(Path(hidden), x)
     if not is_picture(tuple(x.shape[1:])):
-        raise UsageError(f"impute {hidden}: rows of shape {tuple(x.shape[1:])} have no halves; give a share or a mask")
+        words = f"rows of shape {tuple(x.shape[1:])} have no halves; give a share or a mask"
+        raise UsageError(f"impute {hidden}: {words}", settings=("impute",))
     height, width = x.shape[-2:]
     seen = torch.ones_like(x, dtype=torch.bool)
     middle = {"lower": height // 2, "upper": height // 2, "left": width // 2, "right": width // 2}[hidden]
@@ -426,7 +431,8 @@ def read_mask(path: Path, x: "Tensor") -> "Tensor":
 
     if path.suffix.lower() != ".npy" or not path.is_file():
         raise UsageError(
-            f"impute: expected {', '.join(HALVES)}, a share from 0 to 1, or a .npy file of a mask, got {path}"
+            f"impute: expected {', '.join(HALVES)}, a share from 0 to 1, or a .npy file of a mask, got {path}",
+            settings=("impute",),
         )
     mask = np.asarray(read_npy(path, str(path), "off").x["train"])
     if mask.dtype != np.bool_:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from pyrovae.checks import check_choice
 from pyrovae.errors import UsageError
 from pyrovae.processors import pick_device
 from pyrovae.runs.directory import Run, open_run
 from pyrovae.runs.scoring import SPLITS, rows_of
+from pyrovae.settings import Words, read
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +57,12 @@ class Looked:
         """The run's model, in evaluation mode."""
         return self.run.model(self.place)
 
+    @property
+    def notices(self) -> list[str]:
+        """What is to be said of the checkpoints that the model is read from, and of a file of other rows."""
+        of_file = [] if self.data is None else self._others.notices
+        return [*self.run.notices, *of_file] if self.model is not None else []
+
     def coded(self, what: str) -> "LatentLayers | ConditionalVAE":
         """The model, which has codes.
 
@@ -84,8 +90,8 @@ class Looked:
         examples = self.rows.given.examples
         if not examples:
             raise UsageError(
-                f"class: {self.run.directory} is of p(x), given nothing; train it with a condition",
-                settings=("condition=label",),
+                f"class: {self.run.directory} is of p(x), given nothing; train it with `condition=label`",
+                settings=("class", "condition=label"),
             )
         if self.label not in examples:
             raise UsageError(f"class: expected one of {', '.join(examples)}, got {self.label}")
@@ -119,16 +125,25 @@ class Looked:
             batch = rows_of(self.rows, self.split, limit)
         else:
             batch = Batch(self._others.x[:limit], tuple(value[:limit] for value in self._others.given))
-            self.run_checks(batch)
+            self.check_support(batch)
         if self.condition is not None:
             batch = Batch(batch.x, (self.condition.cpu().expand(len(batch), -1),))
         return batch.to(self.place)
 
-    def run_checks(self, batch: "Batch") -> None:
-        """Refuse rows that are outside the support of the model."""
+    def check_support(self, batch: "Batch") -> None:
+        """Refuse rows of a file that are outside the support of the model.
+
+        Raises:
+            DataError: there is one.
+        """
+        import torch
+
         from pyrovae.models.exact import Exact
 
-        if not isinstance(self.model, Exact):
+        if isinstance(self.model, Exact):
+            with torch.no_grad():
+                self.model.log_prob(batch.x.to(self.place))
+        else:
             self.model.likelihood.check_support(batch.x.to(self.place))
 
     def numbered(self, numbers: Sequence[int], option: str) -> "Batch":
@@ -141,7 +156,9 @@ class Looked:
 
         for number in numbers:
             if not 0 <= number < self.count:
-                raise UsageError(f"{option}: expected numbers of rows from 0 to {self.count - 1}, got {number}")
+                raise UsageError(
+                    f"{option}: expected numbers of rows from 0 to {self.count - 1}, got {number}", settings=(option,)
+                )
         return self.first(max(numbers) + 1)[torch.tensor(list(numbers), device=self.place)]
 
     def labels_of(self, numbers: Sequence[int]) -> dict[str, Any]:
@@ -164,5 +181,5 @@ def look(directory: str, options: Mapping[str, Any]) -> Looked:
     """
     names = {"split": "split", "data": "data", "class": "label", "device": "device"}
     chosen = {field: str(options[name]) for name, field in names.items() if name in options}
-    check_choice("split", chosen.get("split", "test"), SPLITS)
+    read("split", chosen.get("split", "test"), Words(SPLITS))
     return Looked(open_run(directory), **chosen)

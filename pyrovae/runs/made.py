@@ -86,21 +86,23 @@ def make(looked: "Looked", way: Way, out: str | Path | None, overwrite: bool, se
     """
     from pyrovae.runs.figures import style_of
     from pyrovae.seeding import seeded
+    from pyrovae.version import __version__
 
     if out is None:
-        raise UsageError(f"--out: name a file to save it in, one that ends in {', '.join(KINDS)}")
+        raise UsageError(f"out: name a file to save it in, one that ends in {', '.join(KINDS)}", settings=("out",))
     path, rows, run = check_out(out, overwrite), looked.rows, looked.run
     shape, kind = rows.event_shape, path.suffix.lower()
     drawable = is_picture(shape) or (kind == ".png" and (shape == (2,) or not way.of_rows))
     if kind in (".png", ".gif") and not drawable:
-        raise UsageError(f"--out {out}: there is no picture of rows of shape {shape}; save a .csv, .npz or .nc")
-    assert looked.model is not None  # read before the notices, which are on its checkpoints
-    for notice in run.notices:
+        raise UsageError(
+            f"out {out}: there is no picture of rows of shape {shape}; save a .csv, .npz or .nc", settings=("out",)
+        )
+    for notice in looked.notices:
         say(f"note: {notice}")
     with seeded(seed, "made", device=looked.place):
         made = way(looked, seed)
-    attributes = {"run": run.name, "made": made.said[0], "seed": seed, "measure": rows.measure.description}
-    save(made, path, rows, run.name, style_of(run.recipe, rows), attributes)
+    of = {"run": run.name, "made": made.said[0], "seed": seed, "measure": rows.measure.description}
+    save(made, path, rows, run.name, style_of(run.recipe, rows), {**of, "version": __version__})
     for line in made.said:
         say(line)
     say(f"saved in {path}")
@@ -126,20 +128,23 @@ def check_out(out: str | Path, overwrite: bool = False) -> Path:
     path = Path(out).expanduser()
     kind = path.suffix.lower()
     if kind not in KINDS:
-        raise UsageError(f"--out {out}: expected a name that ends in {', '.join(KINDS)}")
+        raise UsageError(f"out {out}: expected a name that ends in {', '.join(KINDS)}", settings=("out",))
     folder = path.resolve().parent
     if not folder.is_dir():
-        raise UsageError(f"--out {out}: no such directory, {folder}; make it, or choose another")
+        raise UsageError(f"out {out}: no such directory, {folder}; make it, or choose another", settings=("out",))
     if not os.access(folder, os.W_OK):
-        raise UsageError(f"--out {out}: {folder} cannot be written to; choose another directory")
+        raise UsageError(f"out {out}: {folder} cannot be written to; choose another directory", settings=("out",))
     if not os.path.lexists(path):
         return path
     if path.is_symlink() or not path.is_file():
-        raise UsageError(f"--out {out}: is there already and no ordinary file; choose another name")
+        raise UsageError(f"out {out}: is there already and no ordinary file; choose another name", settings=("out",))
     if not overwrite:
-        raise UsageError(f"--out {out}: is there already; choose another name, or replace it with --overwrite")
+        raise UsageError(
+            f"out {out}: is there already; choose another name, or replace it (`overwrite=True`)",
+            settings=("out", "overwrite=True"),
+        )
     if not begins(path, KINDS[kind]):
-        raise UsageError(f"--out {out}: is there already, and no {kind} file; choose another name")
+        raise UsageError(f"out {out}: is there already, and no {kind} file; choose another name", settings=("out",))
     return path
 
 
@@ -153,7 +158,9 @@ def save(made: Made, path: Path, rows: "Rows", title: str, style: "Style", attri
     kind = path.suffix.lower()
     if kind == ".png":
         if made.figure is None:
-            raise UsageError(f"--out {path}: there is no picture of rows of shape {rows.event_shape}; save a .csv")
+            raise UsageError(
+                f"out {path}: there is no picture of rows of shape {rows.event_shape}; save a .csv", settings=("out",)
+            )
         picture = io.BytesIO()
         made.figure(title, style).savefig(picture, format="png", dpi=150)
         write_atomically(path, picture.getvalue())
@@ -161,7 +168,10 @@ def save(made: Made, path: Path, rows: "Rows", title: str, style: "Style", attri
         from pyrovae.plots import film
 
         if made.frames is None:
-            raise UsageError(f"--out {path}: nothing moves in it that is a picture; save a .png, or of a table a .csv")
+            raise UsageError(
+                f"out {path}: nothing moves in it that is a picture; save a .png, or of a table a .csv",
+                settings=("out",),
+            )
         write_atomically(path, film(made.frames, style))
     elif kind == ".csv":
         write_atomically(path, table(dataset(made, rows, attributes)).to_csv(index=False, lineterminator="\n"))

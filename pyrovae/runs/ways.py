@@ -35,27 +35,29 @@ def way_of(options: dict[str, Any]) -> Way:
     """
     asked = [name for name in WAYS if name in options] or [""]
     if len(asked) > 1:
-        raise UsageError(f"--{asked[0]}, --{asked[1]}: make one at a time")
+        raise UsageError(f"{asked[0]}, {asked[1]}: make one at a time", settings=(asked[0], asked[1]))
     way = asked[0]
     unused = [name for names in WAYS.values() for name in names if name not in WAYS[way]]
     unused += OF_ROWS if not way else ()
-    refuse(options, tuple(dict.fromkeys(unused)), f"that is not of {f'--{way}' if way else 'plain draws'}")
+    why = f"that is not of `{way}`" if way else "that is not of plain draws"
+    refuse(options, tuple(dict.fromkeys(unused)), why, of=way)
     n = whole(options, "n", 8 if way else 100)
     steps, limit = whole(options, "steps", 11), whole(options, "rows", 8)
     if not way:
         return Draws(n, bool(options.get("mean")))
     if way == "near":
-        radius = read("--radius", options.get("radius", 0.1), Number(least=0))
-        return Near(read("--near", options["near"], ROW_NUMBERS), radius, n)
+        radius = read("radius", options.get("radius", 0.1), Number(least=0))
+        return Near(read("near", options["near"], ROW_NUMBERS), radius, n)
     if way == "between":
-        ends = read("--between", options["between"], ROW_NUMBERS)
+        ends = read("between", options["between"], ROW_NUMBERS)
         if len(ends) != 2:
-            raise UsageError(f"--between: expected two numbers of rows, such as 0,3, got {options['between']}")
-        path = read("--path", options.get("path", "both"), Words(PATHS))
+            got = options["between"]
+            raise UsageError(f"between: expected two numbers of rows, such as 0,3, got {got}", settings=("between",))
+        path = read("path", options.get("path", "both"), Words(PATHS))
         return Between(ends[0], ends[1], steps, path)
     if way == "traverse":
-        dims = read("--dims", options["dims"], ROW_NUMBERS) if "dims" in options else None
-        return Traverse(read("--traverse", options["traverse"], Whole(0)), dims, steps)
+        dims = read("dims", options["dims"], ROW_NUMBERS) if "dims" in options else None
+        return Traverse(read("traverse", options["traverse"], Whole(0)), dims, steps)
     if way == "impute":
         proposal = build_proposal(options["proposal"]) if "proposal" in options else None
         return Impute(hidden(options["impute"]), limit, n, whole(options, "K", 1000), proposal)
@@ -64,7 +66,7 @@ def way_of(options: dict[str, Any]) -> Way:
 
 def whole(options: dict[str, Any], key: str, default: int) -> int:
     """An option that is a whole number of at least 1."""
-    number: int = read(f"--{key}", options.get(key, default), Whole(2 if key == "steps" else 1))
+    number: int = read(key, options.get(key, default), Whole(2 if key == "steps" else 1))
     return number
 
 
@@ -78,7 +80,9 @@ def corruption(word: str) -> "Corruption":
     chosen = choose("denoise", name, None, PARTS["corruption"]).name
     cls = PARTS["corruption"][chosen].classes[0]
     if not cls.settings:
-        raise UsageError(f"--denoise: expected a way to corrupt rows, such as noise:0.5, got {word}")
+        raise UsageError(
+            f"denoise: expected a corruption of rows, such as noise:0.5, got {word}", settings=("denoise",)
+        )
     (key,) = cls.settings
     settings = choose("denoise", {"name": chosen, key: amount or None}, None, PARTS["corruption"]).settings
     made: Corruption = cls.build("denoise", settings)
