@@ -321,7 +321,7 @@ def test_what_has_no_density_is_a_row_of_that_table(trained: Path) -> None:
 
 def test_a_table_of_somebody_elses_is_not_replaced(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "mass-quality.csv").write_text("mine\n")
-    with pytest.raises(UsageError, match=r"mass-quality.csv was not written by pyrovae.compare"):
+    with pytest.raises(UsageError, match=r"mass-quality.csv: was not written by pyrovae.compare"):
         compare.command([str(trained / "a-s1"), "--K", "5", "--out", str(tmp_path)])
 
 

@@ -9,17 +9,17 @@ from pyrovae.runs.baseline import COMPONENTS, fit_baselines
 from pyrovae.runs.comparison import Scored, score_run, table
 from pyrovae.runs.comparison_tables import check_replaced, present
 from pyrovae.runs.directory import Run
+from pyrovae.runs.features import Features, MakeFeatures, features_for, frechet_of
 from pyrovae.runs.grouping import check_same_rows, load_rows, measure_of, name_pools, pools
 from pyrovae.runs.progress import Say, silent
 from pyrovae.runs.quality import Draws, Reconstructs, reconstruction_values
-from pyrovae.runs.quality_tables import Seen, check_quality_replaced, present_quality
+from pyrovae.runs.quality_tables import Seen, present_quality
 from pyrovae.runs.scoring import Scoring, rows_of, score
 
 if TYPE_CHECKING:
     import torch
 
     from pyrovae.inference.batch import Batch
-    from pyrovae.runs.features import Features, MakeFeatures
 
 
 def compare_runs(
@@ -31,7 +31,7 @@ def compare_runs(
     device: "torch.device | str" = "cpu",
     pool: bool = True,
     components: Sequence[int] = COMPONENTS,
-    make_features: "MakeFeatures | None" = None,
+    make_features: MakeFeatures | None = None,
     say: Say = silent,
 ) -> list[Scored]:
     """Score runs, and say and write the tables, of log p(x) and of quality.
@@ -53,15 +53,12 @@ def compare_runs(
     Raises:
         UsageError: the rows differ, or `out` has files of these names that are none of ours.
     """
-    from pyrovae.runs.features import features_for
-
     by_measure: dict[str, list[Run]] = {}
     for run in runs:
         by_measure.setdefault(measure_of(run), []).append(run)
     for kind, members in by_measure.items():
         check_same_rows(members)
         check_replaced(out, kind)
-        check_quality_replaced(out, kind)
     together = pools(runs, pool)
     names = name_pools(together)
     loaded = load_rows(runs)
@@ -92,7 +89,7 @@ def of_quality(
     batch: "Batch",
     data_range: float,
     others: Sequence[Any] = (),
-    features: "Features | None" = None,
+    features: Features | None = None,
     seed: int = 0,
 ) -> list[Seen]:
     """What is seen of each model, for the table of their quality: those that neither reconstruct nor draw are left out.
@@ -105,8 +102,6 @@ def of_quality(
         features: Of what the Frechet distances are; without them there are none.
         seed: Of the draws.
     """
-    from pyrovae.runs.features import frechet_of
-
     found = []
     for name, seeds in chain(models, ((model.description, [model]) for model in others)):
         values, distances = [], []

@@ -13,6 +13,7 @@ from pyrovae.runs.comparison import COLUMNS
 from pyrovae.runs.directory import begins
 from pyrovae.runs.figures import save_figure
 from pyrovae.runs.progress import Say, silent
+from pyrovae.runs.quality_tables import QUALITY_HEAD, quality_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,11 +70,15 @@ def check_replaced(out: Path, kind: str) -> None:
         UsageError: there is one.
     """
     table = out / f"{kind}.csv"
-    # A figure is known by the table beside it: others draw as well.
-    heads = {".csv": f"{','.join(COLUMNS[:2])},".encode(), ".tex": RULES.encode(), ".png": b"\x89PNG"}
-    for suffix, head in heads.items():
-        path = table.with_suffix(suffix)
-        ours = path.is_file() and begins(path, head) and (suffix != ".png" or table.is_file())
+    heads = {
+        table: f"{','.join(COLUMNS[:2])},".encode(),
+        table.with_suffix(".tex"): RULES.encode(),
+        table.with_suffix(".png"): b"\x89PNG",
+        quality_file(out, kind): QUALITY_HEAD,
+    }
+    for path, head in heads.items():
+        # A figure is known by the table beside it: others draw as well.
+        ours = path.is_file() and begins(path, head) and (path.suffix != ".png" or table.is_file())
         if os.path.lexists(path) and not ours:
             raise UsageError(f"{path}: was not written by pyrovae.compare; choose another directory", settings=("out",))
 

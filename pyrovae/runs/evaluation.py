@@ -65,11 +65,9 @@ def evaluate(
         NumericalError: some row has no estimate.
         Interrupted: stopped, with the scores so far kept.
     """
-    started = time.perf_counter()
-    place = pick_device(device)
-    rows = run.rows()
-    batch = rows_of(rows, split, limit).to(place)
-    model = run.model(place)
+    started, rows = time.perf_counter(), run.rows()
+    batch = rows_of(rows, split, limit).to(pick_device(device))
+    model = run.model(batch.x.device)
     if netcdf is not None:
         check_netcdf(netcdf, model, batch, how)
     features = None if make_features is None else features_for(make_features, rows, batch, say)
@@ -79,9 +77,10 @@ def evaluate(
         scores.clear()
     for note in [*run.notices, *(notes_on(scores) if scores is not None else ())]:
         say(f"note: {note}")
-    asked = {"objective": build_objective(run.recipe), "particle_chunk": run.recipe.particle_chunk}
+    recipe = run.recipe
+    asked = {"objective": build_objective(recipe), "particle_chunk": recipe.particle_chunk, "features": features}
     with keeping(run, scores, len(batch)):
-        values = report_on(model, batch, rows, compiled, split=split, store=scores, features=features, say=say, **asked)
+        values = report_on(model, batch, rows, compiled, split=split, store=scores, say=say, **asked)
     values["notices"] = run.notices
     run.keep("evaluation.json" if split == "test" else f"evaluation-{split}.json", values, say)
     refuse_invalid(values)

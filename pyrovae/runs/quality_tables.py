@@ -1,14 +1,11 @@
 """Reconstructions and draws side by side: a table below those of log p(x), with which it is never sorted."""
 
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyrovae.errors import UsageError
-from pyrovae.runs.directory import begins
 from pyrovae.runs.progress import Say, silent
 from pyrovae.runs.tables import number
 
@@ -20,7 +17,7 @@ if TYPE_CHECKING:
     from pyrovae.quality import Frechet
     from pyrovae.runs.features import Features
 
-HEAD = b"name,seeds,"  # what our file of the table begins with
+QUALITY_HEAD = b"name,seeds,"  # what our file of the table begins with
 
 
 @dataclass(frozen=True)
@@ -110,20 +107,9 @@ def present_quality(
     say("")
     described = "" if features is None else features.description
     values = frame.assign(data_range=rows.data_range, rows=count, features=described)
-    write_atomically(file_of(out, kind), values.to_csv(index=False))
+    write_atomically(quality_file(out, kind), values.to_csv(index=False))
 
 
-def file_of(out: Path, kind: str) -> Path:
+def quality_file(out: Path, kind: str) -> Path:
     """Where the table of the rows of a measure is written."""
     return out / f"{kind}-quality.csv"
-
-
-def check_quality_replaced(out: Path, kind: str) -> None:
-    """Refuse a directory in which a file has the name of the table, and is none of ours.
-
-    Raises:
-        UsageError: there is one.
-    """
-    path = file_of(out, kind)
-    if os.path.lexists(path) and not (path.is_file() and begins(path, HEAD)):
-        raise UsageError(f"--out {out}: {path} was not written by pyrovae.compare; choose another")
