@@ -20,7 +20,9 @@ import pyrovae
 from pyrovae.errors import CheckpointError, DataError, PairError, UsageError
 from pyrovae.inference import (
     ELBO,
+    IWAE,
     Annealed,
+    adam,
     aggregate_kl,
     fit,
     gaps,
@@ -32,6 +34,7 @@ from pyrovae.inference import (
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.training import checkpoint as checkpoints
+from pyrovae.inference.units import use_of_units
 from pyrovae.inference.weights import draw
 from pyrovae.models import (
     MLP,
@@ -279,10 +282,11 @@ def test_an_ex_post_prior_takes_most_of_the_distance_on_digits_and_costs_nothing
     fit(first.model, first.guide, rows.train, ELBO(beta=0.2), transform=rows.transform, epochs=20, progress=False)
     model = ExPostVAE(first, MixtureOfGaussians(3, components=30))
     model.initialise(x)
-    fit(model.model, model.guide, rows.train, ELBO(), transform=rows.transform, epochs=20, progress=False)
+    options = {"epochs": 20, "progress": False, "optimizer": lambda parameters: adam(parameters, lr=2e-2)}
+    fit(model.model, model.guide, rows.train, ELBO(), transform=rows.transform, **options)
     held_out = torch.cat([rows.validation, rows.test])
     before, after = (aggregate_kl(m.model, m.guide, x, num_particles=3).upper for m in (first, model))
-    assert after.mean < 0.6 * before.mean
+    assert after.mean < 0.5 * before.mean
     scores = [log_marginal(m.model, m.guide, held_out, num_particles=300, seed=1) for m in (first, model)]
     gain = scores[1].estimate - scores[0].estimate
     assert gain.mean() > -3 * gain.std() / math.sqrt(len(gain))
@@ -429,19 +433,32 @@ def test_it_is_evaluated_as_any_other(runs: Path):
 
 @pytest.mark.slow
 def test_a_second_stage_takes_half_of_the_distance_on_the_ring():
-    """On held-out rows of a plane pushed to a ring, log p(x) no worse."""
+    """On held-out rows of a plane pushed to a ring, from either side, and log p(x) is no worse."""
     rows = pyrovae.load_data("ring").rows("density")
-    first = small(2, 2, hidden=(50, 50))
+    first = small(2, 2, hidden=(50,))
     first.initialise(rows.train)
-    fit(first.model, first.guide, rows.train, ELBO(), epochs=25, progress=False)
+    options = {"progress": False, "optimizer": lambda parameters: adam(parameters, lr=3e-3)}
+    fit(first.model, first.guide, rows.train, ELBO(), epochs=12, **options)
     model = TwoStageVAE(first, small(2, 2, hidden=(50, 50)))
     model.initialise(rows.train)
-    fit(model.model, model.guide, rows.train, ELBO(), epochs=25, progress=False)
+    fit(model.model, model.guide, rows.train, IWAE(10), epochs=25, **options)
     x = torch.cat([rows.validation, rows.test])
-    before = aggregate_kl(first.model, first.guide, x, num_particles=3)
-    after = aggregate_kl(model.model, model.guide, x, "z1", num_particles=3)
-    assert after.upper.mean < 0.5 * before.upper.mean
+    before = aggregate_kl(first.model, first.guide, x, num_particles=2)
+    after = aggregate_kl(model.model, model.guide, x, "z1", num_particles=2)
     assert after.upper.mean < 0.5 * before.lower.mean
     scores = [log_marginal(m.model, m.guide, x, num_particles=300, seed=1) for m in (first, model)]
-    gain = scores[1].estimate - scores[0].estimate
-    assert gain.mean() > -3 * gain.std() / math.sqrt(len(gain))
+    assert (scores[1].estimate - scores[0].estimate).mean() > 0
+
+
+@pytest.mark.slow
+def test_active_units_are_as_many_as_a_surface_has_dimensions():
+    """And the learned scale goes to its floor, wherever that is."""
+    rows = pyrovae.load_data("manifold-2-in-20").rows("density")
+    guide = MeanFieldNormal(MLP(20, hidden=(60,)), 4)
+    vae = VAE(StandardNormal(4), Gaussian(MLP(4, 20, hidden=(60,)), floor=0.5), guide)
+    vae.initialise(rows.train)
+    fit(vae.model, vae.guide, rows.train, ELBO(), epochs=8, optimizer=lambda p: adam(p, lr=5e-3), progress=False)
+    units = use_of_units(Pair(vae.model, vae.guide), Batch(rows.test))
+    assert units.active_by_variance == units.active_by_kl == 2
+    scale = vae.likelihood.loc_and_scale(torch.zeros(1, 4))[1][0, 0] / vae.likelihood.unit
+    assert scale < 1.1 * vae.likelihood.floor

@@ -64,13 +64,13 @@ def stages_in_words(values: Report) -> list[tuple[str, str, str]]:
     """How far q(z) is from p(z) before and after a second stage: label, number and note of each line; none without."""
     lines = []
     for stage, label, note in (
-        ("first", "KL(q(z) || p(z)), before", "the first stage's prior"),
-        ("joined", "KL(q(z) || p(z)), after", "the second stage as the prior; too high by its bound"),
+        ("first", "KL(q(z) || p(z)), before", "to the first stage's prior"),
+        ("joined", "KL(q(z) || p(z)), after", "to the second stage's"),
     ):
         if (found := values.get("aggregate_kl")) is not None:
             upper, lower = found[stage]["upper"], found[stage]["lower"]
             value = number(upper["mean"], upper["error_over_rows"])
-            lines.append((label, value, f"q(z) of these rows; of the others {lower['mean']:.2f}; {note}"))
+            lines.append((label, value, f"{note}; {lower['mean']:.3f} with each row left out of q(z)"))
     return lines
 
 
