@@ -17,8 +17,9 @@ on draws of q(z|x), new ones at each step: with log p(x|z) and log q(z|x) frozen
     ELBO of the whole at x  =  E_q(z|x) [ ELBO of the second stage at z ]  +  E_q(z|x) [log p(x|z) - log q(z|x)]
 
 where the last term has no parameter. The gradients are the same, draw by draw, and what is recorded is of x, in nats
-that stand beside those of the first stage. A bound of several draws (IWAE) is closer to log p(x), and better where codes
-lie in patches: of a z between two of them the u are not spread as a Gaussian q(u|z) is, and the ELBO holds p(z) to that.
+that stand beside those of the first stage. A bound of several draws (IWAE) is closer to log p(x), and better where the
+codes lie in patches: the u of a z at an edge are not spread as a Gaussian q(u|z) is, and the ELBO keeps p(z) near those
+that are.
 
 A KL weight of the whole, beta, would only scale these gradients: everything of a second stage is in its KL.
 
