@@ -738,13 +738,17 @@ def test_validation_has_the_same_noise_at_every_epoch():
 
 @pytest.mark.slow
 def test_two_processes_take_the_same_steps_as_one(tmp_path, monkeypatch):
-    """Enumeration has no noise; 21 rows in batches of 4 leave a last batch of one row, and a process without any."""
+    """Enumeration has no noise; 21 rows in batches of 4 leave a last batch of one row, and a process without any.
+
+    What is given goes with its rows: means by label would differ.
+    """
     script = tmp_path / "train.py"
     script.write_text(
         textwrap.dedent("""
-        import os, sys, torch
+        import os, sys, pyro, torch
+        import pyro.distributions as dist
         from pyro.infer import TraceEnum_ELBO
-        from pyrovae.inference import adam, fit
+        from pyrovae.inference import IWAE, adam, fit
         from pyrovae.models import GaussianMixture
 
         torch.manual_seed(0)
@@ -756,8 +760,26 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path, monkeypatch):
             mixture.model, mixture.guide, x, TraceEnum_ELBO(max_plate_nesting=1), epochs=2, batch_size=4,
             device="cpu", progress=False, optimizer=lambda p: adam(p, 0.05),
         )
+        means = torch.nn.Linear(3, 2, dtype=torch.float64)
+        before |= {k: v.clone() for k, v in means.state_dict().items()}
+
+        def model(x, y):
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(means(y), 1.0).to_event(1), obs=x)
+
+        def guide(x, y):  # nothing is latent, so that nothing is drawn
+            pass
+
+        labels = torch.eye(3, dtype=torch.float64)[torch.arange(21) % 3]
+        of_labels = fit(
+            model, guide, x + 2 * labels[:, :2], IWAE(2), epochs=2, batch_size=4,
+            device="cpu", progress=False, optimizer=lambda p: adam(p, 0.05), given=(labels,), validation=x[:9],
+            validation_given=(labels[:9],),
+        )
         if os.environ.get("RANK", "0") == "0":
-            torch.save([before, mixture.state_dict(), result.metrics["train_bound"].tolist()], sys.argv[1])
+            bounds = [*result.metrics["train_bound"], *of_labels.metrics["train_bound"]]
+            bounds += list(of_labels.metrics["validation_bound"])
+            torch.save([before, mixture.state_dict() | means.state_dict(), bounds], sys.argv[1])
         """)
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]

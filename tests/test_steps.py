@@ -67,6 +67,7 @@ from pyrovae.models import (
     StandardNormal,
     VampPrior,
 )
+from pyrovae.seeding import same_noise
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 D = 6
@@ -831,3 +832,21 @@ def test_bf16_is_refused_where_the_processor_has_none(monkeypatch: pytest.Monkey
     pair = vae()
     with pytest.raises(UsageError, match="precision: this cpu does not compute in bfloat16; use fp32"):
         fit(pair.model, pair.guide, X, IWAE(3), batch_size=5, precision="bf16-mixed")
+
+
+def test_a_step_looks_for_nothing_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To walk through all modules takes as long as to run small ones. A parameter of two modules has one gradient."""
+    pair = vae()
+    pair.twin = nn.Module()
+    pair.twin.weight = pair.guides[0].head.weight
+    pair.likelihood.decoder.body[1].bias.requires_grad_(False)
+    objective, x = ELBO(), torch.rand(6, D, dtype=torch.float64).round()
+    part = Gradient(objective, Pair(pair.model, pair.guide))
+    trained = [p for p in pair.parameters() if p.requires_grad]
+    assert list(map(id, part.trainable)) == list(map(id, trained))
+    with monkeypatch.context() as patch, same_noise(x.device):
+        patch.setattr(nn.Module, "named_modules", lambda *_, **__: pytest.fail("a search through all modules"))
+        _, *gradients = part(x, *(torch.tensor(value) for value in objective.settings(0).values()))
+    with same_noise(x.device):
+        objective.differentiable_loss(pair.model, pair.guide, x).backward()
+    assert all(torch.equal(gradient, p.grad) for gradient, p in zip(gradients, trained, strict=True))

@@ -34,6 +34,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
+from functools import cached_property
 from typing import Any, ClassVar, final
 
 import torch
@@ -380,7 +381,7 @@ class ELBO(OfParticles):
             raise UsageError(f"kl: expected auto or sampled, got {self.kl!r}")
         _ = self.schedule  # refuses a beta that is none
 
-    @property
+    @cached_property
     def schedule(self) -> Schedule:
         """How beta depends on the step."""
         return self.beta if isinstance(self.beta, Schedule) else Constant(float(self.beta))

@@ -47,7 +47,13 @@ class Part(nn.Module, ABC):
         super().__init__()
         self.objective, self.pair, self.precision = objective, pair, precision
         self.num_particles = num_particles or sum(objective.chunks())
-        self.names = [name for name, p in pair.parts.named_parameters() if p.requires_grad]
+        # Where each parameter is: to look for all of them by name at every step would take as long as the encoder.
+        places: dict[int, tuple[nn.Module, str]] = {}
+        for module in pair.parts.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.requires_grad:
+                    places.setdefault(id(parameter), (module, name))  # of a shared one, the first
+        self.places = list(places.values())
         self.settings = list(objective.settings(0))
         for i, value in enumerate(pair.stored.values()):
             self.register_buffer(f"stored{i}", value)
@@ -55,9 +61,8 @@ class Part(nn.Module, ABC):
     @property
     def trainable(self) -> list[Tensor]:
         """What gradients are taken of, in the order of `Pair.trainable`."""
-        named = dict(self.pair.parts.named_parameters())
         stored = [getattr(self, f"stored{i}") for i in range(len(self.pair.stored))]
-        return [named[name] for name in self.names] + stored
+        return [module._parameters[name] for module, name in self.places] + stored
 
     def forward(self, *inputs: Tensor) -> Any:
         """What `compute` returns, with gradients where it takes them."""
@@ -68,7 +73,7 @@ class Part(nn.Module, ABC):
         with ExitStack() as context:
             if self.pair.stored:
                 known = map(id, self.pair.stored.values())
-                context.enter_context(Stored(dict(zip(known, leaves[len(self.names) :], strict=True))))
+                context.enter_context(Stored(dict(zip(known, leaves[len(self.places) :], strict=True))))
             if self.precision == "bf16-mixed":
                 context.enter_context(HalfProducts())
             return self.compute(leaves, *inputs)
