@@ -559,11 +559,12 @@ def test_auto_compiles_where_the_steps_repay_it() -> None:
 
 
 def steps_of_trainer(pair: nn.Module, data: Tensor, objective, epochs: int, batch_size: int):
-    from pyrovae.inference.training.trainer import Data, Notices, Processes, Settings, Trainer, unchanged
+    from pyrovae.inference.training.trainer import Callbacks, Data, Notices, Processes, Settings, Trainer, unchanged
 
     alone = Processes(SimpleNamespace(process_index=0, num_processes=1), torch.device("cpu"))
     whole, rows = Pair(pair.model, pair.guide), Data(data, (), unchanged, None)
-    trainer = Trainer(whole, rows, objective, Settings(epochs, batch_size, 0, "fp32", None), alone, None, Notices(None))
+    settings = Settings(epochs, batch_size, 0, "fp32", None)
+    trainer = Trainer(whole, rows, objective, settings, alone, None, Notices(None), Callbacks())
     trainer.discover()
     return trainer
 
