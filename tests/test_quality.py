@@ -111,6 +111,8 @@ def test_rows_that_are_no_images_have_only_their_squared_error() -> None:
     x = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
     values = reconstruction_quality(x, torch.zeros(2, 2), data_range=1.0)
     assert {word: value.tolist() for word, value in values.items()} == {"sse": [5.0, 0.0]}
+    images = torch.ones(2, 8, 8)  # all data one number: of range 0
+    assert list(reconstruction_quality(images, images, data_range=0.0)) == ["sse"]
     assert is_image((8, 8))
     assert not any(map(is_image, [(6, 8), (64,), (4, 8, 8), (1, 1, 8, 8)]))
 

@@ -154,26 +154,27 @@ QUALITIES = (
 
 
 def reconstruction_quality(x: Tensor, reconstruction: Tensor, data_range: float) -> dict[str, Tensor]:
-    """All of `QUALITIES` that suit the rows: SSE of any, PSNR and SSIM of images.
+    """All of `QUALITIES` that suit the rows: SSE of any, PSNR and SSIM of images, where data have a range.
 
     Args:
         x: Data, shape (N, *event).
         reconstruction: Of each row, same shape.
-        data_range: R, the greatest less the least value that an element can have: 1 for pixels in [0, 1].
+        data_range: R, the greatest less the least value that an element can have: 1 for pixels in [0, 1], 0 where all
+            data are one number.
 
     Returns:
         By `word`, the values of the rows, shape (N,), in double precision on the CPU.
 
     Raises:
-        UsageError: the shapes differ, or the data range is not above 0.
+        UsageError: the shapes differ, or the data range is below 0.
 
     Example:
         >>> x = torch.rand(5, 1, 28, 28)
         >>> {word: values.mean().item() for word, values in reconstruction_quality(x, x, data_range=1.0).items()}
         {'sse': 0.0, 'psnr': inf, 'ssim': 1.0}
     """
-    check("data_range", data_range, Number(above=0))
-    image = is_image(x.shape[1:])
+    check("data_range", data_range, Number(least=0))
+    image = is_image(x.shape[1:]) and data_range > 0
     return {q.word: q.of(x, reconstruction, data_range) for q in QUALITIES if image or not q.images}
 
 
