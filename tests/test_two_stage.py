@@ -363,6 +363,33 @@ def test_a_run_resumes_bit_for_bit(runs: Path, tmp_path: Path):
         assert torch.equal(value, theirs[name]), name
 
 
+def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_on_the_first_stage_again(runs: Path, tmp_path: Path):
+    (tmp_path / "c").mkdir()
+    shutil.copy(runs / "b" / "config.yaml", tmp_path / "c")
+    train({}, tmp_path / "c", resume=True, plots=False)
+    ours, theirs = (checkpoints.load_latest(path).weights for path in (tmp_path / "c", runs / "b"))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+STRANGE = {
+    "none": {},
+    "a list": {"recipe": [1]},
+    "a mixture": {"recipe": {"model": "mixture"}},
+    "two stages": {"recipe": {"first": "a"}},
+    "unknown options": {"recipe": {"x": 1}},
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_a_strange_first_stage_in_a_configuration_is_refused(runs: Path, tmp_path: Path, case: str):
+    shutil.copytree(runs / "b", tmp_path / "b")
+    content = yaml.safe_load((tmp_path / "b" / "config.yaml").read_text())
+    content["first"] = {"name": "a", "weights": "", **STRANGE[case]}
+    (tmp_path / "b" / "config.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(CheckpointError, match="declares no model"):
+        load(tmp_path / "b")
+
+
 def test_a_saved_configuration_asks_for_the_first_stage_as_it_was(runs: Path, tmp_path: Path):
     """It names the run and the hash of its weights: another run under that name is refused, and so is none."""
     options = {k: v for k, v in open_run(runs / "b").recipe.plain().items() if k not in ("data_hash", "event_shape")}

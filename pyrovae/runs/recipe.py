@@ -117,6 +117,19 @@ class Recipe:
         return is_constraint(self.beta)
 
     @property
+    def below(self) -> "Recipe":
+        """Of a two-stage, the recipe of the first stage, once it is known.
+
+        Raises:
+            UsageError: there is none, or it is not that of a vae of p(x).
+        """
+        kept = self.first.settings.get("recipe")
+        recipe = Recipe(**kept) if isinstance(kept, Mapping) else self
+        if recipe.model.name != first("model") or recipe.condition is not None:
+            raise UsageError(f"first: expected a run of a {first('model')}, and in a configuration all of its recipe")
+        return recipe
+
+    @property
     def measure(self) -> str | None:
         """Of log p(x), a "mass" or a "density"; None while the likelihood is left to the data."""
         return PARTS["likelihood"][self.likelihood.name].measure if self.likelihood else None
