@@ -10,7 +10,17 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pyrovae.errors import PairError, UsageError
-from pyrovae.inference import FromGuide, Individual, impute, log_marginal, log_prob_missing, log_weights, verdict
+from pyrovae.inference import (
+    IWAE,
+    FromGuide,
+    Individual,
+    fit,
+    impute,
+    log_marginal,
+    log_prob_missing,
+    log_weights,
+    verdict,
+)
 from pyrovae.models import (
     MLP,
     PPCA,
@@ -159,6 +169,24 @@ def test_given_labels_and_layers() -> None:
         filled = impute(masked.model, masked.guide, x, seen, 2, 50, proposal=FromGuide(), given=given)
         assert torch.equal(filled.mean[seen], x[seen])
         assert not torch.equal(filled.draws[0], filled.draws[1])
+
+
+def test_training_on_rows_with_gaps_does_not_look_into_them() -> None:
+    """Whatever stands where nothing is seen, the weights come out the same; the bound rises above its start."""
+    _, ppca = linear()
+    x, seen = ppca.sample(200).float(), torch.rand(200, D) < 0.7
+    trained, bounds = [], []
+    for hidden in (0.0, 5.0):
+        torch.manual_seed(1)
+        pair = VAE(StandardNormal(Q), Gaussian(MLP(Q, (D,), (8,))), MeanFieldNormal(MLP(D, hidden=(8,)), Q))
+        masked = Masked(pair, torch.zeros(D))
+        rows = x.where(seen, hidden)
+        settings = {"given": (seen,), "epochs": 5, "batch_size": 20, "compile": "off", "progress": False}
+        bounds.append(fit(masked.model, masked.guide, rows, IWAE(5), **settings).metrics["train_bound"].tolist())
+        trained.append(torch.cat([parameter.flatten() for parameter in pair.parameters()]))
+    assert torch.equal(*trained)
+    assert bounds[0] == bounds[1]
+    assert bounds[0][-1] > bounds[0][0] + 0.1
 
 
 class Whole(Gaussian):
