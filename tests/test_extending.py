@@ -9,9 +9,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_mean
+from test_log_marginal import GaussianPair
 from torch.testing import assert_close
 
-from pyrovae.inference import ELBO, fit
+from pyrovae.inference import ELBO, fit, log_marginal, verdict
+from pyrovae.inference.batch import Batch
+from pyrovae.inference.pair import Pair
+from pyrovae.inference.tracing.draws import Compiled
+from pyrovae.inference.weights import log_mean_exp
 from pyrovae.models import MLP, VAE, Gaussian, MeanFieldNormal, StandardNormal
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
@@ -57,7 +62,7 @@ def trained(prior: Any = None, likelihood: Any = None, guide: Any = None, object
 
 def test_every_section_has_a_test() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
-    assert len(SECTIONS) == 10
+    assert len(SECTIONS) == 11
     assert [name for name in SECTIONS if f'run("{name}")' not in source] == []
 
 
@@ -144,6 +149,23 @@ def test_the_total_correlation_is_that_of_a_loop() -> None:
             joint = each.sum(1).logsumexp(0) - math.log(60 * 4)
             marginals = (each.logsumexp(0) - math.log(60 * 4)).sum()
             assert_close(found[k, n], joint - marginals)
+
+
+def test_a_proposal() -> None:
+    """Its mean weight has expectation p(x); it is checked, and told apart from the guide, like any other."""
+    made = run("A proposal")
+    cls, pair = made["Scaled"], GaussianPair(1.05)
+    assert made["PROPOSALS"][-1] is cls
+    with pytest.raises(ValueError, match="factor: expected a number above 0, got 0"):
+        cls(0)
+    x = torch.tensor([-2.0, 0.3, 1.5], dtype=torch.float64)
+    every = x.repeat(4000)
+    means = log_mean_exp(cls(1.3)(Pair(pair.model, pair.guide), Batch(every))(3)) - pair.log_prob(every)
+    assert_mean(means.exp().view(4000, 3), torch.ones(3, dtype=torch.float64))
+    result = log_marginal(pair.model, pair.guide, x.repeat(20), 300, proposal=cls(), seed=0)
+    assert result.estimator == "importance sampling from the guide, 1.2 times as wide"
+    assert (result.of_guide, verdict(result).kind) == (False, "ok")
+    Compiled(cls())
 
 
 def test_a_condition() -> None:
