@@ -40,7 +40,9 @@ def options_parser() -> Any:
         "means of p(x|z) in place of draws of x: no draws, but pictures without noise of pixels",
         action="store_true",
     )
-    add_option(p, "--class", "of a run given labels: the class of all that is drawn or decoded", "NAME")
+    add_option(
+        p, "--class", "of a run given labels: the class of all that is drawn or decoded, whatever the rows are", "NAME"
+    )
     add_option(p, "--near", "neighbours of the codes of these rows", "ROW,...")
     add_option(p, "--radius", "of neighbours: z + radius eps, eps ~ N(0, I) (default 0.1)", "NUMBER")
     add_option(p, "--between", "on the way from the code of one row to that of another", "ROW,ROW")

@@ -93,7 +93,7 @@ class Near(Way):
 
         model, batch = looked.coded(self.word), looked.numbered(self.numbers, "near")
         z = neighbours(model.encode(*batch.tensors), self.radius, self.number)
-        x = decoded(model, z, batch.given)
+        x = decoded(model, z, looked.decoded_given(batch))
         shape = looked.rows.event_shape
 
         def figure(title: str, style: plots.Style) -> Any:
@@ -138,7 +138,8 @@ class Between(Way):
 
         ends = (self.start, self.end)
         model, batch = looked.coded(self.word), looked.numbered(ends, "between")
-        if batch.given and not torch.equal(batch.given[0][0], batch.given[0][1]):
+        given = looked.decoded_given(batch)
+        if given and not torch.equal(given[0][0], given[0][1]):
             raise UsageError(
                 "between: the rows are of two classes, and what lies between is of none; choose `class`",
                 settings=("between", "class"),
@@ -147,7 +148,7 @@ class Between(Way):
         every = {"line": line, "circle": great_circle}
         chosen = {name: way for name, way in every.items() if self.path in (name, "both")}
         z = torch.stack([way(a, b, self.steps) for way in chosen.values()])
-        x = model.decode(z, *(value[0] for value in batch.given))
+        x = model.decode(z, *(value[0] for value in given))
         t = torch.linspace(0, 1, self.steps).tolist()
         names = {"line": "line", "circle": "great circle"}
 
@@ -203,7 +204,7 @@ class Traverse(Way):
         t = torch.linspace(-REACH, REACH, self.steps, device=looked.place)
         values = torch.stack([mean[dim] + sd[dim] * t for dim in dims])
         z = traverse(model.encode(*batch.tensors)[0], dims, values)
-        x = model.decode(z, *(value[0] for value in batch.given))
+        x = model.decode(z, *(value[0] for value in looked.decoded_given(batch)))
         shape = looked.rows.event_shape
 
         def figure(title: str, style: plots.Style) -> Any:

@@ -32,7 +32,8 @@ class Looked:
         run: The run.
         split: Of its rows, or of those of the file.
         data: A file of other rows; None: the run's own.
-        label: The class that everything is given, in place of each row's own; None: each row's own.
+        label: The class that everything is given, in place of each row's own; None: each row's own. What is decoded
+            near, between and along codes is of that class; the codes are those of the rows as they are.
         device: Where to compute.
     """
 
@@ -117,8 +118,8 @@ class Looked:
         labels, classes = self.rows.labels[self.split], self.rows.classes
         return None if labels is None else [str(i) if classes is None else classes[i] for i in labels.tolist()]
 
-    def first(self, limit: int | None) -> "Batch":
-        """The first rows, with what they are given."""
+    def first(self, limit: int | None, own: bool = False) -> "Batch":
+        """The first rows, given the label that was chosen, if one was, unless they are to have their own."""
         from pyrovae.inference.batch import Batch
 
         if self.data is None:
@@ -126,7 +127,7 @@ class Looked:
         else:
             batch = Batch(self._others.x[:limit], tuple(value[:limit] for value in self._others.given))
             self.check_support(batch)
-        if self.condition is not None:
+        if self.condition is not None and not own:
             batch = Batch(batch.x, (self.condition.cpu().expand(len(batch), -1),))
         return batch.to(self.place)
 
@@ -147,7 +148,7 @@ class Looked:
             self.model.likelihood.check_support(batch.x.to(self.place))
 
     def numbered(self, numbers: Sequence[int], option: str) -> "Batch":
-        """Rows by their numbers.
+        """Rows by their numbers, each given its own label.
 
         Raises:
             UsageError: there is no row of such a number.
@@ -159,7 +160,11 @@ class Looked:
                 raise UsageError(
                     f"{option}: expected numbers of rows from 0 to {self.count - 1}, got {number}", settings=(option,)
                 )
-        return self.first(max(numbers) + 1)[torch.tensor(list(numbers), device=self.place)]
+        return self.first(max(numbers) + 1, own=True)[torch.tensor(list(numbers), device=self.place)]
+
+    def decoded_given(self, batch: "Batch") -> "tuple[Tensor, ...]":
+        """What is given to what is decoded of rows: the label that was chosen, or each row's own."""
+        return batch.given if self.condition is None else (self.condition.expand(len(batch), -1),)
 
     def labels_of(self, numbers: Sequence[int]) -> dict[str, Any]:
         """Their labels as a variable along "row", if there are any."""
