@@ -46,7 +46,9 @@ def integral(p: Any, reach: float = 30.0) -> float:
         return p.log_prob(torch.cartesian_prod(axis, axis)).exp().sum().item() * (axis[1] - axis[0]).item() ** 2
 
 
-def trained(prior: Any = None, likelihood: Any = None, guide: Any = None, objective: Any = None) -> list[float]:
+def trained(
+    prior: Any = None, likelihood: Any = None, guide: Any = None, objective: Any = None, corruption: Any = None
+) -> list[float]:
     """The bounds of two epochs of a pair with that part."""
     torch.manual_seed(0)
     x = torch.randn(60, 3)
@@ -54,6 +56,7 @@ def trained(prior: Any = None, likelihood: Any = None, guide: Any = None, object
         prior or StandardNormal(2),
         likelihood or Gaussian(MLP(2, (3,), hidden=(4,))),
         guide or MeanFieldNormal(MLP(3, hidden=(4,)), 2),
+        corruption,
     )
     pair.initialise(x)
     kept = fit(pair.model, pair.guide, x, objective or ELBO(), epochs=2, batch_size=30, compile="off", progress=False)
@@ -62,7 +65,7 @@ def trained(prior: Any = None, likelihood: Any = None, guide: Any = None, object
 
 def test_every_section_has_a_test() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
-    assert len(SECTIONS) == 11
+    assert len(SECTIONS) == 12
     assert [name for name in SECTIONS if f'run("{name}")' not in source] == []
 
 
@@ -112,6 +115,20 @@ def test_a_likelihood_on_another_space() -> None:
     assert small(torch.randn(2)).log_prob(images).exp().sum().item() == pytest.approx(1, abs=1e-5)
     uniform = rows.measure.bits_per_dimension(-64 * math.log(17))
     assert uniform == pytest.approx(data.rows("density").measure.bits_per_dimension(0.0))
+
+
+def test_a_corruption() -> None:
+    """The logarithm of what x is multiplied by: mean 0 and the scale, anew at every call; nothing in evaluation."""
+    cls = run("A corruption")["Speckle"]
+    corruption, x = cls(0.3), torch.rand(2000, 3, dtype=torch.float64) + 1
+    noise = (corruption(x) / x).log()
+    assert_mean(noise.flatten(), 0.0, least=0.05)
+    assert_mean(noise.square().flatten(), 0.09, least=0.02)
+    assert not torch.equal(corruption(x), corruption(x))
+    assert corruption.eval()(x) is x
+    bounds = trained(corruption=cls())
+    assert all(math.isfinite(bound) for bound in bounds)
+    assert bounds != trained()
 
 
 def test_an_objective() -> None:

@@ -143,7 +143,8 @@ class Constraint(Weight):
 class Capacity(Schedule):
     """Penalty gamma |KL - C|, the mean KL of the batch drawn to a capacity C that grows from 0 to `end` in `steps`.
 
-    Its gamma is recorded as beta, and C as capacity, in nats.
+    It holds the KL at C where gamma is above the multiplier that a `Constraint` of C would find; with less, the KL is
+    that of a beta of gamma. Its gamma is recorded as beta, and C as capacity, in nats.
     """
 
     end: float = 25.0
