@@ -69,6 +69,9 @@ def command(words: Sequence[str]) -> int:
     if run.recipe.is_exact:
         unused = ("K", "chunk_size", "proposal", "repair", "compile", "precision", "netcdf", "anew")
         refuse(options, unused, f"the log p(x) of a {run.recipe.model.name} is exact")
+    if run.recipe.is_reconstruction:
+        unused = ("K", "chunk_size", "proposal", "repair", "compile", "precision", "netcdf", "anew")
+        refuse(options, unused, f"the model ({run.recipe.model.name}) reconstructs only and has no p(x)")
     netcdf = Path(str(options["netcdf"])) if "netcdf" in options else None
     device = str(options.get("device", "auto"))
     if "repair" in options and proposal.of_each_row:

@@ -50,6 +50,11 @@ def command(words: Sequence[str]) -> int:
     if run.recipe.is_exact:
         name = run.recipe.model.name
         raise UsageError(f"{run.directory}: holds a {name}, whose log p(x) is exact: there is no gap to split")
+    if run.recipe.is_reconstruction:
+        raise UsageError(
+            f"{run.directory}: holds a model ({run.recipe.model.name}) that reconstructs only: its guide is a point, "
+            "which has no density, and there is no bound to lose; train a vae"
+        )
     with threads(read("threads", options.get("threads", "auto"), THREADS), lambda text: say(f"note: {text}")):
         values = analyse(run, k, limit, split, seed, chunk_size, str(options.get("device", "auto")), family, say)
     say(describe(run.name, values))

@@ -152,7 +152,7 @@ def test_a_run_of_it_is_its_fit(tmp_path: Path) -> None:
     again = pyrovae.train({}, tmp_path / "run", resume=True, plots=False)
     assert again.evaluation["log_marginal"] == found
     assert list(run.history["epoch"]) == [1]
-    with pytest.raises(UsageError, match="--epochs, --lr: not used, since a kde is fit in closed form"):
+    with pytest.raises(UsageError, match="epochs, lr: not used, since a kde is fit in closed form"):
         pyrovae.Recipe(**options, epochs=3, lr=0.1)
 
 

@@ -1,5 +1,8 @@
 """What is declared: priors, likelihoods, guides, and the pairs they make. Never imports `pyrovae.inference`."""
 
+from pyrovae.models.autoencoder import PCA as PCA
+from pyrovae.models.autoencoder import Autoencoder as Autoencoder
+from pyrovae.models.autoencoder import Reconstruction as Reconstruction
 from pyrovae.models.conditional import AmortisedPrior as AmortisedPrior
 from pyrovae.models.conditional import ConditionalPrior as ConditionalPrior
 from pyrovae.models.conditional import ConditionalVAE as ConditionalVAE

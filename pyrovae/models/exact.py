@@ -4,8 +4,9 @@ A model's latents are summed or integrated out, so that its Pyro pair has an obs
 nothing is estimated. To write a new one, subclass `Exact` and name the class in `pyrovae.models.baselines.BASELINES`.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import ClassVar, Self, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from pyrovae.errors import DataError, UsageError
 from pyrovae.models.seen import Conditional, patterns
 from pyrovae.settings import Whole, check
 
+BLOCK = 1000  # rows scored at a time
 RELATIVE_FLOOR = 1e-6  # least variance of a model that is fit, as a share of the mean variance of the rows
 
 
@@ -182,6 +184,29 @@ def each_of(cls: type[Model], x: Tensor, components: Sequence[int], seed: int = 
             return
         model = cls(x.shape[1:], components=count).to(x.device).double()  # type: ignore[call-arg]
         yield model, model.fit(x, seed)
+
+
+def best_on(
+    models: Iterable[tuple[Model, int]], validation: Tensor, tried: Callable[[Model, int, float], object] | None = None
+) -> Model | None:
+    """Of models with the iterations that each took, the first that the next one is no better than; None of none.
+
+    Args:
+        models: As `Exact.fitted` makes them, which are fit as they are asked for.
+        validation: Rows (V, *event) whose mean log p(x) decides.
+        tried: Called with each model, its iterations, and the mean log p(x) of the validation rows, in nats.
+    """
+    best: Model | None = None
+    best_bound = -math.inf
+    for model, iterations in models:
+        with torch.no_grad():
+            bound = torch.cat([model.log_prob(block) for block in validation.split(BLOCK)]).mean().item()
+        if tried is not None:
+            tried(model, iterations, bound)
+        if bound <= best_bound:
+            break
+        best, best_bound = model, bound
+    return best
 
 
 def check_real(x: Tensor, event_shape: torch.Size) -> None:

@@ -62,20 +62,16 @@ def best_of(
     say: Say = silent,
 ) -> "Exact | None":
     """The model of a family that has the best validation log p(x); None if it can have no such number of components."""
-    import torch
+    from pyrovae.models.exact import best_on
 
-    best: Exact | None = None
-    best_bound = -float("inf")
-    for model, iterations in family.fitted(train, validation, components, seed):
-        with torch.no_grad():
-            bound = torch.cat([model.log_prob(block) for block in validation.split(1000)]).mean().item()
+    def tried(model: "Exact", iterations: int, bound: float) -> None:
         took = "1 iteration" if iterations == 1 else f"{iterations} iterations"
         say(f"baseline: {model.description}, validation log p(x) {bound:.2f} nats after {took}")
-        if bound <= best_bound:
-            break
-        best, best_bound = model, bound
+
+    best = best_on(family.fitted(train, validation, components, seed), validation, tried)
     if best is None:
         say(f"baseline: left out {family.word}, of which at most {family.most_components(train)} can be fit here")
-    elif best.components == max(components) and len(components) > 1:
+        return None
+    if best.components == max(components) and len(components) > 1:
         say(f"baseline: {best.components} components are the most that are tried; more may be better")
-    return None if best is None else best.eval()
+    return best.eval()

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
     from pyrovae.data import Rows
     from pyrovae.inference.proposals import Proposal
+    from pyrovae.models.autoencoder import Reconstruction
     from pyrovae.models.conditional import ConditionalVAE
     from pyrovae.models.exact import Exact
     from pyrovae.models.vae import LatentLayers
 
-    Model = LatentLayers | ConditionalVAE | Exact
+    Model = LatentLayers | ConditionalVAE | Reconstruction | Exact
 
 
 # p(z|u) of a second stage. Elements of z that the first one does not use are noise of sd 1, others have fine structure:
@@ -104,6 +105,10 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
     if recipe.first:
         return build_stages(recipe, event_shape)
 
+    if recipe.is_reconstruction and recipe.is_closed_form:
+        model = make("model", recipe.model, event_shape=event_shape, latent_dim=recipe.latent_dim[0])
+        return model
+
     latent, network = recipe.latent_dim, recipe.network.settings
     encoding, decoding = PARTS["network"][recipe.network.name].classes
     # Layers above the first map vectors to vectors, so they are dense in every architecture.
@@ -118,6 +123,11 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
 
     in_shape = joined_shape(event_shape, conditions, encoding.load().of_images) if conditions else event_shape
     encoder = encoding.build("network", network, in_shape=in_shape)
+    corruption = make("corruption", recipe.corruption)
+    if recipe.is_reconstruction:
+        parts = {"encoder": encoder, "latent_dim": latent[0], "likelihood": likelihood, "corruption": corruption}
+        model = make("model", recipe.model, **parts)
+        return model
     guides = [make("guide", recipe.guide, encoder=encoder, latent_dim=latent[0])]
     conditionals = []
     for below, above in pairwise(latent):
@@ -129,7 +139,6 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
     if by_condition:
         offered["conditional"] = MeanFieldNormal(MLP(conditions, **dense), latent[0])
     prior = make("prior", recipe.prior, **offered)
-    corruption = make("corruption", recipe.corruption)
     if conditions:
         return ConditionalVAE(prior if by_condition else UnconditionalPrior(prior), likelihood, guides[0], corruption)
     parts = {"prior": prior, "likelihood": likelihood, "conditionals": conditionals, "corruption": corruption}
@@ -150,8 +159,12 @@ def build_objective(recipe: Recipe, steps_per_epoch: int = 1) -> "PyroELBO":
     """The objective that a recipe trains with."""
     from pyro.infer import TraceEnum_ELBO
 
+    from pyrovae.inference.objectives import ELBO
+
     if recipe.is_exact:
         return TraceEnum_ELBO(max_plate_nesting=1, strict_enumeration_warning=False)  # for those without a site
+    if recipe.is_reconstruction:  # of its flat prior and its point, what is left is log p(x|z)
+        return ELBO()
     built: PyroELBO = OBJECTIVES[recipe.elbo].build(
         "elbo",
         {},

@@ -71,11 +71,13 @@ def compare_runs(
         scored = [
             Scored(name, *zip(*(score_run(run, rows, batch, how, say) for run in seeds), strict=True))
             for name, seeds in of_kind
+            if not seeds[0].recipe.is_reconstruction  # which has no p(x)
         ]
         wanted = components and rows.given.name is None  # a baseline is of p(x)
         baselines = fit_baselines(rows, components, how.seed, device, say) if wanted else []
         scored += [Scored(model.description, [score(model, batch, how)]) for model in baselines]
-        present(table(scored, how.seed), rows, kind, len(batch), members[0].recipe.data, out, say)
+        if scored:
+            present(table(scored, how.seed), rows, kind, len(batch), members[0].recipe.data, out, say)
         models = ((name, [run.model(device) for run in seeds]) for name, seeds in of_kind)
         seen = of_quality(models, batch, rows.data_range, baselines, features, how.seed)
         present_quality(seen, rows, kind, len(batch), out, features, say)

@@ -4,6 +4,7 @@ config.yaml          every option, as --config takes it, with the hash of the ro
 metrics.csv          one row per epoch
 tensorboard/         the same
 checkpoints/         see `pyrovae.inference.training.checkpoint`
+codes.safetensors    of a model without a p(x): see `pyrovae.runs.codes`
 evaluation.json      log p(x), its diagnostics and verdict
 scores/              log p(x) row by row, see `pyrovae.runs.scores`
 gaps.json            where the bound is lost
@@ -29,6 +30,7 @@ from pyrovae.files import inside, is_writable, read_bytes, read_yaml, refuse_lin
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.training import checkpoint as checkpoints
 from pyrovae.runs import build
+from pyrovae.runs.codes import read_codes
 from pyrovae.runs.options import DERIVED
 from pyrovae.runs.recipe import Recipe
 from pyrovae.seeding import seeded
@@ -50,6 +52,7 @@ WRITTEN = {
     r"metrics\.csv": b"epoch,",
     r"evaluation(-train|-validation)?\.json": b"",
     r"gaps\.json": b"",
+    r"codes\.safetensors": b"",
     rf"plots/({'|'.join(PLOTS)})\.png": b"\x89PNG",
     r"scores/[0-9a-f]{16}\.csv": b"# {",
     r"scores/[0-9a-f]{16}(-repaired)?\.json": b"{",
@@ -132,6 +135,8 @@ class Run:
 
     def model(self, device: "torch.device | str" = "cpu") -> "Model":
         """The pair with the weights of its best epoch, in evaluation mode."""
+        from pyrovae.models import Reconstruction
+
         latest = checkpoints.load_latest(self.directory)
         self.notices = list(latest.notices)
         epoch, best_epoch, best_step = position(latest, self.directory)
@@ -140,7 +145,10 @@ class Run:
             self.unfinished = f"{self.directory}: trained for {epoch} of {planned} epochs so far"
             self.notices.append(self.unfinished)
         saved = latest if best_step in (None, latest.step) else checkpoints.load(self.directory, best_step)
-        return self.pair_with(saved).to(device).eval()
+        model = self.pair_with(saved)
+        if isinstance(model, Reconstruction):
+            read_codes(model, self.directory)
+        return model.to(device).eval()
 
     def pair_with(self, saved: "Checkpoint") -> "Model":
         """The pair that the configuration declares, with a checkpoint's weights.

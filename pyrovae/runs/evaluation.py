@@ -86,7 +86,7 @@ def evaluate(
     refuse_invalid(values)
     say(describe(run.name, values))
     say(f"\n  {'time':<26}{time.perf_counter() - started:>16.1f} s")
-    if values["K"] is not None and run.writable:
+    if values.get("K") is not None and run.writable:
         save_curve(run, values)
     if netcdf is not None:
         save_draws(netcdf, model, batch, rows, how, say)

@@ -68,7 +68,7 @@ def write_plots(
     import torch
 
     from pyrovae import plots
-    from pyrovae.models import ConditionalVAE, LatentLayers
+    from pyrovae.models import ConditionalVAE, LatentLayers, Reconstruction
     from pyrovae.seeding import seeded
 
     name, folder, style = directory.name, inside(directory, "plots"), style_of(recipe, rows)
@@ -83,20 +83,22 @@ def write_plots(
             save_curve(Run(directory, recipe), values)
             return
         drawn = "means of p(x|z), z from the prior" if pictures else "draws from p(x)"
+        drawn = "codes drawn from an ex-post density, decoded: no p(x)" if recipe.is_reconstruction else drawn
         points = rows.event_shape == (2,)
         x = model.sample(1000 if points else 64, mean=pictures)
         save_figure(plots.samples(x, f"{name}, {drawn}", style), folder, "samples")
-        if points:
+        if points and not recipe.is_reconstruction:
             write_density(model, rows, folder, name, style)
-        if not isinstance(model, LatentLayers):
+        if not isinstance(model, LatentLayers | Reconstruction):
             return
         x = rows.test[:1000].to(device)
         codes = model.encode(x)
         some = slice(500 if points else 32)
         figure = plots.reconstructions(x[some], model.decode(codes[some]), name, style)
         save_figure(figure, folder, "reconstructions")
-        spread = model.posterior(x[:8]).sample((12,)).transpose(0, 1)
-        save_figure(plots.neighbourhood(x[:8], model.decode(spread), name, style), folder, "neighbourhood")
+        if isinstance(model, LatentLayers):
+            spread = model.posterior(x[:8]).sample((12,)).transpose(0, 1)
+            save_figure(plots.neighbourhood(x[:8], model.decode(spread), name, style), folder, "neighbourhood")
         save_figure(plots.latent_map(codes, named_labels(rows, len(codes)), name), folder, "latent_map")
         dims = codes.var(0).argsort(descending=True)[:10].tolist()
         steps = torch.linspace(-2.5, 2.5, 11, device=device)
@@ -106,7 +108,8 @@ def write_plots(
         heading = f"{name}; offsets in standard deviations of the codes"
         save_figure(plots.traversals(model.decode(paths), steps.tolist(), dims, heading, style), folder, "traversals")
 
-    save_curve(Run(directory, recipe), values)
+    if not recipe.is_reconstruction:
+        save_curve(Run(directory, recipe), values)
 
 
 def write_density(model: "Model", rows: "Rows", folder: Path, name: str, style: "Style") -> None:

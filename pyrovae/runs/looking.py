@@ -70,8 +70,13 @@ class Looked:
         Raises:
             UsageError: it has none.
         """
-        from pyrovae.models.exact import Exact
+        from pyrovae.models import Exact, Reconstruction
 
+        if isinstance(self.model, Reconstruction):
+            raise UsageError(
+                f"{self.run.directory}: holds a model ({self.run.recipe.model.name}) that reconstructs only: its codes "
+                f"are points, without the density q(z|x) that {what} needs; load it in Python, and call encode and decode"
+            )
         if isinstance(self.model, Exact):
             raise UsageError(
                 f"{self.run.directory}: holds a {self.run.recipe.model.name}, which has no encoder and so no codes, as "
@@ -139,11 +144,13 @@ class Looked:
         """
         import torch
 
-        from pyrovae.models.exact import Exact
+        from pyrovae.models import Exact, Reconstruction
 
         if isinstance(self.model, Exact):
             with torch.no_grad():
                 self.model.log_prob(batch.x.to(self.place))
+        elif isinstance(self.model, Reconstruction):
+            self.model.check_support(batch.x.to(self.place))
         else:
             self.model.likelihood.check_support(batch.x.to(self.place))
 

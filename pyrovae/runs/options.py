@@ -11,11 +11,14 @@ from pyrovae.settings import Either, Flag, Number, Several, Text, Whole, Words
 
 PAIRS, EXACT = ("pyrovae.models.vae", "PAIRS"), ("pyrovae.models.baselines", "BASELINES")
 STAGED = ("pyrovae.models.two_stage", "STAGED")
+# Models that reconstruct, and have no p(x).
+WITHOUT_DENSITY = ("pyrovae.models.autoencoder", "RECONSTRUCTIONS")
+RECONSTRUCTIONS = Choices(WITHOUT_DENSITY)
 # Models with an exact log p(x).
 BASELINES = Choices(EXACT)
 # Part -> choices; the first is the default, but for a likelihood, which is left to the data.
 PARTS = {
-    "model": Choices(PAIRS, STAGED, EXACT),
+    "model": Choices(PAIRS, STAGED, EXACT, WITHOUT_DENSITY),
     "prior": Choices(("pyrovae.models.priors", "PRIORS"), ("pyrovae.models.conditional", "CONDITIONAL_PRIORS")),
     "likelihood": Choices(("pyrovae.models.likelihoods", "LIKELIHOODS")),
     "guide": Choices(("pyrovae.models.guides", "GUIDES")),

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from pyrovae.errors import UsageError
-from pyrovae.runs.options import BASELINES, DERIVED, OBJECTIVES, PARTS, SETTINGS
+from pyrovae.runs.options import BASELINES, DERIVED, OBJECTIVES, PARTS, RECONSTRUCTIONS, SETTINGS
 from pyrovae.runs.parts import Part, choose, nearest
 from pyrovae.settings import read
 
 Options = dict[str, Any]
-# What a model with an exact log p(x) has no use for, and one that is fit in closed form, with what stands for nothing.
+# What a model with an exact log p(x) has no use for, one without a p(x), and one that is fit in closed form, with what
+# stands for nothing.
+NOT_OF_RECONSTRUCTION: Options = {"elbo": "", "K": 0, "M": 0, "eval_K": 0}
 NOT_OF_EXACT: Options = {"elbo": "", "K": 0, "M": 0, "latent_dim": (), "eval_K": 0, "precision": "fp32"}
 NOT_OF_CLOSED_FORM: Options = {
     "epochs": 1,
@@ -26,6 +28,7 @@ NOT_OF_CLOSED_FORM: Options = {
     "optimizer": "",
     "schedule": "",
     "compile": "off",
+    "precision": "fp32",
 }
 # Parts of a pair that are chosen for themselves.
 OF_PAIRS = ("prior", "guide", "network", "corruption")
@@ -102,6 +105,11 @@ class Recipe:
         return self.model.name in BASELINES
 
     @property
+    def is_reconstruction(self) -> bool:
+        """Whether the model reconstructs and has no p(x)."""
+        return self.model.name in RECONSTRUCTIONS
+
+    @property
     def is_closed_form(self) -> bool:
         """Whether the model is fit at once, so that no step is taken."""
         return bool(PARTS["model"][self.model.name].classes[0].constants.get("closed_form"))
@@ -109,7 +117,8 @@ class Recipe:
     @property
     def unused(self) -> Options:
         """Options that the model has no use for, with what stands for nothing there."""
-        return (NOT_OF_EXACT if self.is_exact else {}) | (NOT_OF_CLOSED_FORM if self.is_closed_form else {})
+        unused = NOT_OF_EXACT if self.is_exact else NOT_OF_RECONSTRUCTION if self.is_reconstruction else {}
+        return unused | (NOT_OF_CLOSED_FORM if self.is_closed_form else {})
 
     @property
     def is_constrained(self) -> bool:
@@ -182,8 +191,12 @@ def completed(given: Options) -> Options:
         value = given.get(name)
         values[name] = setting.default if value is None else read(name, value, setting.kind)
     complete_stages(values, given)
-    complete = complete_exact if values["model"].name in BASELINES else complete_pair
-    complete(values, given)
+    name = values["model"].name
+    special = complete_exact if name in BASELINES else complete_reconstruction if name in RECONSTRUCTIONS else None
+    (special or complete_pair)(values, given)
+    if PARTS["model"][name].classes[0].constants.get("closed_form"):
+        refuse(given, (*NOT_OF_CLOSED_FORM, "patience"), f"a {name} is fit in closed form")
+        values |= NOT_OF_CLOSED_FORM
     values["likelihood"] = choose_likelihood(given.get("likelihood"), values["model"])
     if values["seed"] is None:
         values["seed"] = secrets.randbelow(2**31)
@@ -227,9 +240,26 @@ def complete_exact(values: Options, given: Options) -> None:
     refuse(given, ("particle_chunk",), f"a {name} has no particles")
     refuse(given, ("precision",), f"a {name} is fit and scored in single precision")
     values |= NOT_OF_EXACT | {part: Part() for part in OF_PAIRS}
-    if PARTS["model"][name].classes[0].constants.get("closed_form"):
-        refuse(given, (*NOT_OF_CLOSED_FORM, "patience"), f"a {name} is fit in closed form")
-        values |= NOT_OF_CLOSED_FORM
+
+
+def complete_reconstruction(values: Options, given: Options) -> None:
+    """Fill in the rest of a model without a p(x), and refuse what it has no use for."""
+    name = values["model"].name
+    takes = PARTS["model"][name].classes[0].takes
+    why = f"the model ({name}) reconstructs only and has no p(x)"
+    refuse(given, ("elbo", "K", "M", "alpha", "beta", "prior", "guide", "eval_K", "particle_chunk"), why)
+    refuse(given, ("condition",), f"the model ({name}) is given nothing")
+    latent = tuple(values["latent_dim"] or [50])
+    if len(latent) != 1:
+        raise UsageError(
+            f"latent_dim: the model ({name}) has one code, got {len(latent)} sizes; give one", settings=("latent_dim",)
+        )
+    values |= NOT_OF_RECONSTRUCTION | {part: Part() for part in OF_PAIRS} | {"latent_dim": latent}
+    if "encoder" not in takes:
+        refuse(given, ("network", "corruption"), f"the model ({name}) has no networks")
+        return
+    for part in ("network", "corruption"):
+        values[part] = choose(part, given.get(part), first(part), PARTS[part])
 
 
 def complete_pair(values: Options, given: Options) -> None:
@@ -309,7 +339,7 @@ def is_constraint(beta: float | str | None) -> bool:
 def choose_likelihood(value: Any, model: Part) -> Part:
     """The likelihood, or none if it is left to the data; for an exact model it only says of which measure that is."""
     likelihood = choose("likelihood", value, None, PARTS["likelihood"])
-    if model.name not in BASELINES:
+    if model.name in PARTS["model"] and "likelihood" in PARTS["model"][model.name].classes[0].takes:
         return likelihood
     if likelihood and not isinstance(value, str):
         used = {f"likelihood.{key}": item for key, item in dict(value).items() if key != "name"}
@@ -371,6 +401,9 @@ def as_word(condition: str) -> str:
 def title(recipe: Recipe) -> str:
     """A short name for a run, for tables and directories: digits-iwae-K5."""
     data = recipe.data.rstrip("/").split("/")[-1].split(".")[0]
+    if recipe.is_reconstruction:
+        corrupted = "" if recipe.corruption.name in ("", first("corruption")) else f"-{recipe.corruption.name}"
+        return f"{data}-{recipe.model.name}-Z{recipe.latent_dim[0]}{corrupted}"
     if recipe.is_exact:
         components = recipe.model.settings.get("components")
         return f"{data}-{recipe.model.name}" + (f"-C{components}" if components else "")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pyrovae.inference.marginal import LogMarginal
     from pyrovae.inference.simulation import Simulated
     from pyrovae.inference.verdicts import Verdict
+    from pyrovae.models import Reconstruction
     from pyrovae.runs.build import Model
     from pyrovae.runs.features import Features
     from pyrovae.runs.scores import Scores
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 Report = dict[str, Any]
 # Draws of z for each row, and of the latents above z for each of those, for a distance to the prior.
 AGGREGATE_DRAWS, PRIOR_DRAWS = 5, 100
+NO_DENSITY = "reconstruction only"  # what stands for a verdict on log p(x) where there is no p(x)
 
 
 def report_on(
@@ -50,8 +52,11 @@ def report_on(
     from pyrovae.inference.pair import Pair
     from pyrovae.inference.verdicts import verdict
     from pyrovae.inference.weights import draw
+    from pyrovae.models import Reconstruction
     from pyrovae.seeding import seeded
 
+    if isinstance(model, Reconstruction):
+        return reconstruction_only(model, batch, rows, how, split, features)
     result = score(model, batch, how, store, say)
     exact = result.num_particles == 0
     if how.repair:
@@ -86,6 +91,26 @@ def report_on(
     values["reconstruction_quality"] = of_reconstructions(model, batch, rows)
     values["frechet"] = None if features is None else of_frechet(model, batch, features, how.seed)
     return values | provenance(model, batch, rows, how.seed)
+
+
+def reconstruction_only(
+    model: "Reconstruction", batch: "Batch", rows: "Rows", how: Scoring, split: str, features: "Features | None"
+) -> Report:
+    """What can be said of a model that reconstructs and has no p(x)."""
+    density = "" if model.codes is None else model.codes.description
+    draws = density and f"; draws are decoded from an ex-post density of its codes, a {density}"
+    return {
+        "verdict": NO_DENSITY,
+        "reason": f"no p(x): its guide is a point, without a density{draws}",
+        "measure": f"rows as for a {rows.measure.description}",
+        "binarize": rows.binarize,
+        "split": split,
+        "rows": len(batch),
+        "rows_in_split": len(getattr(rows, split)),
+        "reconstruction_quality": of_reconstructions(model, batch, rows),
+        "frechet": None if features is None else of_frechet(model, batch, features, how.seed),
+        **provenance(model, batch, rows, how.seed),
+    }
 
 
 def of_terms(result: "LogMarginal", terms: dict[str, float]) -> Report:

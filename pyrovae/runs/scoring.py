@@ -175,14 +175,14 @@ def compile_draws(model: "Model", batch: "Batch", how: Scoring, mode: str = "aut
         UsageError: it cannot be compiled, and compile=on or precision=bf16 asks for it.
     """
     from pyrovae.inference.tracing.draws import Compiled, worth_compiling
-    from pyrovae.models.exact import Exact
+    from pyrovae.models import Exact, Reconstruction
 
     if mode == "off" and precision == "bf16":
         raise UsageError(
             "precision=bf16: is for compiled draws; leave `compile=off` away",
             settings=("precision=bf16", "compile=off"),
         )
-    if isinstance(model, Exact) or mode == "off":
+    if isinstance(model, Exact | Reconstruction) or mode == "off":
         return how
     try:
         compiled = replace(how, proposal=Compiled(how.proposal, precision))
@@ -206,10 +206,10 @@ def open_scores(
     import pyro
     import torch
 
-    from pyrovae.models.exact import Exact
+    from pyrovae.models import Exact, Reconstruction
     from pyrovae.version import __version__
 
-    if isinstance(model, Exact) or not run.writable:
+    if isinstance(model, Exact | Reconstruction) or not run.writable:
         return None
     settings = {
         "estimator": how.proposal.name,

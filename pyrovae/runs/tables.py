@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyrovae.runs.options import OBJECTIVES
 from pyrovae.runs.recipe import Recipe, first
-from pyrovae.runs.report import Report
+from pyrovae.runs.report import NO_DENSITY, Report
 
 if TYPE_CHECKING:
     from pyrovae.inference.training.trainer import Fit
@@ -80,13 +80,14 @@ def heading(name: str, values: Report) -> list[str]:
     which = f"{'all' if values['rows'] == values['rows_in_split'] else 'the first'} {values['rows']} {split} rows"
     return [
         f"{name}: {which}{' (the rows it was trained on)' if split == 'train' else ''}",
-        f"{values['measure']}{', binarisation ' + values['binarize'] if values['binarize'] else ''}; nats per datum",
+        f"{values['measure']}{', binarisation ' + values['binarize'] if values['binarize'] else ''}"
+        f"{'' if values['verdict'] == NO_DENSITY else '; nats per datum'}",
     ]
 
 
-def describe(name: str, values: Report) -> str:
-    """The report as a table to read."""
-    lines = [*heading(name, values), ""]
+def describe_log_marginal(values: Report) -> list[str]:
+    """What a report says of log p(x), and of its estimate where it is one."""
+    lines: list[str] = []
 
     def line(*cells: str) -> None:
         lines.append(aligned_line(*cells))
@@ -136,8 +137,19 @@ def describe(name: str, values: Report) -> str:
             line("unreliable rows", str(len(bad)), listed(bad) + again)
         if values["zero_weights"]:
             line("weights of zero", f"{values['zero_weights']}", f"in {values['rows_with_zero_weights']} rows")
+    return lines
+
+
+def describe(name: str, values: Report) -> str:
+    """The report as a table to read."""
+    lines = [*heading(name, values), ""]
+
+    if values["verdict"] != NO_DENSITY:
+        lines += describe_log_marginal(values)
+    else:
+        lines += textwrap.wrap(f"{values['verdict']}, {values['reason']}", 100, **INDENT)
     lines += describe_pictures(values)
-    if values["K"] is not None:
+    if values.get("K") is not None:
         lines += describe_rows(values)
     return "\n".join(lines)
 
@@ -196,12 +208,15 @@ def describe_model(recipe: Recipe) -> str:
     if recipe.is_exact:
         return f"{recipe.model.name} with {', '.join(f'{k} {v}' for k, v in recipe.model.settings.items())}"
     latent = ", ".join(map(str, recipe.latent_dim))
-    parts = [part.name for part in (recipe.prior, recipe.guide, recipe.likelihood, recipe.network)]
+    used = () if recipe.is_closed_form else (recipe.prior, recipe.guide, recipe.likelihood, recipe.network)
+    parts = [part.name for part in used if part]
     given = "" if recipe.condition is None else f", given {recipe.condition}: {len(recipe.classes)} columns"
     if recipe.condition == "label":
         given = f", given the label: {len(recipe.classes)} classes"
-    corrupted = "" if recipe.corruption.name == first("corruption") else f", input corrupted: {recipe.corruption.name}"
-    return f"{recipe.model.name} with {', '.join(parts)}, latent dimensions {latent}{given}{corrupted}"
+    clean = recipe.corruption.name in ("", first("corruption"))
+    corrupted = "" if clean else f", input corrupted: {recipe.corruption.name}"
+    made = ", ".join([*parts, f"latent dimensions {latent}"])
+    return f"{recipe.model.name} with {made}{given}{corrupted}"
 
 
 def describe_bound(recipe: Recipe) -> str:
@@ -213,6 +228,8 @@ def reported_bound(recipe: Recipe) -> str:
     """The bound that is reported, in words: what is maximised may weigh the KL otherwise."""
     if recipe.is_exact:
         return "exact log p(x), latents summed out"
+    if recipe.is_reconstruction:
+        return "reconstruction only: no p(x)"
     words = f"{OBJECTIVES[recipe.elbo].constants['title']}, K = {recipe.K}"
     if recipe.M != 1:
         words += f", M = {recipe.M}"
@@ -230,14 +247,12 @@ def epochs_in_words(recipe: Recipe, fitted: "Fit") -> str:
     return words + ("; stopped early" if fitted.stopped == "early" else "")
 
 
-def short_table(recipe: Recipe, values: dict[str, Any], fitted: "Fit", seconds: dict[str, float]) -> str:
-    """What a run ends with; `seconds` are those of each stage."""
+def log_marginal_in_words(recipe: Recipe, values: Report) -> list[tuple[str, str, str]]:
+    """log p(x) and what belongs to it: label, number and note of each line."""
     from pyrovae.inference.verdicts import Kind
 
     exact = values["K"] is None
-    which = "all" if values["rows"] == values["rows_in_split"] else "the first"
     lines = [
-        (f"test rows: {which} {values['rows']} of {recipe.data}, {values['measure']}", "", ""),
         (
             "log p(x)",
             number(values["log_marginal"], values["error_over_rows"]),
@@ -253,11 +268,22 @@ def short_table(recipe: Recipe, values: dict[str, Any], fitted: "Fit", seconds: 
     if not exact:
         reason, *more = textwrap.wrap(values["reason"], 80) if values["verdict"] != Kind.OK else [""]
         lines += [("verdict", values["verdict"], reason), *(("", "", part) for part in more)]
-        lines.insert(1, (f"bound, {reported_bound(recipe)}", number(values["test_bound"]), "nats per datum"))
+        lines.insert(0, (f"bound, {reported_bound(recipe)}", number(values["test_bound"]), "nats per datum"))
         lines.append(("KL(q(z|x) || p(z))", number(values["kl"]), f"nats per datum, {in_words(values['kl_forms'])}"))
         lines += [*stages_in_words(values), *units_in_words(values)]
     if values["bits_per_dimension"] is not None:
         lines.append(("bits per dimension", f"{values['bits_per_dimension']:.4f}", ""))
+    return lines
+
+
+def short_table(recipe: Recipe, values: dict[str, Any], fitted: "Fit", seconds: dict[str, float]) -> str:
+    """What a run ends with; `seconds` are those of each stage."""
+    which = "all" if values["rows"] == values["rows_in_split"] else "the first"
+    lines = [(f"test rows: {which} {values['rows']} of {recipe.data}, {values['measure']}", "", "")]
+    if values["verdict"] == NO_DENSITY:
+        lines += [(part, "", "") for part in textwrap.wrap(f"{values['verdict']}, {values['reason']}", 100)]
+    else:
+        lines += log_marginal_in_words(recipe, values)
     if quality := values["reconstruction_quality"]:
         lines += [(f"reconstruction {label}", value, note) for label, value, note in quality_in_words(quality)]
         lines.append(("", "", "of one reconstruction of each row: no likelihood"))

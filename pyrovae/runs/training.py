@@ -18,11 +18,12 @@ from pyrovae.inference.training.checkpoint import Checkpoint, kept_in, load_late
 from pyrovae.inference.training.record import Progress, Record
 from pyrovae.inference.training.trainer import Fit, fit
 from pyrovae.inference.verdicts import Kind
-from pyrovae.models import Exact, TwoStageVAE
+from pyrovae.models import Exact, Reconstruction, TwoStageVAE
 from pyrovae.processes import leading, several
 from pyrovae.processors import pick_device, threads
 from pyrovae.runs.baseline import MOST_ROWS
 from pyrovae.runs.build import build_model, build_objective, build_optimizer, build_rows, build_schedule, settle
+from pyrovae.runs.codes import fit_codes
 from pyrovae.runs.directory import (
     Run,
     check_folders,
@@ -39,7 +40,7 @@ from pyrovae.runs.options import RESUMABLE
 from pyrovae.runs.progress import Say, silent
 from pyrovae.runs.quality import epoch_metrics
 from pyrovae.runs.recipe import Options, Recipe, title, warnings
-from pyrovae.runs.report import Report, refuse_invalid, report_on
+from pyrovae.runs.report import NO_DENSITY, Report, refuse_invalid, report_on
 from pyrovae.runs.scoring import Scoring, rows_of, score
 from pyrovae.runs.stages import FirstStage, first_stage
 from pyrovae.runs.tables import describe_bound, describe_model, short_table
@@ -217,13 +218,14 @@ def initialised_model(recipe: Recipe, rows: "Rows", below: FirstStage | None = N
     """The pair with its parameters drawn and started at the training rows, on a trained first stage if it has one."""
     with seeded(recipe.seed, "model"):
         model = build_model(recipe, rows.event_shape)
-        if isinstance(model, Exact) and model.closed_form:
+        spread = max(1, len(rows.train) // INITIAL_ROWS)
+        if recipe.is_closed_form:
             spread = -(-len(rows.train) // MOST_ROWS)
+        if isinstance(model, Exact) and recipe.is_closed_form:
             model.fit(rows.transform(rows.train[::spread]), recipe.seed, rows.validation)
             return model
         if below is not None and isinstance(model, TwoStageVAE):
             model.first.load_state_dict(below.vae.state_dict())
-        spread = max(1, len(rows.train) // INITIAL_ROWS)
         given: Any = (value[::spread] for value in rows.given["train"])  # nothing, but for what takes it
         model.initialise(rows.transform(rows.train[::spread]), *given)
     return model
@@ -273,10 +275,13 @@ def take_steps(prepared: Prepared, begin: Callable[[], None], say: Say | None, s
     def on_epoch(metrics: dict[str, float]) -> None:
         epoch = int(metrics["epoch"])
         if not shown and (epoch % every == 0 or epoch in (1, recipe.epochs)):
-            active = f", {int(metrics['active_units'])} active units" if "active_units" in metrics else ""
+            kind = "bound" if "train_bound" in metrics else "objective"  # of a pair that has no bound
+            counted = kind == "bound" and "active_units" in metrics
+            active = f", {int(metrics['active_units'])} active units" if counted else ""
+            train, validation = metrics[f"train_{kind}"], metrics[f"validation_{kind}"]
             tell(
-                f"epoch {epoch:>4}  train {metrics['train_bound']:.2f}, "
-                f"validation {metrics['validation_bound']:.2f} nats{active}, {metrics['rows_per_second']:,.0f} rows/s"
+                f"epoch {epoch:>4}  train {train:.2f}, validation {validation:.2f} nats{active}, "
+                f"{metrics['rows_per_second']:,.0f} rows/s"
             )
 
     def note(text: str) -> None:
@@ -319,9 +324,13 @@ def keep_fitted(prepared: Prepared, begin: Callable[[], None]) -> Fit:
     run, rows, model = prepared.run, prepared.rows, prepared.model
     started = time.perf_counter()
     begin()
-    found = score(model, rows_of(rows, "validation"), Scoring(0)).mean
-    metrics = {"epoch": 1, "step": 1, "validation_bound": found, "seconds": time.perf_counter() - started}
-    progress = Progress(1, 1, best_bound=found, best_epoch=1, best_step=1, history=[metrics])
+    if isinstance(model, Exact):
+        found = {"validation_bound": score(model, rows_of(rows, "validation"), Scoring(0)).mean}
+    else:
+        measured = epoch_metrics(model, rows)
+        found = measured() if measured else {}
+    metrics = {"epoch": 1, "step": 1, **found, "seconds": time.perf_counter() - started}
+    progress = Progress(1, 1, best_epoch=1, best_step=1, history=[metrics])
     if leading():
         record = Record(run.directory)
         record.write(progress.history)
@@ -337,6 +346,9 @@ def conclude(prepared: Prepared, fitted: Fit, seconds: dict[str, float], plots: 
     run, rows, model, tell = prepared.run, prepared.rows, prepared.model, say or silent
     device = next(model.parameters()).device
     model.eval()
+    if isinstance(model, Reconstruction):
+        density = fit_codes(model, rows, run.directory, run.recipe.seed)
+        tell(f"draws are decoded from an ex-post density of the codes, a {density}; it is none of x")
     values = report_on(
         model,
         rows_of(rows, "test", run.recipe.eval_rows).to(device),
@@ -359,7 +371,7 @@ def conclude(prepared: Prepared, fitted: Fit, seconds: dict[str, float], plots: 
 
 def next_command(run: Run, values: Report) -> str:
     """What may be done next, after a semicolon."""
-    if values["verdict"] == Kind.EXACT:  # there is nothing that more draws would raise
+    if values["verdict"] in (Kind.EXACT, NO_DENSITY):  # there is nothing that more draws would raise
         return ""
     what = " --repair scores those rows again" if values["unreliable_rows"] else " for a larger K"
     return f"; python -m pyrovae.evaluate {run.directory}{what}"
@@ -369,7 +381,8 @@ def observations(model: "Model", fitted: Fit, rows: "Rows", device: "torch.devic
     """Posterior collapse, and what the model says of itself, such as a scale at its floor."""
     x, *given = (value[:500].to(device) for value in (rows.validation, *rows.given["validation"]))
     of_model: Callable[..., list[str]] = model.remarks
-    return remarks(fitted.history[fitted.best_epoch - 1]) + of_model(x, *given)
+    of_latents = [] if isinstance(model, Reconstruction) else remarks(fitted.history[fitted.best_epoch - 1])
+    return of_latents + of_model(x, *given)
 
 
 def continued(directory: str | Path | None, options: Options) -> Recipe:
