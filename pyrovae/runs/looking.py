@@ -75,7 +75,7 @@ class Looked:
         if isinstance(self.model, Reconstruction):
             raise UsageError(
                 f"{self.run.directory}: holds a model ({self.run.recipe.model.name}) that reconstructs only: its codes "
-                f"are points, without the density q(z|x) that {what} needs; load it in Python, and call encode and decode"
+                f"are points, without the density q(z|x) that {what} needs; load it in Python and call encode"
             )
         if isinstance(self.model, Exact):
             raise UsageError(
