@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -382,3 +384,28 @@ def test_what_the_page_shows_from_python_runs() -> None:
     assert names["between"].shape == (11, 1, 8, 8)
     assert names["near"].shape == (8, 1, 8, 8)
     assert (log_prob_missing(names["whole"], names["part"]).values < 0).all()
+
+
+def test_help_waits_for_nothing_heavy_and_shows_examples() -> None:
+    code = """
+import sys
+from pyrovae import encode, sample
+for command in (sample, encode):
+    try:
+        command.command(["--help"])
+    except SystemExit:
+        pass
+print([name for name in ("torch", "pyro", "pandas", "matplotlib", "xarray") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "[]"
+    assert "  python -m pyrovae.sample RUN --impute lower --out imputed.png" in lines
+    assert "  python -m pyrovae.encode RUN --out codes.png" in lines
+
+
+@pytest.mark.parametrize("source", ["/dev/zero", "fifo.npy", "/", "~nobody/x.npz"])
+def test_what_is_no_file_of_rows_is_neither_waited_for_nor_read_without_end(source: str, digits: Run) -> None:
+    os.mkfifo("fifo.npy")
+    with pytest.raises(DataError):
+        encode.command([str(digits.directory), "--data", source, "--out", "x.csv"])

@@ -174,8 +174,8 @@ class Between(Way):
 class Traverse(Way):
     """What is decoded while one element of a row's code at a time moves from one end of the codes to the other.
 
-    Element d takes the values m_d + s_d t, t from -2.5 to 2.5, with the mean and standard deviation of the training
-    rows' codes; the others stay what they are for this row.
+    Element d takes the values m_d + s_d t, t from -2.5 to 2.5, with the mean and standard deviation of the codes of
+    the first 10,000 training rows; the others stay what they are for this row.
 
     Attributes:
         number: Of the row.

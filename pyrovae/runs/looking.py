@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pyrovae.models.vae import LatentLayers
     from pyrovae.runs.build import Model
 
-STREAMED = 10_000  # training rows that are looked at where they are too many for the memory
+ENOUGH = 10_000  # training rows, for means and moments
 
 
 @dataclass(frozen=True)
@@ -178,10 +178,8 @@ class Looked:
         return {} if self.labels is None else {"label": (("row",), [self.labels[i] for i in numbers])}
 
     def training(self) -> "Batch":
-        """The training rows, as many as fit, for means and moments."""
-        from torch import Tensor
-
-        return rows_of(self.rows, "train", None if isinstance(self.rows.train, Tensor) else STREAMED).to(self.place)
+        """The first training rows, enough of them for means and moments."""
+        return rows_of(self.rows, "train", ENOUGH).to(self.place)
 
 
 def look(directory: str, options: Mapping[str, Any]) -> Looked:
