@@ -137,7 +137,6 @@ def gaps(
     """
     check_count("num_particles (K)", num_particles, 2)
     pair, batch = Pair(model, guide), Batch.of(x, given)
-    method = replace(individual or Individual(), family="full" if family is None else family)
     rows, chunk = block_of(batch, num_particles, chunk_size)
     check_pair(pair, batch, rows).by_parts("gaps")
     blocks: list[tuple[LogMarginal, dict[str, Estimate]]] = []
@@ -145,8 +144,7 @@ def gaps(
         # Naming the guide's family takes draws; they move the caller's random state only where they decide something.
         with keyed(seed if family is None else 0, "gaps", "family", device=x.device):
             guide_family = family_of(pair, batch[:1])
-        if family is None and guide_family == "diagonal":
-            method = replace(method, family="diagonal")
+        method = replace(individual or Individual(), family=family or closest(guide_family))
         for start, block in zip(range(0, len(batch), rows), batch.split(rows), strict=True):
             with keyed(seed, "gaps", "rows", start, device=x.device):
                 blocks.append(of_block(pair, block, num_particles, method, chunk))
@@ -247,6 +245,11 @@ class GuideAndGaussians(Proposal):
             return weigh(space.join(draw(pair, batch, particles_in(values), values)))
 
         return Sampler(sample, at)
+
+
+def closest(guide_family: str) -> Family:
+    """The family of Gaussians that a guide of one of the names of `family_of` is compared with."""
+    return "diagonal" if guide_family == "diagonal" else "full"
 
 
 @torch.no_grad()

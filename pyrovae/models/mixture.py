@@ -286,24 +286,12 @@ class Mixture(Exact):
 
     def _rows(self, x: Tensor) -> Tensor:
         """x, its event shape checked, in the dtype and on the device of the parameters."""
-        self._check_shape(x)
+        check_shape(x, self.event_shape)
         return x.to(self.mixing_logits)
-
-    def _check_shape(self, x: Tensor) -> None:
-        if x.dim() > 0 and x.shape[1:] == self.event_shape:
-            return
-        wanted, got = tuple(self.event_shape), tuple(x.shape[1:])
-        if x.shape == self.event_shape:
-            remedy = "pass x.unsqueeze(0) for a single datum"
-        elif x.dim() > 0 and x.shape[1:].numel() == self.event_numel:
-            remedy = f"pass x.reshape(-1, {', '.join(map(str, wanted))})"
-        else:
-            remedy = f"build the mixture with event_shape={got}"
-        raise UsageError(f"x: expected event shape {wanted}, got {got}; {remedy}")
 
     def _check(self, x: Tensor, fitting: bool = False) -> None:
         """Refuse x of another shape, outside the support, or too short to fit C components to."""
-        self._check_shape(x)
+        check_shape(x, self.event_shape)
         if not bool((self.support.check(x) & x.isfinite()).all()):
             raise DataError(
                 f"x: expected values in {_describe(self.support)}, got others between {x.min().item():g} and "
@@ -527,6 +515,20 @@ class BernoulliMixture(Mixture):
         counts = responsibilities.sum(0)
         probabilities = self._means(x, responsibilities, counts, chunk).clamp(self.floor, 1 - self.floor)
         _overwrite(self.logits, probabilities.logit().view_as(self.logits), counts > EMPTY)
+
+
+def check_shape(x: Tensor, event_shape: torch.Size) -> None:
+    """Refuse x of another event shape, with the remedy that is likely."""
+    if x.dim() > 0 and x.shape[1:] == event_shape:
+        return
+    wanted, got = tuple(event_shape), tuple(x.shape[1:])
+    if x.shape == event_shape:
+        remedy = "pass x.unsqueeze(0) for a single datum"
+    elif x.dim() > 0 and x.shape[1:].numel() == event_shape.numel():
+        remedy = f"pass x.reshape(-1, {', '.join(map(str, wanted))})"
+    else:
+        remedy = f"build the mixture with event_shape={got}"
+    raise UsageError(f"x: expected event shape {wanted}, got {got}; {remedy}")
 
 
 def _factor(log_scale: Tensor, unit_lower: Tensor) -> Tensor:

@@ -140,14 +140,7 @@ def table(scored: Sequence[Scored], seed: int = 0) -> "pd.DataFrame":
     resampled = means(estimates, seed=seed)
     lows, highs = ends(resampled)
     difference_lows, difference_highs = ends(resampled - resampled[:, :1])
-    # Of each model i (dimension 1) the others j (dimension 2) that are better even where i is as good as it may be, and
-    # those that are better where they are as good as they may be. NaN is neither.
-    slack = torch.tensor([entry.slack for entry in ranked], dtype=torch.float64)
-    surely = resampled[:, None] > (resampled + slack)[:, :, None]
-    perhaps = ((resampled + slack)[:, None] > resampled[:, :, None]) & ~torch.eye(len(ranked), dtype=torch.bool)
-    # Ranks are whole numbers: no interpolation between two.
-    rank_lows, _ = ends(1.0 + surely.sum(-1, dtype=torch.float64), interpolation="nearest")
-    _, rank_highs = ends(1.0 + perhaps.sum(-1, dtype=torch.float64), interpolation="nearest")
+    rank_lows, rank_highs = ranks(resampled, [entry.slack for entry in ranked])
     records = []
     for i, entry in enumerate(ranked):
         difference, finite = estimates[i] - estimates[0], bool(estimates[i].isfinite().all())
@@ -178,6 +171,23 @@ def table(scored: Sequence[Scored], seed: int = 0) -> "pd.DataFrame":
         )
     whole = {"rank_low": "Int64", "rank_high": "Int64", "K": "Int64"}
     return pd.DataFrame(records, columns=list(COLUMNS)).astype(whole | {"spread": float, "elbo": float})
+
+
+def ranks(resampled: "Tensor", slack: Sequence[float]) -> "tuple[list[float], list[float]]":
+    """The lowest and highest rank of each model in 95 % of the resamples, from means of shape (resamples, models)."""
+    import torch
+
+    from pyrovae.inference.bootstrap import ends
+
+    # Of each model i (dimension 1) the others j (dimension 2) that are better even where i is as good as it may be, and
+    # those that are better where they are as good as they may be. NaN is neither.
+    best = resampled + torch.tensor(slack, dtype=torch.float64)
+    surely = resampled[:, None] > best[:, :, None]
+    perhaps = (best[:, None] > resampled[:, :, None]) & ~torch.eye(len(slack), dtype=torch.bool)
+    # Ranks are whole numbers: no interpolation between two.
+    lows, _ = ends(1.0 + surely.sum(-1, dtype=torch.float64), interpolation="nearest")
+    _, highs = ends(1.0 + perhaps.sum(-1, dtype=torch.float64), interpolation="nearest")
+    return lows, highs
 
 
 def bound_of(slack: float, slack_of_best: float) -> str:

@@ -125,9 +125,6 @@ def train(
             fitted = keep_fitted(prepared, begin)
         else:
             fitted = take_steps(prepared, begin, progress, stopping or nullcontext(lambda: False))
-        if fitted.stopped == "interrupted":
-            where = f"epoch {len(fitted.history) + 1}, step {fitted.step}"
-            raise Interrupted(f"stopped at {where}; the state is saved", run.directory, trained=False)
         seconds = {"start": ready - started, "training": time.perf_counter() - ready}
         if leading():
             with saved(run), threads(run.recipe.threads):
@@ -263,7 +260,11 @@ def announce(prepared: Prepared, say: Say) -> None:
 
 
 def take_steps(prepared: Prepared, begin: Callable[[], None], say: Say | None, stopping: Stopping) -> Fit:
-    """Run the training loop."""
+    """Run the training loop.
+
+    Raises:
+        Interrupted: it was stopped, with its state saved.
+    """
     recipe, rows, model = prepared.run.recipe, prepared.rows, prepared.model
     tell = say or silent
     resume = prepared.resume and kept_in(prepared.run.directory)
@@ -288,7 +289,7 @@ def take_steps(prepared: Prepared, begin: Callable[[], None], say: Say | None, s
         tell(f"note: {text}")
 
     with stopping as should_stop:
-        return fit(
+        fitted = fit(
             model.model,
             model.guide,
             rows.train,
@@ -317,6 +318,10 @@ def take_steps(prepared: Prepared, begin: Callable[[], None], say: Say | None, s
             should_stop=should_stop,
             extra_metrics=epoch_metrics(model, rows),
         )
+    if fitted.stopped == "interrupted":
+        where = f"epoch {len(fitted.history) + 1}, step {fitted.step}"
+        raise Interrupted(f"stopped at {where}; the state is saved", prepared.run.directory, trained=False)
+    return fitted
 
 
 def keep_fitted(prepared: Prepared, begin: Callable[[], None]) -> Fit:
