@@ -95,6 +95,7 @@ def test_drawing_leaves_global_state_alone(metrics: pd.DataFrame, table: pd.Data
         plots.densities(points, {"normal": lambda x: -x.square().sum(1) / 2 - math.log(2 * math.pi)}),
         plots.neighbourhood(profiles, profiles[:, None]),
         plots.latent_map(torch.randn(30, 5), torch.arange(30) % 3),
+        plots.clouds({"codes": points, "draws": points}),
         plots.traversals(points[None], torch.linspace(-2, 2, 3)),
         plots.k_curve([1, 10], [-2.0, -1.5], [0.1, 0.1], elbo=-2.0, exact=-1.0),
         plots.comparison(table),
@@ -427,6 +428,20 @@ def test_latent_map_puts_codes_of_two_dimensions_where_they_are() -> None:
     np.testing.assert_allclose(odd, codes[1::2])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["even", "odd"]
     assert "PCA" not in texts(figure)
+
+
+def test_clouds_are_where_they_are_on_the_same_axes() -> None:
+    clouds = {"codes": torch.randn(20, 2), "draws of p(z)": 5 + torch.randn(30, 2)}
+    figure = plots.clouds(clouds, ["z[3]", "z[1]"], "VAE, digits")
+    left, right = figure.axes
+    for panel, (name, cloud) in zip((left, right), clouds.items(), strict=True):
+        assert panel.get_title() == name
+        assert panel.get_xlabel() == "z[3]"
+        np.testing.assert_allclose(panel.collections[0].get_offsets(), cloud)
+    assert left.get_xlim() == right.get_xlim()
+    for wrong in ({}, {"codes": torch.randn(4, 3)}):
+        with pytest.raises(UsageError, match=r"points: expected clouds of shape \(N, 2\), got"):
+            plots.clouds(wrong)
 
 
 def test_latent_map_names_each_class_on_one_of_its_points() -> None:

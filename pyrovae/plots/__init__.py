@@ -19,6 +19,7 @@ from pyrovae.plots.images import reconstructions as reconstructions
 from pyrovae.plots.images import samples as samples
 from pyrovae.plots.images import traversals as traversals
 from pyrovae.plots.latents import MAX_CLASSES as MAX_CLASSES
+from pyrovae.plots.latents import clouds as clouds
 from pyrovae.plots.latents import latent_map as latent_map
 from pyrovae.plots.style import Style as Style
 from pyrovae.plots.training import step_curve as step_curve

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from pyrovae.plots.style import (
     MARKERS,
     PALETTE,
     SEQUENTIAL,
+    VERMILLION,
     as_array,
     dot_area,
     new_figure,
@@ -73,6 +75,31 @@ def latent_map(codes: Tensor, labels: Any = None, title: str | None = None) -> F
         figure.colorbar(drawn, ax=axes, label="label")
     else:
         scatter(axes, points, color=BLUE, alpha=0.6, **style)
+    return figure
+
+
+def clouds(points: Mapping[str, Tensor], names: Sequence[str] = ("z[0]", "z[1]"), title: str | None = None) -> Figure:
+    """Draw clouds of points of the plane beside one another on the same axes, such as codes and draws of their prior.
+
+    Args:
+        points: A cloud (N, 2) by its name; the first has a colour of its own.
+        names: Of the two axes.
+        title: First line of the title.
+    Raises:
+        UsageError: there is no cloud, or one is not of the plane.
+    """
+    arrays = {name: as_array(cloud) for name, cloud in points.items()}
+    if not arrays or any(cloud.ndim != 2 or cloud.shape[1] != 2 or not len(cloud) for cloud in arrays.values()):
+        shapes = ", ".join(str(cloud.shape) for cloud in arrays.values())
+        raise UsageError(f"points: expected clouds of shape (N, 2), got {shapes or 'none'}")
+    figure = new_figure(3.6 * len(arrays) + 0.6, 4.8, "Points in the plane, the same axes in all panels", title)
+    panels = figure.subplots(1, len(arrays), sharex=True, sharey=True, squeeze=False)[0]
+    for i, (panel, (name, cloud)) in enumerate(zip(panels, arrays.items(), strict=True)):
+        scatter(panel, cloud, color=VERMILLION if i else BLUE, s=dot_area(len(cloud)), alpha=0.6, linewidths=0)
+        panel.set_title(name, fontsize="medium")
+        panel.set_xlabel(names[0])
+        panel.set_aspect("equal", adjustable="box")
+    panels[0].set_ylabel(names[1])
     return figure
 
 

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 PLOTS = (
     "training_curves", "samples", "reconstructions", "neighbourhood", "latent_map", "traversals", "k_curve", "gaps",
+    "codes", "density",
 )  # fmt: skip
 # What commands write into a run beside config.yaml and the lock: files by name, and how those begin whose names others
 # may use as well.
