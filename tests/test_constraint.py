@@ -149,7 +149,7 @@ def test_a_constraint_that_is_not_active() -> None:
 
 
 def test_a_run_under_a_constraint_goes_on_to_the_same_bits(tmp_path) -> None:
-    """Stopped within an epoch and resumed: weights, and beta of every epoch. The last epoch is the one that is kept."""
+    """Stopped within an epoch and resumed: weights, and beta of every epoch."""
     options = {"epochs": 4, "batch_size": 7}
     whole, wanted = trained(Constraint(0.5), **options)
     seen = iter(range(1, 100))
@@ -158,13 +158,23 @@ def test_a_run_under_a_constraint_goes_on_to_the_same_bits(tmp_path) -> None:
     assert metrics["beta"] == wanted["beta"]
     assert len(set(metrics["beta"])) == 4
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters(), strict=True))
-    kept = fit(
-        again.model, again.guide, rows(), ELBO(beta=Constraint(1e-3)), validation=rows(), epochs=3, batch_size=20,
-        progress=False,
-    )  # fmt: skip
-    assert kept.best_epoch == 3
     with pytest.raises(UsageError, match="patience: not used, since under a constraint the last epoch is kept"):
         trained(Constraint(0.5), patience=2)
+
+
+def test_the_last_epoch_is_kept_though_the_bound_of_an_earlier_one_is_greater() -> None:
+    """From the greatest ELBO on, a tight constraint can only lower it; what is kept meets the constraint."""
+    vae, _ = trained(1.0, epochs=100)
+    result = fit(
+        vae.model, vae.guide, rows(), ELBO(beta=Constraint(1e-3, rate=1.0)), validation=rows(), epochs=20,
+        batch_size=60, compile="off", progress=False, optimizer=lambda p: torch.optim.Adam(p, lr=0.05),
+    )  # fmt: skip
+    assert result.metrics["validation_bound"].idxmax() < 10
+    assert result.best_epoch == 20
+    prior = MultivariateNormal(torch.zeros(Z, dtype=torch.float64), torch.eye(Z, dtype=torch.float64))
+    assert kl_divergence(vae.posterior(rows()), prior).mean().item() == pytest.approx(
+        result.metrics["kl"].iloc[-1], rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("how", [{"compiled": True}, {"particle_chunk": 2}, {"compiled": True, "particle_chunk": 2}])
