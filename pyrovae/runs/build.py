@@ -149,7 +149,8 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
 def build_stages(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
     """A first stage as its own recipe says, and a second one on its codes as this one does, joined."""
     below = recipe.below
-    of_codes = recipe.settled(model=Part(first("model")), likelihood=choose_likelihood(OF_CODES, Part()), first=Part())
+    vae = Part(first("model"))
+    of_codes = recipe.settled(model=vae, likelihood=choose_likelihood(OF_CODES, vae), first=Part())
     stages = {"first": build_model(below, event_shape), "second": build_model(of_codes, below.latent_dim)}
     model: Model = make("model", recipe.model, **stages)
     return model

@@ -339,7 +339,7 @@ def is_constraint(beta: float | str | None) -> bool:
 def choose_likelihood(value: Any, model: Part) -> Part:
     """The likelihood, or none if it is left to the data; for an exact model it only says of which measure that is."""
     likelihood = choose("likelihood", value, None, PARTS["likelihood"])
-    if model.name in PARTS["model"] and "likelihood" in PARTS["model"][model.name].classes[0].takes:
+    if model.name in PARTS["model"] and {"likelihood", "first"} & set(PARTS["model"][model.name].classes[0].takes):
         return likelihood
     if likelihood and not isinstance(value, str):
         used = {f"likelihood.{key}": item for key, item in dict(value).items() if key != "name"}
