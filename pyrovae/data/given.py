@@ -8,17 +8,14 @@ is, any other is standardised by the training rows, (y - mean) / sd, so that all
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from pyrovae.data.found import SPLITS, require_memory
+from pyrovae.data.raw import Raw
 from pyrovae.errors import DataError, UsageError
-
-if TYPE_CHECKING:
-    from pyrovae.data.rows import Data
 
 LABEL = "label"
 
@@ -50,7 +47,7 @@ class Given:
         return "the label" if self.name == LABEL else ", ".join((self.name or "nothing").split(","))
 
 
-def conditioned(data: "Data", condition: str) -> "tuple[Data, Given]":
+def conditioned(data: Raw, condition: str) -> tuple[Raw, Given]:
     """What is left of the data as x, and what a condition takes of it as y, float32, shape (N, C).
 
     Raises:
@@ -77,7 +74,7 @@ def conditioned(data: "Data", condition: str) -> "tuple[Data, Given]":
     return rest, Given(together, ",".join(names), tuple(columns), dict(examples(parts)))
 
 
-def named_columns(data: "Data") -> list[str]:
+def named_columns(data: Raw) -> list[str]:
     """The columns of a table by their names, without blanks around them."""
     return [column.strip() for column in data.columns or ()]
 
@@ -101,7 +98,7 @@ def examples(parts: Sequence[_Part]) -> Iterator[tuple[str, Tensor]]:
             yield name, torch.cat([value if i == j else at for j, at in enumerate(middle)])
 
 
-def covariate(data: "Data", name: str) -> _Part:
+def covariate(data: Raw, name: str) -> _Part:
     """A column of a table as y, shape (N, 1)."""
     at = named_columns(data).index(name)
     raw = {split: getattr(data, split)[:, at : at + 1].float() for split in SPLITS}
@@ -115,7 +112,7 @@ def covariate(data: "Data", name: str) -> _Part:
     return _Part(name, y, (name,), ends)
 
 
-def without(data: "Data", names: Sequence[str]) -> "Data":
+def without(data: Raw, names: Sequence[str]) -> Raw:
     """The data without some columns of their table; zeros and ones, if no others are left, are binary.
 
     Raises:
