@@ -42,7 +42,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pyro.distributions as dist
 import torch
@@ -345,7 +345,10 @@ class Sandwich:
         acceptance: Of the transitions both ways, shape (N,).
         num_particles: C, each way.
         annealed: The setting.
+        word: What a report calls it.
     """
+
+    word: ClassVar[str] = "sandwich"
 
     x: Tensor
     forward: Tensor
@@ -368,6 +371,18 @@ class Sandwich:
     def validated(self) -> bool:
         """Whether the width is below 0.1 nat even if it is two standard errors wider than seen."""
         return self.width + 2 * self.error < VALIDATED_WIDTH
+
+    def summary(self) -> dict[str, Any]:
+        """It as plain values: means over data."""
+        return {
+            "forward": self.forward.mean().item(),
+            "reverse": self.reverse.mean().item(),
+            "width": self.width,
+            "width_error": self.error,
+            "validated": self.validated,
+            "simulated_data": len(self.forward),
+            "acceptance": self.acceptance.mean().item(),
+        }
 
 
 @in_single_precision

@@ -28,6 +28,7 @@ References:
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -66,7 +67,10 @@ class Simulated:
         num_particles: K. The width is that of estimates from so many draws.
         estimator: What was drawn from, in words.
         weight: For how many data of the model's a row counts; None: each for one.
+        word: What a report calls it.
     """
+
+    word: ClassVar[str] = "simulated"
 
     lower: Tensor
     upper: Tensor
@@ -107,6 +111,17 @@ class Simulated:
     def validated(self) -> bool:
         """Whether `most` is below 0.1 nat."""
         return self.most < MOST_WIDTH
+
+    def summary(self) -> dict[str, Any]:
+        """It as plain values: means over data."""
+        return {
+            "lower": self.weighted(self.lower).mean().item(),
+            "upper": self.weighted(self.upper).mean().item(),
+            "width": self.width,
+            "width_error": self.error,
+            "validated": self.validated,
+            "rows": len(self.lower),
+        }
 
 
 @in_single_precision

@@ -85,8 +85,7 @@ def report_on(
         "test_bound" if split == "test" else f"{split}_bound": terms["bound"],
     }
     if not exact:
-        values |= of_terms(result, terms) | {"kl_forms": forms} | of_weights(result) | of_check(check, judgement)
-        values |= how.proposal.computation() | {"worst_rows": worst(result), "curve": curve(result)}
+        values |= {**of_terms(result, terms), "kl_forms": forms, **of_draws(result, check, judgement, how)}
         values |= of_stages(model, batch, how.seed)
     values["reconstruction_quality"] = of_reconstructions(model, batch, rows)
     values["frechet"] = None if features is None else of_frechet(model, batch, features, how.seed)
@@ -140,7 +139,19 @@ def of_terms(result: "LogMarginal", terms: dict[str, float]) -> Report:
     }
 
 
-def of_weights(result: "LogMarginal") -> Report:
+def of_draws(result: "LogMarginal", check: "Sandwich | Simulated | None", judgement: "Verdict", how: Scoring) -> Report:
+    """What the draws say of the estimate, how they were computed, and what the check on simulated data found."""
+    found = {} if check is None else {check.word: check.summary()}
+    return {
+        **of_weights(result, how.proposal.of_chains),
+        **{"stated_bias": judgement.bias, "simulated": None, "sandwich": None, **found},
+        **how.proposal.computation(),
+        "worst_rows": worst(result),
+        "curve": curve(result),
+    }
+
+
+def of_weights(result: "LogMarginal", of_chains: bool) -> Report:
     """What the importance weights say of the estimate."""
     k_hat = result.pareto_k
     known = k_hat[~k_hat.isnan()]
@@ -157,38 +168,10 @@ def of_weights(result: "LogMarginal") -> Report:
         "rows_without_finite_estimate": len(result.invalid),
         "zero_weights": int(result.zero_weights.sum()),
         "rows_with_zero_weights": int((result.zero_weights > 0).sum()),
-        "unreliable_rows": result.unreliable.nonzero().flatten().tolist(),
+        # Of chains there are too few for an effective sample size or a k-hat to tell.
+        "unreliable_rows": [] if of_chains else result.unreliable.nonzero().flatten().tolist(),
         "repaired_rows": None if result.repaired is None else list(result.repaired),
     }
-
-
-def of_check(check: "Sandwich | Simulated | None", judgement: "Verdict") -> Report:
-    """What the check on simulated data found."""
-    from pyrovae.inference.annealed import Sandwich
-    from pyrovae.inference.simulation import Simulated
-
-    values: Report = {"stated_bias": judgement.bias, "simulated": None, "sandwich": None}
-    if check is None:
-        return values
-    width = {"width": check.width, "width_error": check.error, "validated": check.validated}
-    if isinstance(check, Simulated):
-        values["simulated"] = {
-            "lower": check.weighted(check.lower).mean().item(),
-            "upper": check.weighted(check.upper).mean().item(),
-            **width,
-            "rows": len(check.lower),
-        }
-    if isinstance(check, Sandwich):
-        values["sandwich"] = {
-            "forward": check.forward.mean().item(),
-            "reverse": check.reverse.mean().item(),
-            **width,
-            "simulated_data": len(check.forward),
-            "acceptance": check.acceptance.mean().item(),
-        }
-        # Of chains there are too few for an effective sample size or a k-hat to tell.
-        values["unreliable_rows"] = []
-    return values
 
 
 def of_stages(model: "Model", batch: "Batch", seed: int) -> Report:

@@ -125,6 +125,7 @@ def train(
             fitted = keep_fitted(prepared, begin)
         else:
             fitted = take_steps(prepared, begin, progress, stopping or nullcontext(lambda: False))
+        check_finished(run, fitted)
         seconds = {"start": ready - started, "training": time.perf_counter() - ready}
         if leading():
             with saved(run), threads(run.recipe.threads):
@@ -260,11 +261,7 @@ def announce(prepared: Prepared, say: Say) -> None:
 
 
 def take_steps(prepared: Prepared, begin: Callable[[], None], say: Say | None, stopping: Stopping) -> Fit:
-    """Run the training loop.
-
-    Raises:
-        Interrupted: it was stopped, with its state saved.
-    """
+    """Run the training loop."""
     recipe, rows, model = prepared.run.recipe, prepared.rows, prepared.model
     tell = say or silent
     resume = prepared.resume and kept_in(prepared.run.directory)
@@ -289,7 +286,7 @@ def take_steps(prepared: Prepared, begin: Callable[[], None], say: Say | None, s
         tell(f"note: {text}")
 
     with stopping as should_stop:
-        fitted = fit(
+        return fit(
             model.model,
             model.guide,
             rows.train,
@@ -318,10 +315,17 @@ def take_steps(prepared: Prepared, begin: Callable[[], None], say: Say | None, s
             should_stop=should_stop,
             extra_metrics=epoch_metrics(model, rows),
         )
+
+
+def check_finished(run: Run, fitted: Fit) -> None:
+    """Refuse to go on with a training that was stopped.
+
+    Raises:
+        Interrupted: it was, with its state saved.
+    """
     if fitted.stopped == "interrupted":
         where = f"epoch {len(fitted.history) + 1}, step {fitted.step}"
-        raise Interrupted(f"stopped at {where}; the state is saved", prepared.run.directory, trained=False)
-    return fitted
+        raise Interrupted(f"stopped at {where}; the state is saved", run.directory, trained=False)
 
 
 def keep_fitted(prepared: Prepared, begin: Callable[[], None]) -> Fit:
