@@ -68,13 +68,13 @@ def compare_runs(
         batch = rows_of(rows, "test", limit).to(device)
         features = None if make_features is None else features_for(make_features, rows, batch, say)
         of_kind = [(name, seeds) for name, seeds in zip(names, together, strict=True) if measure_of(seeds[0]) == kind]
+        with_density = [(name, seeds) for name, seeds in of_kind if not seeds[0].recipe.is_reconstruction]
         scored = [
             Scored(name, *zip(*(score_run(run, rows, batch, how, say) for run in seeds), strict=True))
-            for name, seeds in of_kind
-            if not seeds[0].recipe.is_reconstruction  # which has no p(x)
+            for name, seeds in with_density
         ]
-        wanted = components and rows.given.name is None  # a baseline is of p(x)
-        baselines = fit_baselines(rows, components, how.seed, device, say) if wanted else []
+        # A baseline is of p(x), given nothing.
+        baselines = fit_baselines(rows, components, how.seed, device, say) if components and not rows.given.name else []
         scored += [Scored(model.description, [score(model, batch, how)]) for model in baselines]
         if scored:
             present(table(scored, how.seed), rows, kind, len(batch), members[0].recipe.data, out, say)

@@ -273,14 +273,7 @@ def take_steps(prepared: Prepared, begin: Callable[[], None], say: Say | None, s
     def on_epoch(metrics: dict[str, float]) -> None:
         epoch = int(metrics["epoch"])
         if not shown and (epoch % every == 0 or epoch in (1, recipe.epochs)):
-            kind = "bound" if "train_bound" in metrics else "objective"  # of a pair that has no bound
-            counted = kind == "bound" and "active_units" in metrics
-            active = f", {int(metrics['active_units'])} active units" if counted else ""
-            train, validation = metrics[f"train_{kind}"], metrics[f"validation_{kind}"]
-            tell(
-                f"epoch {epoch:>4}  train {train:.2f}, validation {validation:.2f} nats{active}, "
-                f"{metrics['rows_per_second']:,.0f} rows/s"
-            )
+            tell(epoch_in_words(metrics))
 
     def note(text: str) -> None:
         tell(f"note: {text}")
@@ -326,6 +319,17 @@ def check_finished(run: Run, fitted: Fit) -> None:
     if fitted.stopped == "interrupted":
         where = f"epoch {len(fitted.history) + 1}, step {fitted.step}"
         raise Interrupted(f"stopped at {where}; the state is saved", run.directory, trained=False)
+
+
+def epoch_in_words(metrics: dict[str, float]) -> str:
+    """What is said of an epoch."""
+    kind = "bound" if "train_bound" in metrics else "objective"  # of a pair that has no bound
+    counted = kind == "bound" and "active_units" in metrics
+    active = f", {int(metrics['active_units'])} active units" if counted else ""
+    return (
+        f"epoch {int(metrics['epoch']):>4}  train {metrics[f'train_{kind}']:.2f}, "
+        f"validation {metrics[f'validation_{kind}']:.2f} nats{active}, {metrics['rows_per_second']:,.0f} rows/s"
+    )
 
 
 def keep_fitted(prepared: Prepared, begin: Callable[[], None]) -> Fit:
