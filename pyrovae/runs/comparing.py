@@ -19,6 +19,7 @@ from pyrovae.runs.scoring import Scoring, rows_of, score
 if TYPE_CHECKING:
     import torch
 
+    from pyrovae.data import Rows
     from pyrovae.inference.batch import Batch
 
 
@@ -68,11 +69,7 @@ def compare_runs(
         batch = rows_of(rows, "test", limit).to(device)
         features = None if make_features is None else features_for(make_features, rows, batch, say)
         of_kind = [(name, seeds) for name, seeds in zip(names, together, strict=True) if measure_of(seeds[0]) == kind]
-        with_density = [(name, seeds) for name, seeds in of_kind if not seeds[0].recipe.is_reconstruction]
-        scored = [
-            Scored(name, *zip(*(score_run(run, rows, batch, how, say) for run in seeds), strict=True))
-            for name, seeds in with_density
-        ]
+        scored = scored_of(of_kind, rows, batch, how, say)
         # A baseline is of p(x), given nothing.
         baselines = fit_baselines(rows, components, how.seed, device, say) if components and not rows.given.name else []
         scored += [Scored(model.description, [score(model, batch, how)]) for model in baselines]
@@ -84,6 +81,17 @@ def compare_runs(
         everything += scored
     say(f"tables and figures in {out}")
     return everything
+
+
+def scored_of(
+    groups: "Iterable[tuple[str, Sequence[Run]]]", rows: "Rows", batch: "Batch", how: Scoring, say: Say
+) -> list[Scored]:
+    """The log p(x) of the runs of each name, but for those of a model that has no p(x)."""
+    return [
+        Scored(name, *zip(*(score_run(run, rows, batch, how, say) for run in seeds), strict=True))
+        for name, seeds in groups
+        if not seeds[0].recipe.is_reconstruction
+    ]
 
 
 def of_quality(
