@@ -23,11 +23,11 @@ from pyrovae.models import BernoulliKernelDensity, BernoulliMixture, GaussianMix
 from pyrovae.runs import baseline, comparison
 from pyrovae.runs.baseline import fit_baselines
 from pyrovae.runs.comparison import COLUMNS, Scored, table
-from pyrovae.runs.comparison_tables import aligned, interval, latex, legend, readable
+from pyrovae.runs.comparison_tables import interval, latex, legend, readable
 from pyrovae.runs.directory import open_run
 from pyrovae.runs.grouping import check_same_rows, common_name, name_pools, pools, run_around, unique_names
 from pyrovae.runs.scoring import Scoring, score
-from pyrovae.runs.tables import number
+from pyrovae.runs.tables import aligned, number
 
 TINY = "--epochs 1 --eval-K 5 --eval-rows 10 --no-plots --seed 0 --device cpu"
 

@@ -14,6 +14,7 @@ from pyrovae.runs.directory import begins
 from pyrovae.runs.figures import save_figure
 from pyrovae.runs.progress import Say, silent
 from pyrovae.runs.quality_tables import QUALITY_HEAD, quality_file
+from pyrovae.runs.tables import aligned
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +28,6 @@ DIFFERENCES = {
     "open": "both numbers are lower bounds: either model may be the better",
 }
 RULES = "% needs \\usepackage{booktabs}"  # the first line of a table for LaTeX
-WIDTH = 26  # of a name in a printed table
 
 
 def present(
@@ -127,23 +127,6 @@ def interval(value: float, low: float, high: float) -> str:
 def spread(entry: dict[Any, Any]) -> str:
     """The standard deviation over seeds, to two digits."""
     return "-" if entry["seeds"] == 1 else f"{entry['spread']:.2g}"
-
-
-def aligned(frame: "pd.DataFrame") -> str:
-    """A table of strings: the first column to the left and wrapped, the others to the right."""
-    names = {name: textwrap.wrap(name, WIDTH) for name in frame.iloc[:, 0]}
-    left = max(len(part) for parts in [[frame.columns[0]], *names.values()] for part in parts)
-    widths = [max(map(len, [name, *frame[name]])) for name in frame.columns[1:]]
-
-    def line(first: str, cells: Sequence[str]) -> str:
-        return "  ".join(["", first.ljust(left), *(c.rjust(w) for c, w in zip(cells, widths, strict=True))]).rstrip()
-
-    lines = [line(frame.columns[0], list(frame.columns[1:]))]
-    lines.append("  " + "-" * (len(lines[0]) - 2))
-    for name, *cells in frame.itertuples(index=False):
-        first, *rest = names[name]
-        lines += [line(first, cells), *(f"  {part}" for part in rest)]
-    return "\n".join(lines)
 
 
 def legend(frame: "pd.DataFrame") -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyrovae.runs.progress import Say, silent
-from pyrovae.runs.tables import number
+from pyrovae.runs.tables import aligned, number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,7 +76,6 @@ def present_quality(
 
     from pyrovae.files import write_atomically
     from pyrovae.quality import QUALITIES
-    from pyrovae.runs.comparison_tables import aligned
 
     if not models:
         return

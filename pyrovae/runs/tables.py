@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pyrovae.runs.options import OBJECTIVES
@@ -9,8 +10,11 @@ from pyrovae.runs.recipe import Recipe, first
 from pyrovae.runs.report import NO_DENSITY, Report
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from pyrovae.inference.training.trainer import Fit
 
+WIDTH = 26  # of a name in a printed table
 INDENT: dict[str, Any] = {"initial_indent": "  ", "subsequent_indent": "    "}
 
 
@@ -27,6 +31,23 @@ def number(value: float | None, error: float | None = None) -> str:
 def short(value: float) -> str:
     """Two digits of an error, or a dash where there is none."""
     return f"{value:.2g}" if math.isfinite(value) else "-"
+
+
+def aligned(frame: "pd.DataFrame") -> str:
+    """A table of strings: the first column to the left and wrapped, the others to the right."""
+    names = {name: textwrap.wrap(name, WIDTH) for name in frame.iloc[:, 0]}
+    left = max(len(part) for parts in [[frame.columns[0]], *names.values()] for part in parts)
+    widths = [max(map(len, [name, *frame[name]])) for name in frame.columns[1:]]
+
+    def line(first: str, cells: Sequence[str]) -> str:
+        return "  ".join(["", first.ljust(left), *(c.rjust(w) for c, w in zip(cells, widths, strict=True))]).rstrip()
+
+    lines = [line(frame.columns[0], list(frame.columns[1:]))]
+    lines.append("  " + "-" * (len(lines[0]) - 2))
+    for name, *cells in frame.itertuples(index=False):
+        first, *rest = names[name]
+        lines += [line(first, cells), *(f"  {part}" for part in rest)]
+    return "\n".join(lines)
 
 
 def in_words(forms: dict[str, str]) -> str:
