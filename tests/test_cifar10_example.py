@@ -30,7 +30,7 @@ from pyrovae.runs.build import build_model
 from pyrovae.runs.directory import open_run
 from pyrovae.runs.recipe import Recipe
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("cifar10-*.yaml"))
 SHAPE, D, Z = (3, 32, 32), 3072, 256
 SD = math.sqrt(0.5)
 PARAMETERS = {
