@@ -303,7 +303,7 @@ def test_runs_given_labels_are_compared_with_no_model_of_x_alone(run, tmp_path, 
     words = [str(run.directory), str(other.directory), "--K", "5", "--rows", "30", "--components", "2"]
     compare.command([*words, "--out", str(tmp_path / "tables")])
     tables = {path.stem: path.read_text() for path in (tmp_path / "tables").glob("*.csv")}
-    assert set(tables) == {"density", "density-given-label"}
+    assert set(tables) == {"density", "density-given-label", "density-quality", "density-given-label-quality"}
     assert "mixture" in tables["density"]
     assert "mixture" not in tables["density-given-label"]
 
