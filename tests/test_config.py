@@ -109,7 +109,11 @@ def test_short_names_and_any_case():
     for part, choices in PARTS.items():
         for full, choice in choices.items():
             for word in (full, full.upper(), *choice.short):
-                needs = {"hierarchical": {"latent_dim": [5, 3]}, "two-stage": {"first": "runs/a"}}.get(full, {})
+                needs = {
+                    "hierarchical": {"latent_dim": [5, 3]},
+                    "two-stage": {"first": "runs/a"},
+                    "AmortisedPrior": {"condition": "label"},
+                }.get(full, {})
                 assert getattr(resolve({part: word, **needs}), part).name == full
 
 
