@@ -252,6 +252,26 @@ def test_more_layers_are_looked_at_by_the_one_next_to_the_data(folder: Path) -> 
     assert torch.equal(filled["x"][..., :4], run.rows().test[:2, None, :, :, :4])
 
 
+def test_points_that_decode_are_looked_at_and_have_no_density(folder: Path) -> None:
+    """An autoencoder's codes have neighbours, ways and traversals; nothing that asks for q(z|x) or p(x)."""
+    options = {key: value for key, value in TINY.items() if key != "eval_K"}
+    run = pyrovae.train({**options, "model": "autoencoder"}, folder / "autoencoder", plots=False)
+    own = run.model().reconstruct(run.rows().test[:2]).detach()
+    assert_close(made(run, "--near 0,1 --radius 0 --n 1")["x"][:, 0], own)
+    assert_close(made(run, "--between 0,1 --steps 3")["x"][0, [0, 2]], own)
+    assert made(run, "--traverse 0 --dims 1")["x"].shape == (1, 11, 1, 8, 8)
+    found = made(run, "--denoise masking:0.3 --rows 2")
+    assert_close(found["x"], run.model().reconstruct(found["corrupted"]).detach())
+    for command, words in ((sample, "--impute lower"), (encode, "--rows 2")):
+        with pytest.raises(UsageError, match="reconstructs only: its codes are points"):
+            command.command([str(run.directory), "--out", "x.csv", *words.split()])
+
+
+def test_draws_of_pictures_are_read_from_a_table(digits: Run) -> None:
+    assert sample.command([str(digits.directory), "--n", "5", "--out", "draws.csv"]) == 0
+    assert torch.equal(other_rows(digits.rows(), "draws.csv").x, made(digits, "--n 5")["x"])
+
+
 REFUSED = {
     "": "--out: name a file to save it in",
     "--out x.txt": r"--out x.txt: expected a name that ends in .npz, .csv",

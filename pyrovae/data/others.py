@@ -1,5 +1,6 @@
 """Other rows than those of a data set, for a model that was trained on it: read as its own, or refused in a line."""
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,6 +76,8 @@ def _raw(array: np.ndarray, event_shape: tuple[int, ...], where: str) -> Tensor:
     rows = torch.from_numpy(np.array(Conversion.of(array)(array)))
     if (1, *rows.shape[1:]) == event_shape:
         rows = rows.unsqueeze(1)  # grey images without their channel axis
+    if rows.ndim == 2 and rows.shape[1] == math.prod(event_shape):
+        rows = rows.unflatten(1, event_shape)  # images as lines of a table, as draws are saved
     if tuple(rows.shape[1:]) != event_shape:
         raise DataError(f"{where}: rows of shape {tuple(rows.shape[1:])}, where the model has {event_shape}")
     if not rows.isfinite().all():

@@ -297,7 +297,7 @@ class Impute(Way):
         from pyrovae.inference import Individual, impute, log_marginal, log_prob_missing, verdict
         from pyrovae.models.masked import Masked
 
-        model, k = looked.coded(self.word), self.num_particles
+        model, k = looked.inferred(self.word), self.num_particles
         proposal = self.proposal or Individual()
         masked = Masked(model, looked.training().x.mean(0))
         pair, given = (masked.model, masked.guide), (*batch.given, seen)

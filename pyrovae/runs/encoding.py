@@ -35,7 +35,7 @@ class Encode(Way):
         from pyrovae.inference.pair import Pair
         from pyrovae.inference.weights import draw
 
-        model, batch = looked.coded(self.word), looked.first(self.rows)
+        model, batch = looked.inferred(self.word), looked.first(self.rows)
         means, deviations = [], []
         drawn: dict[str, list[torch.Tensor]] = {}
         with torch.no_grad():

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from pyrovae.data import Rows
     from pyrovae.inference.batch import Batch
+    from pyrovae.models.autoencoder import Reconstruction
     from pyrovae.models.conditional import ConditionalVAE
     from pyrovae.models.vae import LatentLayers
     from pyrovae.runs.build import Model
@@ -64,25 +65,36 @@ class Looked:
         of_file = [] if self.data is None else self._others.notices
         return [*self.run.notices, *of_file] if self.model is not None else []
 
-    def coded(self, what: str) -> "LatentLayers | ConditionalVAE":
-        """The model, which has codes.
+    def coded(self, what: str) -> "LatentLayers | ConditionalVAE | Reconstruction":
+        """The model, which has codes and decodes them.
 
         Raises:
             UsageError: it has none.
         """
-        from pyrovae.models import Exact, Reconstruction
+        from pyrovae.models import Exact
 
-        if isinstance(self.model, Reconstruction):
-            raise UsageError(
-                f"{self.run.directory}: holds a model ({self.run.recipe.model.name}) that reconstructs only: its codes "
-                f"are points, without the density q(z|x) that {what} needs; load it in Python and call encode"
-            )
         if isinstance(self.model, Exact):
             raise UsageError(
                 f"{self.run.directory}: holds a {self.run.recipe.model.name}, which has no encoder and so no codes, as "
                 f"{what} needs; draw from it, or impute"
             )
         return self.model
+
+    def inferred(self, what: str) -> "LatentLayers | ConditionalVAE":
+        """The model, whose codes have a density q(z|x).
+
+        Raises:
+            UsageError: it has no codes, or they are points.
+        """
+        from pyrovae.models import Reconstruction
+
+        model = self.coded(what)
+        if isinstance(model, Reconstruction):
+            raise UsageError(
+                f"{self.run.directory}: holds a model ({self.run.recipe.model.name}) that reconstructs only: its codes "
+                f"are points, without the density q(z|x) that {what} needs; load it in Python and call encode"
+            )
+        return model
 
     @cached_property
     def condition(self) -> "Tensor | None":
