@@ -84,12 +84,14 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_every_link_of_the_page_leads_somewhere() -> None:
+def test_every_link_of_the_page_leads_somewhere_and_every_notebook_is_on_it() -> None:
     links = re.findall(r"\]\(([^)#]+)(?:#([^)]*))?\)", PAGE)
     for link, anchor in links:
         page = ROOT / "docs" / link
         assert page.exists(), link
         assert not anchor or anchor in anchors(page), f"{link}#{anchor}"
+    notebooks = {f"../notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert notebooks - {link for link, _ in links} == set()
 
 
 def test_every_system_is_shown_by_something_or_said_not_to_be_here() -> None:
