@@ -44,6 +44,9 @@ class Corruption(nn.Module, ABC):
 
     word: ClassVar[str]
 
+    def __init__(self) -> None:  # without settings, unless a class says otherwise: torch's own takes anything
+        super().__init__()
+
     @abstractmethod
     def corrupt(self, x: Tensor) -> Tensor:
         """A draw of x~ for x of shape (*batch, *event), of that shape and type, from torch's random state."""
