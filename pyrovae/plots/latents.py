@@ -98,8 +98,11 @@ def clouds(points: Mapping[str, Tensor], names: Sequence[str] = ("z[0]", "z[1]")
         scatter(panel, cloud, color=VERMILLION if i else BLUE, s=dot_area(len(cloud)), alpha=0.6, linewidths=0)
         panel.set_title(name, fontsize="medium")
         panel.set_xlabel(names[0])
-        panel.set_aspect("equal", adjustable="box")
-    panels[0].set_ylabel(names[1])
+        panel.set_box_aspect(1)
+    reach = np.concatenate([*arrays.values()])
+    low, high = reach.min(), reach.max()
+    margin = 0.05 * (high - low) or 1.0
+    panels[0].set(ylabel=names[1], xlim=(low - margin, high + margin), ylim=(low - margin, high + margin))
     return figure
 
 
