@@ -132,6 +132,16 @@ def test_codes_are_those_of_the_guide(digits: Run) -> None:
     assert_close(found["log_weight"], weights.detach(), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("words", ["encode --draws 2", "sample --impute 0.5 --n 2 --K 20 --proposal guide"])
+def test_a_log_density_is_said_to_be_of_standardised_rows(
+    words: str, people: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rows beside it are saved in the data's own units, in which it would be another number."""
+    name, *options = words.split()
+    made(people, " ".join(["--rows 3", *options]), {"encode": encode, "sample": sample}[name])
+    assert people.rows().measure.description in capsys.readouterr().out
+
+
 def test_decoded_codes_begin_and_end_with_the_rows_own(digits: Run) -> None:
     model, x = pair_of(digits), digits.rows().test
     own = model.reconstruct(x)

@@ -59,6 +59,7 @@ from pyrovae.models.seen import Conditional, gaussian_parts
 from pyrovae.settings import Count, Number, Whole, check, checked
 
 BLOCK = 4096  # rows whose squares are summed at a time, in double precision
+ROUNDING = 1e-12  # a standard deviation below this share of an element's mean is rounding: the element is constant
 # L-BFGS over the noise ends with a step that gains less of the mean log p(x) than this share, or after so many.
 LEAST_GAIN, MOST_STEPS = 1e-12, 2000
 
@@ -106,8 +107,9 @@ class Moments:
     @property
     def floors(self) -> Tensor:
         """The least variance of the noise of each element, shape (D,)."""
-        each = RELATIVE_FLOOR * self.covariance.diagonal()
-        return each.where(each > RELATIVE_FLOOR**2 * self.floor, self.floor)
+        variances = self.covariance.diagonal()
+        varies = variances > (ROUNDING * self.mean).square()
+        return (RELATIVE_FLOOR * variances).where(varies, self.floor)
 
 
 class LinearGaussian(Exact):

@@ -257,6 +257,7 @@ class Impute(Way):
             draws, mean, beside, said = self.exactly(model, batch.x, seen)
         else:
             draws, mean, beside, said = self.weighted(looked, batch, seen, seed)
+        said = (*said, f"  of a {looked.rows.measure.description}")  # rows are saved in the data's own units
         shape, numbers = looked.rows.event_shape, range(len(batch))
 
         def figure(title: str, style: plots.Style) -> Any:

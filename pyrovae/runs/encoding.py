@@ -71,7 +71,7 @@ class Encode(Way):
             {"row": numbers, **({"draw": range(self.draws)} if self.draws else {})},
             (
                 f"{len(batch)} rows encoded: mean and sd of q({first}|x), {means[0].shape[1]} dimensions"
-                + (f", and {self.draws} draws with their log-weights" if self.draws else ""),
+                + (f", and {self.draws} draws with log w: {looked.rows.measure.description}" if self.draws else ""),
             ),
             figure=figure,
         )
