@@ -210,13 +210,15 @@ def test_a_mask_of_a_file_and_a_share(digits: Run) -> None:
     assert (~found["seen"]).float().mean().item() == pytest.approx(0.25, abs=0.03)
 
 
-def test_denoising_is_the_reconstruction_of_what_was_corrupted(digits: Run) -> None:
+def test_denoising_is_the_reconstruction_of_what_was_corrupted(digits: Run, people: Run) -> None:
     found = made(digits, "--denoise noise:0.5 --rows 6")
     model = pair_of(digits)
     assert isinstance(model, LatentLayers)
     assert_close(found["x"], model.reconstruct(found["corrupted"]).detach())
     assert_close(found["sse_corrupted"], sse(found["original"], found["corrupted"]))
     assert_close(found["sse_reconstructed"], sse(found["original"], found["x"]))
+    standardised = made(people, "--denoise noise:0.5 --rows 6")  # saved in centimetres, kilograms and years
+    assert_close(standardised["sse_corrupted"], sse(standardised["original"], standardised["corrupted"]))
     masked = made(digits, "--denoise masking:0.5 --rows 100")
     gone = (masked["corrupted"] != masked["original"])[masked["original"] == 1]
     assert gone.float().mean().item() == pytest.approx(0.5, abs=0.05)
@@ -300,7 +302,9 @@ REFUSED = {
     "--out x.csv --class 7": "--class: .* is of p\\(x\\), given nothing; train it with --condition label",
     "--out x.csv --impute 1.5": "--impute: expected a share above 0 and below 1, got 1.5",
     "--out x.csv --impute bottom": "--impute: expected lower, upper, left, right, a share",
-    "--out x.csv --impute lower --proposal annealed": "expected FromGuide or Individual, whose latents can be drawn",
+    "--out x.csv --impute lower --proposal annealed": "--proposal: expected individual or guide, got annealed",
+    "--out x.csv --impute seen.npy": "--impute: nothing is hidden of these rows",
+    "--out x.csv --impute point.npy": "point.npy: a mask of shape \\(\\), where rows are of shape",
     "--out x.csv --denoise fog": "--denoise: 'fog' is none of",
     "--out x.csv --denoise noise:x": "--denoise.scale: expected a number above 0, got x",
     "--out x.csv --near 0 --split best": "--split: expected one of test, validation, train, got best",
@@ -310,15 +314,22 @@ REFUSED = {
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_what_is_refused(words: str, digits: Run) -> None:
-    with pytest.raises(UsageError) as caught:
+    masks = {"seen.npy": np.ones((1, 8, 8), bool), "point.npy": np.array(True)}
+    for name in set(words.split()) & set(masks):
+        np.save(name, masks[name])
+    before = set(Path().iterdir())
+    with pytest.raises((UsageError, DataError)) as caught:
         sample.command([str(digits.directory), "--device", "cpu", *words.split()])
     assert re.search(REFUSED[words], explain(caught.value)[1]), explain(caught.value)[1]
-    assert list(Path().iterdir()) == []
+    assert set(Path().iterdir()) == before
 
 
 def test_what_a_model_has_no_use_for_is_refused_by_its_name(
     mixture: Run, people: Run, given: Run, folder: Path
 ) -> None:
+    for words in ("--K 9", "--proposal guide"):
+        with pytest.raises(UsageError, match="not used, since a mixture is imputed exactly"):
+            sample.command([str(mixture.directory), "--out", "x.csv", "--impute", "lower", *words.split()])
     for words in ("--near 0", "--between 0,1", "--traverse 0", "--denoise noise"):
         with pytest.raises(UsageError, match="holds a mixture, which has no encoder and so no codes"):
             sample.command([str(mixture.directory), "--out", "x.csv", *words.split()])
@@ -390,6 +401,19 @@ def test_a_file_that_is_there_is_replaced_on_demand_and_only_by_its_kind(digits:
     with pytest.raises(UsageError, match=r"out note.png: is there already, and no .png file"):
         sample.command([*words, "note.png", "--overwrite"])
     assert Path("note.png").read_text() == "not a picture"
+    mine = {"mine.csv": "day,rain\n1,2\n", str(digits.directory / "metrics.csv"): None}
+    for name, text in mine.items():
+        path = Path(name)
+        if text is not None:
+            path.write_text(text)
+        before = path.read_bytes()
+        with pytest.raises(UsageError, match=r"no table of this kind|a part of a run"):
+            sample.command([*words, name, "--overwrite"])
+        assert path.read_bytes() == before
+    for way in (["--n", "2"], ["--near", "0"], ["--between", "0,1"], ["--traverse", "0"], ["--impute", "0.5"]):
+        k = ["--K", "2", "--proposal", "guide"] if "--impute" in way else []
+        for _ in range(2):
+            assert sample.command([str(digits.directory), "--out", "own.csv", "--overwrite", *way, *k]) == 0
     Path("link.npz").symlink_to("x.npz")
     Path("folder.npz").mkdir()
     for name in ("link.npz", "folder.npz"):
@@ -400,6 +424,15 @@ def test_a_file_that_is_there_is_replaced_on_demand_and_only_by_its_kind(digits:
         return
     with pytest.raises(UsageError, match="closed cannot be written to"):
         sample.command([*words, "closed/x.npz"])
+
+
+def test_the_rows_that_are_read_are_never_replaced(people: Run) -> None:
+    before = Path(people.recipe.data).read_bytes()
+    Path("other.csv").write_bytes(before)
+    for source, words in ((people.recipe.data, []), ("other.csv", ["--data", "other.csv", "--near", "0"])):
+        with pytest.raises(UsageError, match="rows are read from it"):
+            sample.command([str(people.directory), "--out", str(source), "--overwrite", *words])
+        assert Path(source).read_bytes() == before
 
 
 @pytest.mark.slow

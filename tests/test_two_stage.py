@@ -430,6 +430,15 @@ def test_other_data_and_second_stages_of_second_stages_are_refused(runs: Path, t
         train({**given, "first": str(runs / "b")}, tmp_path / "d")
 
 
+def test_a_second_stage_is_not_written_over_its_first(runs: Path, tmp_path: Path):
+    before = {path: path.read_bytes() for path in (runs / "a").rglob("*") if path.is_file()}
+    (tmp_path / "link").symlink_to(runs / "a")
+    for directory in (runs / "a", tmp_path / "link"):
+        with pytest.raises(UsageError, match="is that of the first stage, which stays"):
+            train({**SECOND, "first": str(runs / "a")}, directory, overwrite=True, plots=False)
+    assert {path: path.read_bytes() for path in (runs / "a").rglob("*") if path.is_file()} == before
+
+
 def test_rows_that_changed_since_are_refused(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from pyrovae.runs import training
 

@@ -313,6 +313,16 @@ def written(directory: Path) -> Iterator[Path]:
             yield path
 
 
+def of_a_run(path: Path) -> bool:
+    """Whether a file has a name that commands write, in a directory with a configuration beside it."""
+    path = path.resolve()
+    return any(
+        (folder / "config.yaml").is_file()
+        and any(re.fullmatch(pattern, path.relative_to(folder).as_posix(), re.A) for pattern in WRITTEN)
+        for folder in path.parents[:3]
+    )
+
+
 def begins(path: Path, head: bytes) -> bool:
     """Whether a file begins with these bytes, or has none at all, as after a crash."""
     with path.open("rb") as file:

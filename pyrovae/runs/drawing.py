@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyrovae.errors import DataError, UsageError
 from pyrovae.runs.looking import Looked
-from pyrovae.runs.made import Made, Way, is_picture
+from pyrovae.runs.made import Made, Way, in_units_of_the_data, is_picture
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +51,7 @@ class Draws(Way):
 
         model, shape = looked.model, looked.rows.event_shape
         chosen = looked.condition  # also refuses a class that is none
-        what = "means of p(x|z), z from the prior" if self.mean else "draws of x"
+        what = self.words(looked)
         drawable = is_picture(shape) or shape == (2,)
         if not isinstance(model, ConditionalVAE):
             x = model.sample(self.number, mean=self.mean)
@@ -70,6 +70,12 @@ class Draws(Way):
             if drawable
             else None,
         )
+
+    def words(self, looked: Looked) -> str:
+        """What is drawn: of a model without a p(x|z), what it decodes of codes from their ex-post density."""
+        if looked.reconstructs_only:
+            return "decoded codes, drawn from a density fitted to codes"
+        return "means of p(x|z), z from the prior" if self.mean else "draws of x"
 
 
 @dataclass(frozen=True)
@@ -233,7 +239,7 @@ class Impute(Way):
             mask, True where x is seen, of the shape of a row or of all of them.
         rows: The first so many.
         number: Draws of each.
-        num_particles: K.
+        num_particles: K, of weighted draws; None: 1000.
         proposal: Where the weighted draws come from; None: a Gaussian fitted to each row.
     """
 
@@ -241,7 +247,7 @@ class Impute(Way):
     hidden: str | float
     rows: int = 8
     number: int = 8
-    num_particles: int = 1000
+    num_particles: int | None = None
     proposal: "Proposal | None" = None
 
     def __call__(self, looked: Looked, seed: int) -> Made:
@@ -252,8 +258,11 @@ class Impute(Way):
 
         batch = looked.first(self.rows)
         seen = mask_of(self.hidden, batch.x)
+        if seen.all():
+            raise UsageError("impute: nothing is hidden of these rows; hide more", settings=("impute",))
         model = looked.model
         if isinstance(model, Exact):
+            self.refuse_weights(looked.run.recipe.model.name)
             draws, mean, beside, said = self.exactly(model, batch.x, seen)
         else:
             draws, mean, beside, said = self.weighted(looked, batch, seen, seed)
@@ -281,6 +290,14 @@ class Impute(Way):
             draws if is_picture(shape) else None,
         )
 
+    def refuse_weights(self, name: str) -> None:
+        """Refuse what weighted draws alone have."""
+        given = {"K": self.num_particles, "proposal": self.proposal}
+        unused = tuple(option for option, value in given.items() if value is not None)
+        if unused:
+            why = f"not used, since a {name} is imputed exactly, without weighted draws"
+            raise UsageError(f"{', '.join(unused)}: {why}", settings=unused)
+
     def exactly(self, model: "Exact", x: "Tensor", seen: "Tensor") -> Any:
         """Draws, mean, log p(x_missing | x_seen) and lines, in closed form."""
         import torch
@@ -298,7 +315,7 @@ class Impute(Way):
         from pyrovae.inference import Individual, impute, log_marginal, log_prob_missing, verdict
         from pyrovae.models.masked import Masked
 
-        model, k = looked.inferred(self.word), self.num_particles
+        model, k = looked.inferred(self.word), self.num_particles or 1000
         proposal = self.proposal or Individual()
         masked = Masked(model, looked.training().x.mean(0))
         pair, given = (masked.model, masked.guide), (*batch.given, seen)
@@ -348,11 +365,9 @@ class Denoise(Way):
         corrupted = self.corruption.to(looked.place).corrupt(batch.x)
         x = model.reconstruct(corrupted, *batch.given)
         clean = model.reconstruct(*batch.tensors)
-        errors = {
-            "corrupted": sse(batch.x, corrupted),
-            "reconstructed": sse(batch.x, x),
-            "of clean": sse(batch.x, clean),
-        }
+        original = in_units_of_the_data(batch.x, looked.rows)
+        compared = {"corrupted": corrupted, "reconstructed": x, "of clean": clean}
+        errors = {name: sse(original, in_units_of_the_data(y, looked.rows)) for name, y in compared.items()}
         told = ", ".join(f"{name} {e.mean():.2f} ± {standard_error(e):.2f}" for name, e in errors.items())
         shape = looked.rows.event_shape
 
@@ -439,7 +454,7 @@ def read_mask(path: Path, x: "Tensor") -> "Tensor":
     mask = np.asarray(read_npy(path, str(path), "off").x["train"])
     if mask.dtype != np.bool_:
         raise DataError(f"{path}: expected a boolean mask, True where x is seen, got {mask.dtype}")
-    if mask.shape[0] >= len(x) and mask.shape[1:] == tuple(x.shape[1:]):
+    if mask.ndim == x.ndim and len(mask) >= len(x) and mask.shape[1:] == tuple(x.shape[1:]):
         mask = mask[: len(x)]
     elif mask.shape != tuple(x.shape[1:]):
         raise DataError(f"{path}: a mask of shape {mask.shape}, where rows are of shape {tuple(x.shape[1:])}")

@@ -65,6 +65,13 @@ class Looked:
         of_file = [] if self.data is None else self._others.notices
         return [*self.run.notices, *of_file] if self.model is not None else []
 
+    @property
+    def reconstructs_only(self) -> bool:
+        """Whether the model has no p(x)."""
+        from pyrovae.models import Reconstruction
+
+        return isinstance(self.model, Reconstruction)
+
     def coded(self, what: str) -> "LatentLayers | ConditionalVAE | Reconstruction":
         """The model, which has codes and decodes them.
 
@@ -112,7 +119,7 @@ class Looked:
                 settings=("class", "condition=label"),
             )
         if self.label not in examples:
-            raise UsageError(f"class: expected one of {', '.join(examples)}, got {self.label}")
+            raise UsageError(f"class: expected one of {', '.join(examples)}, got {self.label}", settings=("class",))
         return examples[self.label].to(self.place)
 
     @cached_property

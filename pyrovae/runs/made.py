@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pyrovae.errors import OutputError, UsageError
 from pyrovae.files import write_atomically
-from pyrovae.runs.directory import begins
+from pyrovae.runs.directory import begins, of_a_run
 from pyrovae.runs.progress import Say
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 # How files of each kind begin; a table of ours begins with one of these names of columns, or with the data's own.
 KINDS: Mapping[str, bytes] = {".npz": b"PK", ".csv": b"", ".nc": b"\x89HDF", ".png": b"\x89PNG", ".gif": b"GIF8"}
+COUNTED = ("row", "path", "dimension")
 ELEMENTS = ("channel", "height", "width", "element", "latent", "x_dim")  # how dimensions of one value begin
 
 
@@ -90,7 +91,8 @@ def make(looked: "Looked", way: Way, out: str | Path | None, overwrite: bool, se
 
     if out is None:
         raise UsageError(f"out: name a file to save it in, one that ends in {', '.join(KINDS)}", settings=("out",))
-    path, rows, run = check_out(out, overwrite), looked.rows, looked.run
+    rows, run = looked.rows, looked.run
+    path = check_out(out, overwrite, begun_by(rows), (looked.data, run.recipe.data))
     shape, kind = rows.event_shape, path.suffix.lower()
     drawable = is_picture(shape) or (kind == ".png" and (shape == (2,) or not way.of_rows))
     if kind in (".png", ".gif") and not drawable:
@@ -118,8 +120,19 @@ def is_picture(event_shape: tuple[int, ...]) -> bool:
     return len(event_shape) == 2 or (len(event_shape) == 3 and event_shape[0] in (1, 3))
 
 
-def check_out(out: str | Path, overwrite: bool = False) -> Path:
+def begun_by(rows: "Rows") -> tuple[bytes, ...]:
+    """How a table of ours begins: with what is counted, or with the first column of the data."""
+    return (*(f"{word},".encode() for word in COUNTED), (rows.columns or ["x0"])[0].encode())
+
+
+def check_out(out: str | Path, overwrite: bool, tables: Sequence[bytes], sources: Sequence[str | None]) -> Path:
     """The path of a file that may be written, before anything is made.
+
+    Args:
+        out: As it was given.
+        overwrite: Whether a file of that name and kind may be replaced.
+        tables: How .csv files begin that may be.
+        sources: Files that rows are read from, which never are replaced.
 
     Raises:
         UsageError: it has an unknown extension, its directory does not exist or cannot be written to, or something is
@@ -143,8 +156,13 @@ def check_out(out: str | Path, overwrite: bool = False) -> Path:
             f"out {out}: is there already; choose another name, or replace it (`overwrite=True`)",
             settings=("out", "overwrite=True"),
         )
-    if not begins(path, KINDS[kind]):
-        raise UsageError(f"out {out}: is there already, and no {kind} file; choose another name", settings=("out",))
+    if any(source is not None and Path(source).exists() and path.samefile(source) for source in sources):
+        raise UsageError(f"out {out}: rows are read from it; choose another name", settings=("out",))
+    if of_a_run(path):
+        raise UsageError(f"out {out}: is a part of a run; choose another name", settings=("out",))
+    if not any(begins(path, head) for head in (tables if kind == ".csv" else (KINDS[kind],))):
+        what = "no table of this kind" if kind == ".csv" else f"no {kind} file"
+        raise UsageError(f"out {out}: is there already, and {what}; choose another name", settings=("out",))
     return path
 
 
@@ -197,13 +215,20 @@ def save_netcdf(of: "xarray.Dataset", path: Path) -> None:
         raise OutputError(f"{path}: could not be written ({error.strerror or error})") from error
 
 
+def in_units_of_the_data(values: "Tensor", rows: "Rows") -> "Tensor":
+    """Rows x as the data has them: standardised ones are not any more, and masks stay what they are."""
+    from pyrovae.data import Standardize
+
+    if isinstance(rows.transform, Standardize) and values.is_floating_point():
+        return rows.transform.undo(values)
+    return values
+
+
 def dataset(made: Made, rows: "Rows", attributes: Mapping[str, Any]) -> "xarray.Dataset":
     """The variables with their coordinates, rows in the units of the data."""
     import numpy as np
     import xarray
     from torch import Tensor
-
-    from pyrovae.data import Standardize
 
     shape = rows.event_shape
     events = {1: ("element",), 2: ("height", "width"), 3: ("channel", "height", "width")}.get(len(shape))
@@ -211,8 +236,7 @@ def dataset(made: Made, rows: "Rows", attributes: Mapping[str, Any]) -> "xarray.
     variables = {}
     for name, (dims, values) in made.variables.items():
         if "event" in dims:
-            if isinstance(rows.transform, Standardize) and values.is_floating_point():
-                values = rows.transform.undo(values)
+            values = in_units_of_the_data(values, rows)
             dims = (*dims[:-1], *events)
         array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
         variables[name] = (dims, array)

@@ -5,6 +5,7 @@ the weights of both, so that it is evaluated, loaded, compared and resumed when 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyrovae.errors import CheckpointError, DataError, UsageError
@@ -61,6 +62,18 @@ class FirstStage:
                 f"{name}: the data has changed since the first stage was trained: hash {rows.hash[:12]} now, "
                 f"{self.recipe.data_hash[:12]} then; train it anew"
             )
+
+
+def check_kept(first: str, directory: Path) -> None:
+    """Refuse to write a run of two stages over its first one.
+
+    Raises:
+        UsageError: they have one directory.
+    """
+    if directory.exists() and directory.samefile(first):
+        raise UsageError(
+            f"directory {directory}: is that of the first stage, which stays; choose another", settings=("out",)
+        )
 
 
 def first_stage(chosen: Part) -> FirstStage:

@@ -42,7 +42,7 @@ from pyrovae.runs.quality import epoch_metrics
 from pyrovae.runs.recipe import Options, Recipe, title, warnings
 from pyrovae.runs.report import NO_DENSITY, Report, refuse_invalid, report_on
 from pyrovae.runs.scoring import Scoring, rows_of, score
-from pyrovae.runs.stages import FirstStage, first_stage
+from pyrovae.runs.stages import FirstStage, check_kept, first_stage
 from pyrovae.runs.tables import describe_bound, describe_model, short_table
 from pyrovae.seeding import seeded
 
@@ -182,6 +182,8 @@ def prepare(recipe: Recipe, directory: str | Path | None, resume: bool, say: Say
     expected = recipe.data_hash
     started = resume and directory is not None and kept_in(Path(directory))
     below = first_stage(recipe.first) if recipe.first and not started else None
+    if below is not None and directory is not None:
+        check_kept(recipe.first.name, Path(directory))
     if below is not None and not resume:
         recipe = below.taken_over(recipe)
     rows = build_rows(recipe)

@@ -24,6 +24,7 @@ WAYS = {
     "denoise": ("rows",),
 }
 OF_ROWS = ("split", "data")  # which plain draws have none of
+PROPOSALS = ("individual", "guide")  # whose latents can be drawn
 ROW_NUMBERS = Several(Whole(0), tuple)
 
 
@@ -59,8 +60,10 @@ def way_of(options: dict[str, Any]) -> Way:
         dims = read("dims", options["dims"], ROW_NUMBERS) if "dims" in options else None
         return Traverse(read("traverse", options["traverse"], Whole(0)), dims, steps)
     if way == "impute":
-        proposal = build_proposal(options["proposal"]) if "proposal" in options else None
-        return Impute(hidden(options["impute"]), limit, n, whole(options, "K", 1000), proposal)
+        word = read("proposal", options["proposal"], Words(PROPOSALS)) if "proposal" in options else None
+        proposal = None if word is None else build_proposal(word)
+        num_particles = whole(options, "K", 1000) if "K" in options else None
+        return Impute(hidden(options["impute"]), limit, n, num_particles, proposal)
     return Denoise(corruption(options["denoise"]), limit)
 
 
