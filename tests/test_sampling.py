@@ -277,6 +277,9 @@ def test_points_that_decode_are_looked_at_and_have_no_density(folder: Path) -> N
     for command, words in ((sample, "--impute lower"), (encode, "--rows 2")):
         with pytest.raises(UsageError, match="reconstructs only: its codes are points"):
             command.command([str(run.directory), "--out", "x.csv", *words.split()])
+    (run.directory / "codes.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="has no density of codes to draw from; resume the run"):
+        sample.command([str(run.directory), "--out", "x.csv"])
 
 
 def test_draws_of_pictures_are_read_from_a_table(digits: Run) -> None:

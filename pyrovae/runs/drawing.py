@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyrovae.errors import DataError, UsageError
+from pyrovae.errors import CheckpointError, DataError, UsageError
 from pyrovae.runs.looking import Looked
 from pyrovae.runs.made import Made, Way, in_units_of_the_data, is_picture
 
@@ -74,6 +74,10 @@ class Draws(Way):
     def words(self, looked: Looked) -> str:
         """What is drawn: of a model without a p(x|z), what it decodes of codes from their ex-post density."""
         if looked.reconstructs_only:
+            if looked.model.codes is None:
+                raise CheckpointError(
+                    f"{looked.run.directory}: has no density of codes to draw from; resume the run, which makes it"
+                )
             return "decoded codes, drawn from a density fitted to codes"
         return "means of p(x|z), z from the prior" if self.mean else "draws of x"
 
