@@ -104,6 +104,7 @@ FORGERIES: dict[str, tuple[Callable[[dict], Any], str]] = {
     "best": (lambda t: t["progress"].update(best_epoch=9), "its best_epoch is 9"),
     "best step": (lambda t: t["progress"].update(best_step="../x"), "its best_step is a word"),
     "best bound": (lambda t: t["progress"].update(best_bound=math.nan), "its best_bound is nan"),
+    "untrained bound": (lambda t: t["progress"].update(untrained_bound=[1.0]), "its untrained_bound is a list"),
     "compiled": (lambda t: t["progress"].update(compiled=[10**6]), "its compiled is a list"),
     "refused": (lambda t: t["progress"].update(refused=3), "its refused is 3"),
     "history shorter": (lambda t: t["progress"].update(history=[]), "its history is a list"),

@@ -215,6 +215,7 @@ def check_progress(fresh: Mapping[str, Any], saved: Any, step: int, rows: int, b
         "total": is_number,
         "rows": lambda value: whole(value, rows) and value == min(saved["batch"] * batch_size, rows),
         "seconds": lambda value: is_number(value) and value >= 0,
+        "untrained_bound": lambda value: value is None or isinstance(value, float),
         "best_bound": lambda value: isinstance(value, float) and not math.isnan(value),
         "best_epoch": lambda value: whole(value, saved["epoch"]),
         "best_step": lambda value: value is None or whole(value, step),
