@@ -1,5 +1,6 @@
 """The processes of a run, one or several, and the device of this one."""
 
+import atexit
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -66,11 +67,20 @@ def accelerated(requested: torch.device | None, here: torch.device) -> Iterator[
         AcceleratorState._reset_state(reset_partial_state=True)
     on_cpu = here.type == "cpu" if alone or requested else not torch.cuda.is_available()
     accelerator = Accelerator(cpu=on_cpu)
+    if not alone:
+        atexit.unregister(leave)
+        atexit.register(leave)
     try:
         yield Processes(accelerator, here if alone else accelerator.device)
     finally:
         if alone:
             AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def leave() -> None:
+    """Leave the group of processes: threads of Gloo that outlive Python's end would abort a process that is done."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def is_of_the_network(error: RuntimeError) -> bool:
