@@ -203,16 +203,16 @@ def check_held(log_q: dict[str, Tensor], draws: list[Tensor], batch: Batch) -> N
     Raises:
         PairError: it has tensors that are trained, and are in no module that it refers to.
     """
-    ends = {id(tensor.grad_fn) for tensor in (*draws, *batch.tensors)}
+    ends = {tensor.grad_fn for tensor in (*draws, *batch.tensors)}
     given = {id(tensor) for tensor in batch.tensors}
-    seen: set[int] = set()
+    seen = set()
     for name, value in log_q.items():
         nodes = [value.grad_fn]
         while nodes:
             node = nodes.pop()
-            if node is None or id(node) in ends or id(node) in seen:
+            if node is None or node in ends or node in seen:
                 continue
-            seen.add(id(node))
+            seen.add(node)
             leaf = getattr(node, "variable", None)
             if leaf is not None and id(leaf) not in given:
                 raise PairError(
