@@ -200,24 +200,35 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace a file as a whole.
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Where to write what then replaces a file as a whole.
 
     Raises:
         OutputError: the disk refused; the earlier file is intact.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)  # of a process of this number that was killed while writing
-        with temporary.open("x" if isinstance(content, str) else "xb") as file:  # never through a link
-            file.write(content)
+        yield temporary
         flush(temporary)
         os.replace(temporary, path)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
         raise OutputError(f"{path}: could not be written ({error.strerror or error})") from error
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file as a whole, in a directory that is made if there is none.
+
+    Raises:
+        OutputError: the disk refused; the earlier file is intact.
+    """
+    with replaced(path) as temporary:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("x" if isinstance(content, str) else "xb") as file:  # never through a link
+            file.write(content)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

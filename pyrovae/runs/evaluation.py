@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyrovae.errors import Interrupted, OutputError, UsageError
+from pyrovae.files import replaced
 from pyrovae.processors import pick_device
 from pyrovae.runs.build import build_objective
 from pyrovae.runs.directory import Run, begins
@@ -181,12 +182,8 @@ def save_draws(path: Path, model: "Model", batch: "Batch", rows: "Rows", how: Sc
         measure=rows.measure.description,
         proposal=how.proposal,
     )
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        data.to_netcdf(str(partial))
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(
-            f"netcdf {path}: could not be written ({error.strerror or error})", settings=("netcdf",)
-        ) from error
+        with replaced(path) as temporary:
+            data.to_netcdf(str(temporary))
+    except OutputError as error:
+        raise OutputError(f"netcdf {error}", settings=("netcdf",)) from error

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pyrovae.errors import OutputError, UsageError
-from pyrovae.files import write_atomically
+from pyrovae.errors import UsageError
+from pyrovae.files import replaced, write_atomically
 from pyrovae.runs.directory import begins, of_a_run
 from pyrovae.runs.progress import Say
 
@@ -201,18 +201,8 @@ def save(made: Made, path: Path, rows: "Rows", title: str, style: "Style", attri
         np.savez_compressed(content, **{str(name): of[name].values for name in [*of.data_vars, *of.coords]})
         write_atomically(path, content.getvalue())
     else:
-        save_netcdf(dataset(made, rows, attributes), path)
-
-
-def save_netcdf(of: "xarray.Dataset", path: Path) -> None:
-    """Write netCDF, under another name first."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        of.to_netcdf(str(partial))
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path}: could not be written ({error.strerror or error})") from error
+        with replaced(path) as temporary:
+            dataset(made, rows, attributes).to_netcdf(str(temporary))
 
 
 def in_units_of_the_data(values: "Tensor", rows: "Rows") -> "Tensor":

@@ -94,7 +94,8 @@ def first_stage(chosen: Part) -> FirstStage:
     vae: Any = run.model()
     if run.unfinished:
         raise CheckpointError(f"first: {run.unfinished}; finish it by resuming it", settings=("first",))
-    if chosen.settings.get("weights", hash_of(vae)) != hash_of(vae):
+    weights = hash_of(vae)
+    if chosen.settings.get("weights", weights) != weights:
         raise CheckpointError(
             f"first: the weights of {chosen.name} are not those that this configuration was made with; name the run "
             "anew to take those that it has",

@@ -336,7 +336,7 @@ class Step:
             piece.reshape(p.shape).to(p.dtype) for piece, p in zip(pieces[:count], self.parameters, strict=True)
         ]
         if any(g is None for g in gradients):
-            sums = [g if count else None for g, count in zip(sums, had[1:].tolist(), strict=True)]
+            sums = [g if having else None for g, having in zip(sums, had[1:].tolist(), strict=True)]
         return total[0], sums, [piece[0] for piece in pieces[count:]]
 
     def update(self, loss: Tensor, gradients: Sequence[Tensor | None], observed: Sequence[Tensor]) -> float | None:
