@@ -1,6 +1,7 @@
 """What a user may write as a pair, what is found in it, and what is refused by name."""
 
 import functools
+from types import ModuleType
 
 import pyro
 import pyro.distributions as dist
@@ -213,6 +214,39 @@ def test_a_module_shared_by_both_sides_is_found_once() -> None:
     inner = Pair(vae.model, lambda x: program_of_guide(vae.guides[0].head, x))
     assert {id(p) for p in inner.parameters()} == {id(p) for p in vae.parameters()}
     assert len(list(inner.parameters())) == len(list(vae.parameters()))
+
+
+def test_an_attribute_is_no_global_of_its_name(monkeypatch) -> None:
+    """`self.encoder` is not the `encoder` that an earlier cell left behind; what is reached by a module's name is."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder, self.encoder = modules()
+
+        def model(self, x: Tensor) -> None:
+            program_of_model(self.decoder, x)
+
+        def guide(self, x: Tensor) -> None:
+            program_of_guide(self.encoder, x)
+
+    def by_name(x: Tensor) -> None:
+        program_of_guide(nets.inner.encoder, x)  # type: ignore[name-defined]  # noqa: F821
+
+    def renamed(x: Tensor) -> None:
+        mine = nets  # type: ignore[name-defined]  # noqa: F821
+        program_of_guide(mine.encoder, x)
+
+    both, (leftover, other) = Both(), modules()
+    package, inner = ModuleType("nets"), ModuleType("nets.inner")
+    package.inner, inner.encoder, package.encoder = inner, other, leftover  # type: ignore[attr-defined]
+    for name, value in (("encoder", leftover), ("decoder", leftover), ("nets", package)):
+        monkeypatch.setitem(globals(), name, value)
+    assert {id(p) for p in Pair(both.model, both.guide).parameters()} == {id(p) for p in both.parameters()}
+    for guide, used in ((by_name, other), (renamed, leftover)):
+        found = {id(p) for p in Pair(guide, guide).parameters()}
+        assert {id(p) for p in used.parameters()} <= found, guide
+    assert not {id(p) for p in leftover.parameters()} & {id(p) for p in Pair(by_name, by_name).parameters()}
 
 
 def test_parameters_of_pyro_module_and_pyro_param() -> None:

@@ -5,6 +5,7 @@ modules by name. Those modules are found, so that their parameters can be traine
 parameter store.
 """
 
+import dis
 import functools
 import inspect
 import sys
@@ -114,13 +115,47 @@ def references_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
     codes = [function.__code__]
     for code in codes:  # grows while it is read
         codes.extend(constant for constant in code.co_consts if isinstance(constant, CodeType))
-    names = {name: None for code in codes for name in code.co_names}
-    for name in names:
-        if name in function.__globals__:
-            value = function.__globals__[name]
+    attributes: set[str] = set()  # of anything
+    chains: dict[tuple[str, ...], None] = {}
+    for code in codes:
+        found, used = names_in(code)
+        attributes |= used
+        chains |= dict.fromkeys(found)
+    for name, *following in chains:
+        if name not in function.__globals__:
+            continue
+        value = function.__globals__[name]
+        yield name, value
+        # Of a module of Python's, what is used of it: by name, or where it got another name, whatever is.
+        while isinstance(value, ModuleType) and value.__name__.split(".")[0] not in LIBRARIES:
+            if not following:
+                yield from ((inner, vars(value)[inner]) for inner in sorted(attributes & vars(value).keys()))
+                break
+            name = following.pop(0)
+            value = vars(value).get(name)
             yield name, value
-            if isinstance(value, ModuleType) and value.__name__.split(".")[0] not in LIBRARIES:
-                yield from ((inner, vars(value)[inner]) for inner in names if inner in vars(value))
+
+
+@functools.cache
+def names_in(code: CodeType) -> tuple[tuple[tuple[str, ...], ...], frozenset[str]]:
+    """The globals that code reads, each with the attributes that follow, ("nets", "encoder"), and all attributes.
+
+    `co_names` holds both alike, but `self.encoder` is no global `encoder`.
+    """
+    chains: list[tuple[str, ...]] = []
+    attributes, follows = set(), False
+    for instruction in dis.get_instructions(code):
+        name = instruction.argval
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            chains.append((name,))
+            follows = True
+        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            attributes.add(name)
+            if follows:
+                chains[-1] += (name,)
+        else:
+            follows = False
+    return tuple(chains), frozenset(attributes)
 
 
 def belongs_to_a_library(value: Any) -> bool:
