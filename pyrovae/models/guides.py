@@ -5,7 +5,8 @@ A guide is a module whose `forward(x)` maps (*batch, *event) to a distribution o
 guide for another is swapping the class name. The same classes serve as the conditionals p(z1|z2) of a hierarchy.
 
 To write a new one, subclass `Guide`, name the number of head outputs in `super().__init__`, return the distribution
-from `forward`, and name the class in `GUIDES`. Parameters with a default are its settings, on the command line too.
+from `forward`, and name the class in `GUIDES` of `pyrovae.models.choices`. Parameters with a default are its
+settings, on the command line too.
 """
 
 from abc import ABC, abstractmethod
@@ -135,6 +136,3 @@ class LowRankNormal(Guide):
         factor = 0.1 * factor.unflatten(-1, (self.latent_dim, self.rank))
         variance = (softplus(raw_scale) + SCALE_FLOOR).square()
         return dist.LowRankMultivariateNormal(loc, factor, variance)
-
-
-GUIDES = (MeanFieldNormal, FullCovarianceNormal, LowRankNormal)

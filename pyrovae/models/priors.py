@@ -1,9 +1,10 @@
 """Priors p(z) over the latent vector.
 
 A prior is a module whose `forward()` returns a distribution of batch shape () and event shape (Z,). To write a new
-one, subclass `Prior`, call `super().__init__(latent_dim)`, return the distribution, and name the class in `PRIORS`;
-nothing else is asked. What its constructor needs it finds by name: `latent_dim`, the pair's `guide`, the `event_shape`
-of x. Parameters with a default are its settings, on the command line too, with the sentences of its docstring.
+one, subclass `Prior`, call `super().__init__(latent_dim)`, return the distribution, and name the class in `PRIORS` of
+`pyrovae.models.choices`; nothing else is asked. What its constructor needs it finds by name: `latent_dim`, the pair's
+`guide`, the `event_shape` of x. Parameters with a default are its settings, on the command line too, with the sentences
+of its docstring.
 """
 
 import math
@@ -218,6 +219,3 @@ def shift_and_log_scale(network: Network, kept: Tensor) -> tuple[Tensor, Tensor]
 def inverse_softplus(y: float) -> float:
     """The x with softplus(x) = y, for y > 0."""
     return y + math.log(-math.expm1(-y))
-
-
-PRIORS = (StandardNormal, IsotropicNormal, MixtureOfGaussians, VampPrior, FlowPrior)

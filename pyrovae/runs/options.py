@@ -19,9 +19,9 @@ BASELINES = Choices(EXACT)
 # Part -> choices; the first is the default, but for a likelihood, which is left to the data.
 PARTS = {
     "model": Choices(PAIRS, STAGED, EXACT, WITHOUT_DENSITY),
-    "prior": Choices(("pyrovae.models.priors", "PRIORS"), ("pyrovae.models.conditional", "CONDITIONAL_PRIORS")),
+    "prior": Choices(("pyrovae.models.choices", "PRIORS"), ("pyrovae.models.conditional", "CONDITIONAL_PRIORS")),
     "likelihood": Choices(("pyrovae.models.likelihoods", "LIKELIHOODS")),
-    "guide": Choices(("pyrovae.models.guides", "GUIDES")),
+    "guide": Choices(("pyrovae.models.choices", "GUIDES")),
     "network": Choices(("pyrovae.models.networks", "NETWORKS")),
     "corruption": Choices(("pyrovae.models.corruptions", "CORRUPTIONS")),
 }
