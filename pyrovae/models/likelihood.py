@@ -1,6 +1,6 @@
 """What every likelihood p(x|z) is: a decoder, and the distribution that it is the parameters of.
 
-The families are in `likelihoods` and the files that it names, which has the tuple of them all.
+The families are in `likelihoods` and other files; the tuple of them all is in `choices`.
 """
 
 from abc import ABC, abstractmethod
@@ -21,7 +21,7 @@ class Likelihood(nn.Module, ABC):
         event_shape: Event shape of x.
 
     Attributes:
-        measure: Of p(x): "mass" or "density".
+        measure: Of p(x), by the name of the space of x: "mass", "density".
         short: Other names that the class goes by where it is chosen by name.
     """
 

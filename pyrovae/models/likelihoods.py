@@ -1,10 +1,10 @@
 """Likelihoods p(x|z).
 
 A likelihood is a module whose `forward(z)` maps (*batch, Z) to a distribution of batch shape `batch` and the event
-shape of x. It says its `measure`: a "mass" on {0,1}^D or a "density"; the two never share a column of a table.
-To write a new one, subclass `Likelihood`, return the distribution, say what the decoder has to put out
-(`decoder_shape`), and name the class in `LIKELIHOODS`. Parameters with a default are its settings, on the command line
-too.
+shape of x. It says its `measure`, the name of the space that x is in: "mass", for one on {0,1}^D, or "density"; numbers
+of two measures never share a column of a table. To write a new one, subclass `Likelihood`, return the distribution, say
+what the decoder has to put out (`decoder_shape`), and name the class in `LIKELIHOODS` of `pyrovae.models.choices`.
+Parameters with a default are its settings, on the command line too.
 
 The distributions do not validate their arguments, which would read (K, N, *event) numbers once more at every step;
 the pair checks x, which is K times smaller, by `check_support`.
@@ -229,6 +229,3 @@ class ContinuousBernoulli(Likelihood):
                 f"x: a continuous Bernoulli likelihood has support [0, 1], got values from {low:g} to {high:g} with "
                 f"{int(wrong.sum())} elements outside; rescale them or use a Gaussian likelihood"
             )
-
-
-LIKELIHOODS = (Bernoulli, Gaussian, ContinuousBernoulli)
