@@ -1,7 +1,6 @@
-"""The priors, guides and likelihoods that can be chosen by name: the first prior and guide are the default."""
+"""The priors and the guides that can be chosen by name: the first of each is the default."""
 
 from pyrovae.models.guides import FullCovarianceNormal, LowRankNormal, MeanFieldNormal
-from pyrovae.models.likelihoods import Bernoulli, ContinuousBernoulli, Gaussian
 from pyrovae.models.priors import FlowPrior, IsotropicNormal, MixtureOfGaussians, StandardNormal, VampPrior
 
 PRIORS = (
@@ -16,11 +15,4 @@ GUIDES = (
     MeanFieldNormal,
     FullCovarianceNormal,
     LowRankNormal,
-)
-
-# Of those of a measure, the first is the default for rows of that measure.
-LIKELIHOODS = (
-    Bernoulli,
-    Gaussian,
-    ContinuousBernoulli,
 )

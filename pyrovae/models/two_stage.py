@@ -17,7 +17,16 @@ on draws of q(z|x), new ones at each step: with log p(x|z) and log q(z|x) frozen
     ELBO of the whole at x  =  E_q(z|x) [ ELBO of the second stage at z ]  +  E_q(z|x) [log p(x|z) - log q(z|x)]
 
 where the last term has no parameter. The gradients are the same, draw by draw, and what is recorded is of x, in nats
-that stand beside those of the first stage. A bound of several draws (IWAE) is closer to log p(x), and better where the
+that stand beside those of the first stage. Of a prior, whose ELBO at z is log p(z) itself, that is maximum likelihood
+on the aggregate posterior: over all densities, E_n E_q(z|x_n) log p(z) = -H(q(z)) - KL(q(z) || p(z)) is the largest at
+p(z) = q(z). For N(m, diag s^2) the maximum has a closed form, the moments of q(z):
+
+    m = E_n E[z|x_n]        s^2 = E_n Var[z|x_n] + Var_n E[z|x_n]
+
+After that q(z|x) is the guide of another posterior, p(z|x) under the new prior, than the one it was trained for. It may
+be `adapted`: trained on, by the same bound, together with the prior, while p(x|z) stays.
+
+ A bound of several draws (IWAE) is closer to log p(x), and better where the
 codes lie in patches: the u of a z at an edge are not spread as a Gaussian q(u|z) is, and the ELBO keeps p(z) near those
 that are.
 
@@ -31,16 +40,18 @@ References:
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Self
+from typing import Literal, Self
 
+import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
 from pyrovae.models.guides import Guide
-from pyrovae.models.likelihood import Likelihood
+from pyrovae.models.likelihoods import Likelihood
 from pyrovae.models.priors import Prior
 from pyrovae.models.vae import VAE, LatentLayers, Layer
+from pyrovae.settings import checked
 
 
 class Decoded(nn.Module):
@@ -80,29 +91,43 @@ class SecondStage(LatentLayers, ABC):
         prior: p of the top layer.
         conditionals: p(z|u), if there is a layer above z.
         guides: q(u|z), if there is.
+        adapted: Whether q(z|x) is trained on, and only p(x|z) is frozen.
 
     Attributes:
         first_prior: The p(z) of the first stage, which is no part of this model.
+        adapted: Whether q(z|x) is no longer that of the first stage.
     """
 
     @abstractmethod
     def __init__(
-        self, first: VAE, prior: Prior, conditionals: Sequence[Layer] = (), guides: Sequence[Guide] = ()
+        self,
+        first: VAE,
+        prior: Prior,
+        conditionals: Sequence[Layer] = (),
+        guides: Sequence[Guide] = (),
+        adapted: bool = False,
     ) -> None:
         super().__init__(prior, conditionals, first.likelihood, [*first.guides, *guides])
-        self.first_prior = first.prior
+        self.first_prior, self.adapted = first.prior, adapted
         first.requires_grad_(False)
+        first.guides[0].requires_grad_(adapted)
         self.train(self.training)
 
     @property
     def first(self) -> VAE:
-        """The first stage, as it was trained: frozen."""
+        """The first stage: as it was trained, but for a q(z|x) that is `adapted`."""
         return VAE(self.first_prior, self.likelihood, self.guides[0])
+
+    @torch.no_grad()
+    def draw_codes(self, num_samples: int) -> Tensor:
+        """Draws of z from this model's p(z), with torch's random state: shape (num_samples, Z)."""
+        with pyro.poutine.block(), pyro.plate("samples", num_samples):
+            return self.latent(self.latent_sites)
 
     def train(self, mode: bool = True) -> Self:
         """Put what is trained into training mode (or, with False, evaluation mode), and the first stage never."""
         super().train(mode)
-        for part in (self.first_prior, self.likelihood, self.guides[0]):
+        for part in (self.first_prior, self.likelihood, *([] if self.adapted else [self.guides[0]])):
             part.eval()
         return self
 
@@ -139,13 +164,15 @@ class TwoStageVAE(SecondStage):
 
 
 class ExPostVAE(SecondStage):
-    """A trained VAE with its prior replaced by one that is fitted afterwards, with one latent site "z".
+    """A trained VAE with its prior replaced by one that is fitted afterwards: one latent site "z".
 
     Trained by the ELBO, the new prior is fitted by maximum likelihood to draws of q(z|x).
 
     Args:
         first: A trained VAE of x, whose parts become this model's, frozen.
-        prior: The new p(z).
+        prior: The new p(z): any prior, of the first stage's guide too.
+        guide: What becomes of the first stage's q(z|x) under the fitted prior: held or adapted, which is trained on
+            beside the prior.
 
     Raises:
         UsageError: they disagree on the number of latent dimensions; both are named.
@@ -153,8 +180,9 @@ class ExPostVAE(SecondStage):
 
     word = "ex-post"
 
-    def __init__(self, first: VAE, prior: Prior) -> None:
-        super().__init__(first, prior)
+    @checked
+    def __init__(self, first: VAE, prior: Prior, guide: Literal["held", "adapted"] = "held") -> None:
+        super().__init__(first, prior, adapted=guide == "adapted")
 
     def initialise(self, x: Tensor) -> None:
         """Start the new prior at training data x (N, *event), where it depends on them."""
@@ -162,4 +190,4 @@ class ExPostVAE(SecondStage):
 
 
 # Pairs that are made of a trained one.
-STAGED = (TwoStageVAE,)
+STAGED = (TwoStageVAE, ExPostVAE)

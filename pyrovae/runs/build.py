@@ -147,11 +147,17 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
 
 
 def build_stages(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
-    """A first stage as its own recipe says, and a second one on its codes as this one does, joined."""
+    """A first stage as its own recipe says, and a prior or a second stage on its codes as this one does, joined."""
     below = recipe.below
-    vae = Part(first("model"))
-    of_codes = recipe.settled(model=vae, likelihood=choose_likelihood(OF_CODES, vae), first=Part())
-    stages = {"first": build_model(below, event_shape), "second": build_model(of_codes, below.latent_dim)}
+    trained: Any = build_model(below, event_shape)
+    stages: dict[str, Any] = {"first": trained}
+    if "second" in PARTS["model"][recipe.model.name].classes[0].takes:
+        vae = Part(first("model"))
+        of_codes = recipe.settled(model=vae, likelihood=choose_likelihood(OF_CODES, vae), first=Part())
+        stages["second"] = build_model(of_codes, below.latent_dim)
+    else:
+        offered: dict[str, Any] = {"guide": trained.guides[0], "event_shape": event_shape}
+        stages["prior"] = make("prior", recipe.prior, latent_dim=below.latent_dim[0], **offered)
     model: Model = make("model", recipe.model, **stages)
     return model
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from pyrovae.data import Rows
     from pyrovae.inference.training.trainer import Fit
-    from pyrovae.models import ConditionalVAE, TwoStageVAE
+    from pyrovae.models import ConditionalVAE
+    from pyrovae.models.two_stage import SecondStage
     from pyrovae.plots import Style
     from pyrovae.runs.build import Model
 
@@ -68,7 +69,8 @@ def write_plots(
     import torch
 
     from pyrovae import plots
-    from pyrovae.models import ConditionalVAE, LatentLayers, Reconstruction, TwoStageVAE
+    from pyrovae.models import ConditionalVAE, LatentLayers, Reconstruction
+    from pyrovae.models.two_stage import SecondStage
     from pyrovae.seeding import seeded
 
     name, folder, style = directory.name, inside(directory, "plots"), style_of(recipe, rows)
@@ -101,7 +103,7 @@ def write_plots(
             save_figure(plots.neighbourhood(x[:8], model.decode(spread), name, style), folder, "neighbourhood")
         save_figure(plots.latent_map(codes, named_labels(rows, len(codes)), name), folder, "latent_map")
         dims = codes.var(0).argsort(descending=True)[:10].tolist()
-        if isinstance(model, TwoStageVAE) and len(dims) > 1:
+        if isinstance(model, SecondStage) and len(dims) > 1:
             write_codes(model, x, dims[:2], folder, name)
         steps = torch.linspace(-2.5, 2.5, 11, device=device)
         paths = codes.mean(0).repeat(len(dims), len(steps), 1)
@@ -114,14 +116,14 @@ def write_plots(
         save_curve(Run(directory, recipe), values)
 
 
-def write_codes(model: "TwoStageVAE", x: "Tensor", dims: list[int], folder: Path, name: str) -> None:
-    """Draw the codes of rows x beside draws of the first stage's p(z) and of the second's, in two dimensions of z."""
+def write_codes(model: "SecondStage", x: "Tensor", dims: list[int], folder: Path, name: str) -> None:
+    """Draw the codes of rows x beside draws of the first stage's p(z) and of this model's, in two dimensions of z."""
     from pyrovae import plots
 
     z = {
         "q(z): codes of test rows": model.posterior(x).sample(),
         "p(z) of the first stage": model.first.prior().sample((len(x),)),
-        "p(z) of the second stage": model.second.sample(len(x)),
+        "p(z) of the second stage": model.draw_codes(len(x)),
     }
     names = [f"z[{dim}]" for dim in dims]
     save_figure(plots.clouds({title: values[:, dims] for title, values in z.items()}, names, name), folder, "codes")

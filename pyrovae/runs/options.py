@@ -20,7 +20,7 @@ BASELINES = Choices(EXACT)
 PARTS = {
     "model": Choices(PAIRS, STAGED, EXACT, WITHOUT_DENSITY),
     "prior": Choices(("pyrovae.models.choices", "PRIORS"), ("pyrovae.models.conditional", "CONDITIONAL_PRIORS")),
-    "likelihood": Choices(("pyrovae.models.choices", "LIKELIHOODS")),
+    "likelihood": Choices(("pyrovae.models.likelihoods", "LIKELIHOODS")),
     "guide": Choices(("pyrovae.models.choices", "GUIDES")),
     "network": Choices(("pyrovae.models.networks", "NETWORKS")),
     "corruption": Choices(("pyrovae.models.corruptions", "CORRUPTIONS")),
@@ -110,15 +110,16 @@ OPTIONS: dict[str, dict[str, Setting]] = {
         "latent_dim": Setting(
             Several(Whole()),
             None,
-            "latent dimensions; for hierarchical one per layer from the data up (default 50; 50,25; for two-stage the "
-            "first stage's)",
+            "latent dimensions; for hierarchical one per layer from the data up (default 50; 50,25; for two-stage and "
+            "ex-post the first stage's)",
             "INT",
         ),
         "first": Setting(
             OfRun(),
             None,
-            "a trained vae, the first stage of a two-stage: its p(x|z) and q(z|x) are frozen, and the options of the "
-            "model are those of a second vae, of draws of q(z|x); data and likelihood are the first stage's",
+            "a trained vae, the first stage of a two-stage or ex-post: its p(x|z) and q(z|x) are frozen, and what is "
+            "trained is a second vae, of draws of q(z|x), or with ex-post a prior; data and likelihood are the first "
+            "stage's",
             "RUN",
         ),
     },

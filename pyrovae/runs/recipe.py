@@ -210,24 +210,31 @@ def first(part: str) -> str:
     return next(iter(PARTS[part]))
 
 
+def a(name: str) -> str:
+    """A choice with its article: a vae, an ex-post."""
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
 def staged() -> str:
-    """The model that has a first stage."""
+    """The model that a run with a first stage is, unless it says otherwise."""
     return next(name for name, choice in PARTS["model"].items() if "first" in choice.classes[0].takes)
 
 
 def complete_stages(values: Options, given: Options) -> None:
     """Ask for the first stage of a model that has one, and refuse it, and what makes no sense with it, elsewhere."""
     name = values["model"].name
-    if name != staged():
+    if "first" not in PARTS["model"][name].classes[0].takes:
         refuse(given, ("first",), f"a {name} has one stage", f"model={staged()}")
         values["first"] = Part()
         return
     if values["first"] is None:
         raise UsageError(
-            f"first: a {name} is trained on the codes of a {first('model')}; name its run", settings=("first",)
+            f"first: {a(name)} is trained on the codes of a {first('model')}; name its run", settings=("first",)
         )
-    refuse(given, ("condition",), f"a {name} model is given nothing", f"model={first('model')}")
-    refuse(given, ("beta",), f"the second stage of a {name} is all in the KL, so that a weight changes nothing")
+    refuse(given, ("condition",), f"{a(name)} model is given nothing", f"model={first('model')}")
+    if values["model"].settings.get("guide") != "adapted":
+        why = f"the second stage of {a(name)} is all in the KL, so that a weight changes nothing"
+        refuse(given, ("beta",), why)
 
 
 def complete_exact(values: Options, given: Options) -> None:
@@ -281,8 +288,7 @@ def complete_pair(values: Options, given: Options) -> None:
     if layered:
         refuse(given, ("condition",), f"a {name} model is given nothing", f"model={first('model')}")
     values["latent_dim"] = latent
-    for part in OF_PAIRS:
-        values[part] = choose(part, given.get(part), first(part), PARTS[part])
+    complete_parts(values, given)
     if values["first"] and values["corruption"].name != first("corruption"):
         raise UsageError(f"corruption: not used, since the q(z|x) of a {name} is frozen", settings=("corruption",))
     prior = values["prior"].name
@@ -297,6 +303,15 @@ def complete_pair(values: Options, given: Options) -> None:
             f"prior={prior}: needs a {first('model')}, since it is made of its one guide q(z|x)",
             settings=(f"prior={prior}",),
         )
+
+
+def complete_parts(values: Options, given: Options) -> None:
+    """Choose the parts of a pair; a prior on a first stage has that stage's networks."""
+    name = values["model"].name
+    taken = () if {"guide", "guides", "second"} & set(PARTS["model"][name].classes[0].takes) else ("guide", "network")
+    refuse(given, taken, f"{a(name)} has the guide and the networks of its first stage")
+    for part in OF_PAIRS:
+        values[part] = Part() if part in taken else choose(part, given.get(part), first(part), PARTS[part])
 
 
 def overlaid(stored: Options, options: Options) -> Options:

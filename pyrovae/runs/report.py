@@ -178,16 +178,17 @@ def of_stages(model: "Model", batch: "Batch", seed: int) -> Report:
     """How far the codes of a first stage are from its prior, and from what a second stage made of them.
 
     KL(q(z) || p(z)) in nats, with q(z) the aggregate posterior of these rows: of all of them for each row's draws
-    ("upper", for data at large too high), and of the others ("lower", too low). Nothing for other models.
+    ("upper", for data at large too high), and of the others ("lower", too low). Nothing for other models, nor where
+    q(z|x) was adapted, so that both stages have not one q(z).
     """
     from pyrovae.inference.information import aggregate_kl
-    from pyrovae.models import TwoStageVAE
+    from pyrovae.models.two_stage import SecondStage
     from pyrovae.seeding import seeded
 
-    if not isinstance(model, TwoStageVAE) or len(batch) < 2:
+    if not isinstance(model, SecondStage) or model.adapted or len(batch) < 2:
         return {}
     found: Report = {}
-    for name, pair, site in (("first", model.first, "z"), ("joined", model, "z1")):
+    for name, pair, site in (("first", model.first, "z"), ("joined", model, model.latent_sites[0])):
         with seeded(seed, "aggregate posterior", device=batch.x.device):
             distance = aggregate_kl(pair.model, pair.guide, batch.x, site, AGGREGATE_DRAWS, PRIOR_DRAWS)
         found[name] = {

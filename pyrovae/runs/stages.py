@@ -37,6 +37,12 @@ class FirstStage:
             UsageError: it was given other data, or another likelihood.
         """
         options: dict[str, Any] = {"latent_dim": self.recipe.latent_dim, **recipe.given}
+        if not recipe.network and tuple(recipe.latent_dim or self.recipe.latent_dim) != self.recipe.latent_dim:
+            raise UsageError(
+                f"latent_dim: a prior on {recipe.first.name} has that of its codes, {self.recipe.latent_dim[0]}; leave "
+                "it out",
+                settings=("latent_dim",),
+            )
         plain = self.recipe.plain()
         for key in OF_X:
             asked, theirs = getattr(recipe, key), getattr(self.recipe, key)
@@ -88,7 +94,7 @@ def first_stage(chosen: Part) -> FirstStage:
     if kind != first("model") or run.recipe.condition is not None:
         what = f"{kind}, given the {run.recipe.condition}" if run.recipe.condition else kind
         raise UsageError(
-            f"first: the model of {chosen.name} is {what}; a {staged()} is trained on the codes of a {first('model')}",
+            f"first: {chosen.name} is a {what}; a {staged()} is trained on the codes of a {first('model')}",
             settings=("first",),
         )
     vae: Any = run.model()

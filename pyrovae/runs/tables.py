@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pyrovae.inference.training.trainer import Fit
 
 WIDTH = 26  # of a name in a printed table
-INDENT: dict[str, Any] = {"initial_indent": "  ", "subsequent_indent": "    ", "break_on_hyphens": False}
+INDENT: dict[str, Any] = {"initial_indent": "  ", "subsequent_indent": "    "}
 
 
 def number(value: float | None, error: float | None = None) -> str:
@@ -86,7 +86,7 @@ def stages_in_words(values: Report) -> list[tuple[str, str, str]]:
     lines = []
     for stage, label, note in (
         ("first", "KL(q(z) || p(z)), before", "to the first stage's prior"),
-        ("joined", "KL(q(z) || p(z)), after", "to the second stage's"),
+        ("joined", "KL(q(z) || p(z)), after", "to the second stage's, or to the prior fitted afterwards"),
     ):
         if (found := values.get("aggregate_kl")) is not None:
             upper, lower = found[stage]["upper"], found[stage]["lower"]

@@ -18,7 +18,8 @@ from pyrovae.inference.training.checkpoint import Checkpoint, kept_in, load_late
 from pyrovae.inference.training.record import Progress, Record
 from pyrovae.inference.training.trainer import Fit, fit
 from pyrovae.inference.verdicts import Kind
-from pyrovae.models import Exact, Reconstruction, TwoStageVAE
+from pyrovae.models import Exact, Reconstruction
+from pyrovae.models.two_stage import SecondStage
 from pyrovae.processes import leading, several
 from pyrovae.processors import pick_device, threads
 from pyrovae.runs.baseline import MOST_ROWS
@@ -224,7 +225,7 @@ def initialised_model(recipe: Recipe, rows: "Rows", below: FirstStage | None = N
         if isinstance(model, Exact) and recipe.is_closed_form:
             model.fit(rows.transform(rows.train[::spread]), recipe.seed, rows.validation)
             return model
-        if below is not None and isinstance(model, TwoStageVAE):
+        if below is not None and isinstance(model, SecondStage):
             model.first.load_state_dict(below.vae.state_dict())
         given: Any = (value[::spread] for value in rows.given["train"])  # nothing, but for what takes it
         model.initialise(rows.transform(rows.train[::spread]), *given)
@@ -411,10 +412,7 @@ def continued(directory: str | Path | None, options: Options) -> Recipe:
     run = open_run(str(directory))
     if kept_in(run.directory):
         run.pair_with(load_latest(run.directory))  # sizes that its weights do not have are refused here
-    stored = run.recipe
-    if options.get("first") == stored.first.name:  # its own once more, whose weights were taken over when it began
-        options = {key: value for key, value in options.items() if key != "first"}
-    changed = stored.replace(**options)
+    stored, changed = run.recipe, run.recipe.replace(**options)
     asked = [key for key in options if getattr(changed, key) != getattr(stored, key)]
     other = [key for key in asked if key not in RESUMABLE]
     if forbidden := differences(stored, changed, other, "then", "now"):
