@@ -452,6 +452,13 @@ def test_latent_map_names_each_class_on_one_of_its_points() -> None:
     assert np.linalg.norm(ring - torch.tensor(name.xy), axis=1).min() < 1e-6
 
 
+def test_latent_map_leaves_a_name_that_would_hide_another_to_the_legend() -> None:
+    clouds = torch.tensor([[0.0, 0.0], [0.0, 0.0], [5.0, 5.0]]).repeat_interleave(20, 0) + 0.1 * torch.randn(60, 2)
+    figure = plots.latent_map(clouds, [name for name in ("here", "here too", "there") for _ in range(20)])
+    assert [text.get_text() for text in figure.axes[0].texts if text.get_text()] == ["here", "there"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["here", "here too", "there"]
+
+
 def test_latent_map_tells_twenty_classes_apart() -> None:
     figure = plots.latent_map(torch.randn(200, 2), torch.arange(200) % 20)
     styles = {

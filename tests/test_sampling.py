@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,11 @@ from pyrovae.data.others import other_rows
 from pyrovae.errors import CheckpointError, DataError, UsageError
 from pyrovae.inference import log_prob_missing
 from pyrovae.models import PPCA, BernoulliMixture, LatentLayers
+from pyrovae.models.corruptions import Noise
 from pyrovae.quality import sse
 from pyrovae.runs.directory import Run
+from pyrovae.runs.drawing import Between, Denoise, Impute
+from pyrovae.runs.made import make
 from pyrovae.seeding import seeded
 
 TINY = {"epochs": 1, "eval_K": 5, "device": "cpu", "seed": 0, "latent_dim": [3], "network": {"hidden": [8]}}
@@ -309,7 +313,7 @@ REFUSED = {
     "--out x.csv --impute seen.npy": "--impute: nothing is hidden of these rows",
     "--out x.csv --impute point.npy": "point.npy: a mask of shape \\(\\), where rows are of shape",
     "--out x.csv --denoise fog": "--denoise: 'fog' is none of",
-    "--out x.csv --denoise noise:x": "--denoise.scale: expected a number above 0, got x",
+    "--out x.csv --denoise noise:x": "--denoise: expected a number above 0, got x",
     "--out x.csv --near 0 --split best": "--split: expected one of test, validation, train, got best",
     "--out x.gif": "nothing moves in it",
 }
@@ -341,6 +345,10 @@ def test_what_a_model_has_no_use_for_is_refused_by_its_name(
     for name in ("x.png", "x.gif"):
         with pytest.raises(UsageError, match=r"there is no picture of rows of shape \(3,\); save a .csv"):
             sample.command([str(people.directory), "--out", name])
+    for way in (Impute(0.5), Denoise(Noise()), Between(0, 1)):  # of points in the plane, before anything is computed
+        looked = SimpleNamespace(rows=SimpleNamespace(event_shape=(2,), columns=None), run=people, data=None)
+        with pytest.raises(UsageError, match=r"there is no picture of rows of shape \(2,\); save a .csv"):
+            make(looked, way, "x.png", False, 0, print)
     with pytest.raises(UsageError, match=r"impute lower: rows of shape \(3,\) have no halves"):
         sample.command([str(people.directory), "--impute", "lower", "--out", "x.csv"])
     with pytest.raises(UsageError, match=r"class: expected one of 0, 1, .*, got ten"):

@@ -363,6 +363,14 @@ def test_a_run_resumes_bit_for_bit(runs: Path, tmp_path: Path):
         assert torch.equal(value, theirs[name]), name
 
 
+def test_a_run_is_resumed_on_the_first_stage_that_it_names_and_on_no_other(runs: Path, tmp_path: Path):
+    train({**SECOND, "first": str(runs / "a"), "epochs": 1}, tmp_path / "c", plots=False)
+    kept = open_run(tmp_path / "c").recipe.first
+    assert train({"first": str(runs / "a")}, tmp_path / "c", resume=True, plots=False).recipe.first == kept
+    with pytest.raises(CheckpointError, match=r"another configuration \(first: \S*a then, elsewhere now\)"):
+        train({"first": "elsewhere"}, tmp_path / "c", resume=True, plots=False)
+
+
 def test_a_run_that_was_stopped_before_its_first_checkpoint_starts_on_the_first_stage_again(runs: Path, tmp_path: Path):
     (tmp_path / "c").mkdir()
     shutil.copy(runs / "b" / "config.yaml", tmp_path / "c")
@@ -426,7 +434,7 @@ def test_other_data_and_second_stages_of_second_stages_are_refused(runs: Path, t
         train({**given, "data": "pinwheel"}, tmp_path / "d")
     with pytest.raises(UsageError, match="likelihood: that of the first stage"):
         train({**given, "likelihood": {"name": "Gaussian", "scale": 0.5}}, tmp_path / "d")
-    with pytest.raises(UsageError, match=r"first: .* is a two-stage; a two-stage is trained on the codes of a vae"):
+    with pytest.raises(UsageError, match=r"first: the model of .* is two-stage; a two-stage is trained on"):
         train({**given, "first": str(runs / "b")}, tmp_path / "d")
 
 

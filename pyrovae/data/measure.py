@@ -9,9 +9,9 @@ class Measure:
     """What a reported log p(x) is: a mass or a density, of what, on which space.
 
     Attributes:
-        kind: "mass" or "density".
+        kind: The name of the space that the rows are in: "mass", on {0,1}^D, "density", or that of another mass.
         description: The space in words, for tables.
-        levels: Number of grey levels L if the rows are dequantised ones, else None.
+        levels: Number of grey levels L if the rows are levels, or dequantised ones; else None.
         dimensions: D, the number of elements of one event.
     """
 
@@ -27,6 +27,6 @@ class Measure:
         1.0
         """
         bits = -nats / (self.dimensions * math.log(2))
-        if self.kind == "mass":
+        if self.kind != "density":
             return bits
         return None if self.levels is None else bits + math.log2(self.levels)

@@ -19,10 +19,10 @@ from pyrovae.models.guides import LowRankNormal as LowRankNormal
 from pyrovae.models.guides import MeanFieldNormal as MeanFieldNormal
 from pyrovae.models.kernels import BernoulliKernelDensity as BernoulliKernelDensity
 from pyrovae.models.kernels import KernelDensity as KernelDensity
+from pyrovae.models.likelihood import Likelihood as Likelihood
 from pyrovae.models.likelihoods import Bernoulli as Bernoulli
 from pyrovae.models.likelihoods import ContinuousBernoulli as ContinuousBernoulli
 from pyrovae.models.likelihoods import Gaussian as Gaussian
-from pyrovae.models.likelihoods import Likelihood as Likelihood
 from pyrovae.models.linear_gaussian import PPCA as PPCA
 from pyrovae.models.linear_gaussian import FactorAnalysis as FactorAnalysis
 from pyrovae.models.masked import Masked as Masked

@@ -38,7 +38,7 @@ from pyrovae.errors import UsageError
 from pyrovae.models.corruptions import Clean, Corruption
 from pyrovae.models.exact import best_on, check_real
 from pyrovae.models.guides import Guide
-from pyrovae.models.likelihoods import Likelihood
+from pyrovae.models.likelihood import Likelihood
 from pyrovae.models.linear_gaussian import Moments
 from pyrovae.models.mixture import GaussianMixture
 from pyrovae.models.networks import Network

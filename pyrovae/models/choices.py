@@ -1,6 +1,7 @@
-"""The priors and the guides that can be chosen by name: the first of each is the default."""
+"""The priors, guides and likelihoods that can be chosen by name: the first prior and guide are the default."""
 
 from pyrovae.models.guides import FullCovarianceNormal, LowRankNormal, MeanFieldNormal
+from pyrovae.models.likelihoods import Bernoulli, ContinuousBernoulli, Gaussian
 from pyrovae.models.priors import FlowPrior, IsotropicNormal, MixtureOfGaussians, StandardNormal, VampPrior
 
 PRIORS = (
@@ -15,4 +16,11 @@ GUIDES = (
     MeanFieldNormal,
     FullCovarianceNormal,
     LowRankNormal,
+)
+
+# Of those of a measure, the first is the default for rows of that measure.
+LIKELIHOODS = (
+    Bernoulli,
+    Gaussian,
+    ContinuousBernoulli,
 )

@@ -1,17 +1,16 @@
 """Likelihoods p(x|z).
 
 A likelihood is a module whose `forward(z)` maps (*batch, Z) to a distribution of batch shape `batch` and the event
-shape of x. It says its `measure`: a "mass" on {0,1}^D or a "density"; the two never share a column of a table.
-To write a new one, subclass `Likelihood`, return the distribution, say what the decoder has to put out
-(`decoder_shape`), and name the class in `LIKELIHOODS`. Parameters with a default are its settings, on the command line
-too.
+shape of x. It says its `measure`, the name of the space that x is in: "mass", for one on {0,1}^D, or "density"; numbers
+of two measures never share a column of a table. To write a new one, subclass `Likelihood`, return the distribution, say
+what the decoder has to put out (`decoder_shape`), and name the class in `LIKELIHOODS` of `pyrovae.models.choices`.
+Parameters with a default are its settings, on the command line too.
 
 The distributions do not validate their arguments, which would read (K, N, *event) numbers once more at every step;
 the pair checks x, which is K times smaller, by `check_support`.
 """
 
-from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
@@ -19,63 +18,13 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyrovae.errors import DataError, UsageError
+from pyrovae.models.likelihood import Likelihood, set_output_bias
 from pyrovae.models.networks import Network
 from pyrovae.models.priors import inverse_softplus
 from pyrovae.models.tilted_uniform import TiltedUniform, eta_of
 from pyrovae.settings import NotNegative, Positive, checked
 
 RELATIVE_FLOOR = 1e-3  # of a Gaussian's scale that is not fixed
-
-
-class Likelihood(nn.Module, ABC):
-    """p(x|z) with a decoder.
-
-    Args:
-        decoder: Maps z to what the distribution needs.
-        event_shape: Event shape of x.
-
-    Attributes:
-        measure: Of p(x): "mass" or "density".
-        short: Other names that the class goes by where it is chosen by name.
-    """
-
-    measure: ClassVar[str]
-    short: ClassVar[tuple[str, ...]] = ()
-
-    def __init__(self, decoder: Network, event_shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.decoder = decoder
-        self.event_shape = event_shape
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Event shape of z."""
-        return self.decoder.in_shape
-
-    @classmethod
-    @abstractmethod
-    def decoder_shape(cls, event_shape: tuple[int, ...], **settings: Any) -> tuple[int, ...]:
-        """Event shape of the decoder's output for that of x, with the settings that the constructor is given."""
-
-    @abstractmethod
-    def forward(self, z: Tensor) -> dist.Distribution:
-        """p(x|z) for z of shape (*batch, Z): batch shape `batch`, event shape `event_shape`."""
-
-    @abstractmethod
-    def initialise(self, x: Tensor) -> None:
-        """Start the decoder's output at the mean of training data x of shape (N, *event)."""
-
-    @abstractmethod
-    def check_support(self, x: Tensor) -> None:
-        """Refuse data outside the support, naming what was found.
-
-        Raises:
-            DataError: some value of x has no probability under this likelihood.
-        """
-
-    def remarks(self, z: Tensor) -> list[str]:
-        """What a user should know of p(x|z) at trained codes z of shape (*batch, Z), in sentences. Here: nothing."""
-        return []
 
 
 class Bernoulli(Likelihood):
@@ -280,13 +229,3 @@ class ContinuousBernoulli(Likelihood):
                 f"x: a continuous Bernoulli likelihood has support [0, 1], got values from {low:g} to {high:g} with "
                 f"{int(wrong.sum())} elements outside; rescale them or use a Gaussian likelihood"
             )
-
-
-def set_output_bias(network: Network, value: Tensor) -> None:
-    """Start the last bias of a network at `value`; a network without one is left as it is."""
-    if network.output_bias is not None:
-        with torch.no_grad():
-            network.output_bias.copy_(value.reshape(network.output_bias.shape))
-
-
-LIKELIHOODS = (Bernoulli, Gaussian, ContinuousBernoulli)

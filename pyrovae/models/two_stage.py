@@ -48,7 +48,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae.models.guides import Guide
-from pyrovae.models.likelihoods import Likelihood
+from pyrovae.models.likelihood import Likelihood
 from pyrovae.models.priors import Prior
 from pyrovae.models.vae import VAE, LatentLayers, Layer
 from pyrovae.settings import checked

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pyrovae.errors import UsageError
 from pyrovae.models.corruptions import Clean, Corruption
 from pyrovae.models.guides import Guide
-from pyrovae.models.likelihoods import Likelihood
+from pyrovae.models.likelihood import Likelihood
 from pyrovae.models.priors import Prior
 from pyrovae.settings import Whole, check
 

@@ -158,13 +158,17 @@ def _principal_components(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _name_classes(axes: Axes, points: np.ndarray, classes: np.ndarray, given: Any) -> None:
-    """Write each class's name on its most central point: in grey print the colours alone would not do."""
+    """Write each class's name on its most central point: in grey print the colours alone would not do.
+
+    Where classes lie over one another, a name that would hide another is left to the legend.
+    """
     from matplotlib.patheffects import withStroke
 
+    written = []
     for name in classes:
         members = points[given == name]
         central = np.linalg.norm(members - np.median(members, 0), axis=1).argmin()  # the median may lie outside
-        axes.annotate(
+        text = axes.annotate(
             textwrap.shorten(str(name), 16, placeholder="…"),
             tuple(members[central]),
             ha="center",
@@ -172,3 +176,12 @@ def _name_classes(axes: Axes, points: np.ndarray, classes: np.ndarray, given: An
             weight="bold",
             path_effects=[withStroke(linewidth=3, foreground="white")],
         )
+        written.append(text)
+    axes.get_figure(root=True).draw_without_rendering()  # type: ignore[union-attr]  # boxes are where the layout puts them
+    free: list[Any] = []
+    for text in written:
+        box = text.get_window_extent()
+        if any(box.overlaps(other) for other in free):
+            text.remove()
+        else:
+            free.append(box)

@@ -79,7 +79,10 @@ class Draws(Way):
                     f"{looked.run.directory}: has no density of codes to draw from; resume the run, which makes it"
                 )
             return "decoded codes, drawn from a density fitted to codes"
-        return "means of p(x|z), z from the prior" if self.mean else "draws of x"
+        if not self.mean:
+            return "draws of x"
+        exact = looked.run.recipe.is_exact  # whose z is a component, a kernel or a vector, and is not called so
+        return "means of x given what it is drawn from" if exact else "means of p(x|z), z from the prior"
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ class Between(Way):
     """
 
     word = "interpolation"
+    in_the_plane = False
     start: int
     end: int
     steps: int = 11
@@ -248,6 +252,7 @@ class Impute(Way):
     """
 
     word = "imputation"
+    in_the_plane = False
     hidden: str | float
     rows: int = 8
     number: int = 8
@@ -354,6 +359,7 @@ class Denoise(Way):
     """
 
     word = "denoising"
+    in_the_plane = False
     corruption: "Corruption"
     rows: int = 8
 

@@ -64,10 +64,12 @@ class Way(ABC):
     Attributes:
         word: What messages call it.
         of_rows: Whether its pictures are of rows of data, so that there are none of a table.
+        in_the_plane: Whether rows that are points of the plane have a picture, too.
     """
 
     word: ClassVar[str]
     of_rows: ClassVar[bool] = True
+    in_the_plane: ClassVar[bool] = True
 
     @abstractmethod
     def __call__(self, looked: "Looked", seed: int) -> Made:
@@ -94,7 +96,8 @@ def make(looked: "Looked", way: Way, out: str | Path | None, overwrite: bool, se
     rows, run = looked.rows, looked.run
     path = check_out(out, overwrite, begun_by(rows), (looked.data, run.recipe.data))
     shape, kind = rows.event_shape, path.suffix.lower()
-    drawable = is_picture(shape) or (kind == ".png" and (shape == (2,) or not way.of_rows))
+    planar = way.in_the_plane and shape == (2,)
+    drawable = is_picture(shape) or (kind == ".png" and (planar or not way.of_rows))
     if kind in (".png", ".gif") and not drawable:
         raise UsageError(
             f"out {out}: there is no picture of rows of shape {shape}; save a .csv, .npz or .nc", settings=("out",)

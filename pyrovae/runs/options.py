@@ -20,7 +20,7 @@ BASELINES = Choices(EXACT)
 PARTS = {
     "model": Choices(PAIRS, STAGED, EXACT, WITHOUT_DENSITY),
     "prior": Choices(("pyrovae.models.choices", "PRIORS"), ("pyrovae.models.conditional", "CONDITIONAL_PRIORS")),
-    "likelihood": Choices(("pyrovae.models.likelihoods", "LIKELIHOODS")),
+    "likelihood": Choices(("pyrovae.models.choices", "LIKELIHOODS")),
     "guide": Choices(("pyrovae.models.choices", "GUIDES")),
     "network": Choices(("pyrovae.models.networks", "NETWORKS")),
     "corruption": Choices(("pyrovae.models.corruptions", "CORRUPTIONS")),

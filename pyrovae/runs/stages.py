@@ -94,7 +94,7 @@ def first_stage(chosen: Part) -> FirstStage:
     if kind != first("model") or run.recipe.condition is not None:
         what = f"{kind}, given the {run.recipe.condition}" if run.recipe.condition else kind
         raise UsageError(
-            f"first: {chosen.name} is a {what}; a {staged()} is trained on the codes of a {first('model')}",
+            f"first: the model of {chosen.name} is {what}; a {staged()} is trained on the codes of a {first('model')}",
             settings=("first",),
         )
     vae: Any = run.model()

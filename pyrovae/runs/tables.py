@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pyrovae.inference.training.trainer import Fit
 
 WIDTH = 26  # of a name in a printed table
-INDENT: dict[str, Any] = {"initial_indent": "  ", "subsequent_indent": "    "}
+INDENT: dict[str, Any] = {"initial_indent": "  ", "subsequent_indent": "    ", "break_on_hyphens": False}
 
 
 def number(value: float | None, error: float | None = None) -> str:

@@ -412,7 +412,10 @@ def continued(directory: str | Path | None, options: Options) -> Recipe:
     run = open_run(str(directory))
     if kept_in(run.directory):
         run.pair_with(load_latest(run.directory))  # sizes that its weights do not have are refused here
-    stored, changed = run.recipe, run.recipe.replace(**options)
+    stored = run.recipe
+    if options.get("first") == stored.first.name:  # its own once more, whose weights were taken over when it began
+        options = {key: value for key, value in options.items() if key != "first"}
+    changed = stored.replace(**options)
     asked = [key for key in options if getattr(changed, key) != getattr(stored, key)]
     other = [key for key in asked if key not in RESUMABLE]
     if forbidden := differences(stored, changed, other, "then", "now"):

@@ -86,7 +86,6 @@ def corruption(word: str) -> "Corruption":
         raise UsageError(
             f"denoise: expected a corruption of rows, such as noise:0.5, got {word}", settings=("denoise",)
         )
-    (key,) = cls.settings
-    settings = choose("denoise", {"name": chosen, key: amount or None}, None, PARTS["corruption"]).settings
-    made: Corruption = cls.build("denoise", settings)
+    ((key, setting),) = cls.settings.items()
+    made: Corruption = cls.build("denoise", {key: read("denoise", amount or setting.default, setting.kind)})
     return made
