@@ -65,6 +65,12 @@ def _(q: LowRankMultivariateNormal, factor: float) -> Distribution:
     return dist.LowRankMultivariateNormal(q.loc, q.cov_factor * factor, q.cov_diag * factor**2)
 
 
+@inflated.register
+def _(q: MixtureSameFamily, factor: float) -> Distribution:
+    """Each component by itself."""
+    return dist.MixtureSameFamily(q.mixture_distribution, inflated(q.component_distribution, factor))
+
+
 @singledispatch
 def marginals(q: Distribution) -> Distribution | None:
     """The one-dimensional marginals of a distribution over vectors (*batch, Z), as a batch (*batch, Z), if known."""

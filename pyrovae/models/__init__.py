@@ -28,6 +28,7 @@ from pyrovae.models.linear_gaussian import FactorAnalysis as FactorAnalysis
 from pyrovae.models.masked import Masked as Masked
 from pyrovae.models.mixture import BernoulliMixture as BernoulliMixture
 from pyrovae.models.mixture import GaussianMixture as GaussianMixture
+from pyrovae.models.mixture_guide import MixtureOfNormals as MixtureOfNormals
 from pyrovae.models.networks import MLP as MLP
 from pyrovae.models.networks import ConvDecoder as ConvDecoder
 from pyrovae.models.networks import ConvEncoder as ConvEncoder

@@ -2,6 +2,7 @@
 
 from pyrovae.models.guides import FullCovarianceNormal, LowRankNormal, MeanFieldNormal
 from pyrovae.models.likelihoods import Bernoulli, ContinuousBernoulli, Gaussian
+from pyrovae.models.mixture_guide import MixtureOfNormals
 from pyrovae.models.priors import FlowPrior, IsotropicNormal, MixtureOfGaussians, StandardNormal, VampPrior
 
 PRIORS = (
@@ -16,6 +17,7 @@ GUIDES = (
     MeanFieldNormal,
     FullCovarianceNormal,
     LowRankNormal,
+    MixtureOfNormals,
 )
 
 # Of those of a measure, the first is the default for rows of that measure.
