@@ -111,13 +111,18 @@ PRIORS: dict[str, Callable[[], Prior]] = {
     for name, make in GUIDES.items()
 }
 # Events of two numbers for densities, which are integrated over the plane; of a few bits for masses.
-EVENTS = {"density": {"MLP": (2,), "Conv": (1, 2, 1)}, "mass": {"MLP": (4,), "Conv": (1, 2, 3)}}
+EVENTS = {
+    "density": {"MLP": (2,), "Conv": (1, 2, 1)},
+    "mass": {"MLP": (4,), "Conv": (1, 2, 3)},
+    "counts": {"MLP": (2,), "Conv": (1, 2, 1)},
+}
 LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {
     named(cls, settings, kind): lambda cls=cls, settings=settings, event=event: likelihood(cls, settings, event)
     for cls, settings, _ in classes("likelihood")
     for kind, event in EVENTS[cls.measure].items()
 }
 MASSES = [name for name, make in LIKELIHOODS.items() if make().measure == "mass"]
+COUNTS = [name for name, make in LIKELIHOODS.items() if make().measure == "counts"]
 PARTS = {**GUIDES, **LIKELIHOODS, **PRIORS}
 
 
@@ -154,6 +159,8 @@ def values(part: nn.Module, batch: tuple[int, ...]) -> Tensor:
     out = torch.randn(*batch, *event_shape(part), dtype=torch.float64)
     if not isinstance(part, Likelihood):
         return out
+    if part.measure == "counts":
+        return (3 * out.abs()).floor()
     return (out > 0).double() if part.measure == "mass" else out.sigmoid()
 
 
@@ -207,7 +214,7 @@ def density_on_a_grid(p: dist.Distribution, shape: tuple[int, ...]) -> tuple[Ten
 
 
 # The density of a continuous Bernoulli jumps at 0 and 1: tests/test_continuous_bernoulli.py integrates between them.
-CONTINUOUS = [name for name in PARTS if name not in MASSES and not name.startswith("ContinuousBernoulli")]
+CONTINUOUS = [n for n in PARTS if n not in (*MASSES, *COUNTS) and not n.startswith("ContinuousBernoulli")]
 
 
 @every(CONTINUOUS)
@@ -237,6 +244,24 @@ def test_masses_sum_to_1_and_are_what_is_sampled(name: str) -> None:
     assert_mean(samples, mass @ images, least=0.03)
     assert_mean(samples.unsqueeze(2) * samples.unsqueeze(1), torch.einsum("p,pi,pj->ij", mass, images, images))
     assert_close(mass @ images, p.mean.detach().flatten(), **EXACT)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_masses_of_counts_sum_to_1_and_are_what_is_sampled(name: str) -> None:
+    """Pairs of counts up to 400: total 1, mean and variance as the distribution says, and as samples have them."""
+    part = build(name)
+    with torch.no_grad():
+        p, _ = apply(part, ())
+        counts = torch.arange(400.0, dtype=torch.float64)
+        points = torch.cartesian_prod(counts, counts)
+        mass = p.log_prob(points.reshape(-1, *part.event_shape)).exp()
+        assert mass.sum().item() == pytest.approx(1, abs=1e-9)
+        mean, second = mass @ points, mass @ points**2
+        assert_close(mean, p.mean.flatten(), rtol=1e-6, atol=0)
+        assert_close(second - mean**2, p.variance.flatten(), rtol=1e-5, atol=0)
+        samples = p.sample((20_000,)).flatten(1)
+        for f in (lambda x: (x == 0).double(), lambda x: (x == 1).double(), lambda x: (x / 3).tanh()):
+            assert_mean(f(samples), mass @ f(points), least=0.03)
 
 
 @pytest.mark.parametrize("name", [n for n in PRIORS if n.startswith(("Mixture", "Vamp"))])

@@ -1,7 +1,7 @@
 r"""Data: where rows come from, how they are split, and the measure on which a model of them is scored.
 
 `load_data` returns `Data`: raw rows in three fixed splits. `Data.rows` makes of them `Rows`, what a model trains on
-and is scored on, for one of two measures:
+and is scored on, for one measure:
 
 - **mass**: p(x) is a probability, x in {0,1}^D. Grey pixels become binary ones; a pixel of level l out of L is 1
   with probability l / (L - 1).
@@ -10,6 +10,8 @@ and is scored on, for one of two measures:
       log P(l) >= E_u log p(x) - D log L
 
   (Jensen), and -log p(x) / (D log 2) + log2 L bounds the bits per dimension of the levels l from above.
+
+- **counts**: p(x) is a probability, x in {0, 1, 2, ...}^D.
 
 Nats of different measures are not comparable, so every `Rows` carries its `Measure`, and a `hash` that two runs share
 only if they are scored on identical rows. Training rows may be drawn anew in every epoch; validation and test rows
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from pyrovae.data.sources import find_source as find_source
     from pyrovae.data.spaces import Binary as Binary
     from pyrovae.data.spaces import Continuous as Continuous
+    from pyrovae.data.spaces import Counts as Counts
     from pyrovae.data.spaces import Reading as Reading
     from pyrovae.data.spaces import Space as Space
     from pyrovae.data.spaces import default_measure as default_measure
@@ -55,7 +58,7 @@ _HOME = {
     **dict.fromkeys(("Data", "Rows"), "rows"),
     **dict.fromkeys(("NAMES", "SOURCES", "find_source"), "sources"),
     "SPLITS": "found",
-    **dict.fromkeys(("Binary", "Continuous", "Reading", "Space", "default_measure"), "spaces"),
+    **dict.fromkeys(("Binary", "Continuous", "Counts", "Reading", "Space", "default_measure"), "spaces"),
     "MappedRows": "streaming",
     "Standardize": "transforms",
 }

@@ -70,7 +70,7 @@ class Data(Raw):
 
     def rows(
         self,
-        measure: Literal["mass", "density"] | Space,
+        measure: Literal["mass", "density", "counts"] | Space,
         binarize: str | None = None,
         standardize: bool = False,
         condition: str | None = None,
@@ -78,7 +78,7 @@ class Data(Raw):
         """Make the rows that a model of `measure` trains on and is scored on.
 
         Args:
-            measure: "mass", for a likelihood on {0,1}, or "density"; or a `Space` with its settings.
+            measure: "mass", for a likelihood on {0,1}, "density" or "counts"; or a `Space` with its settings.
             binarize: How grey pixels become binary under "mass": dynamic, fixed or threshold; see `Binary`.
             standardize: Under "density" of continuous data, (x - mean) / sd of the training rows; see `Continuous`.
             condition: What the model is given beside x: "label", for one-hot labels; columns of a table, which are then

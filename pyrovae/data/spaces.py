@@ -5,6 +5,7 @@ new one, subclass `Space`: its fields are the user's settings, and `read` gives 
 
     Binary        {0,1}^D      grey levels or probabilities become bits, drawn or by a threshold
     Continuous    R^D          grey levels are dequantised to [0,1]^D; all else stays in its units, or is standardised
+    Counts        {0, 1, ...}^D   whole numbers as they are
 """
 
 import math
@@ -24,8 +25,8 @@ from pyrovae.errors import DataError, UsageError
 BINARIZE = ("dynamic", "fixed", "threshold")
 DARK = 128  # where the greatest value of uint8 is below this, it is more likely a count or a category than a pixel
 COUNTS = (
-    "counts want a Poisson or negative binomial likelihood and categories a categorical one, as a Pyro model of your "
-    "own; yes and no are saved as 0 and 1"
+    "counts want a Poisson or negative binomial likelihood and categories a categorical one; yes and no are saved as 0 "
+    "and 1"
 )
 
 
@@ -175,7 +176,31 @@ class Continuous(Space):
         return Reading(measure, transform, notices=without_bound(data.name, data.moments, dimensions))
 
 
-SPACES: tuple[type[Space], ...] = (Binary, Continuous)
+@dataclass(frozen=True)
+class Counts(Space):
+    """{0, 1, 2, ...}^D, where log p(x) is of a mass: whole numbers as they are, such as uint8 of a file."""
+
+    name = "counts"
+    words = "a mass on counts"
+
+    def read(self, data: Raw) -> Reading:
+        dimensions = math.prod(data.event_shape)
+        moments = data.moments
+        if moments is not None and (moments.low < 0 or not moments.whole.all()):
+            raise DataError(
+                f"{data.name}: values in [{moments.low:.6g}, {moments.high:.6g}], with "
+                f"{int((~moments.whole).sum())} of {counted(dimensions, 'column')} not of whole numbers, are no "
+                "counts: choose a Gaussian likelihood",
+                settings=("likelihood=gaussian",),
+            )
+        what = "two values" if data.binary else f"{data.levels} grey levels"
+        text = f"{data.name}: {what} are read as counts, as the likelihood has them"
+        notices = (text,) if data.binary or (data.levels is not None and data.highest is None) else ()
+        measure = Measure("counts", f"mass on counts {{0, 1, ...}}^{dimensions}", None, dimensions)
+        return Reading(measure, AsFloat(), notices=notices)
+
+
+SPACES: tuple[type[Space], ...] = (Binary, Continuous, Counts)
 
 
 def as_grey_levels(data: Raw, how: str) -> tuple[str, ...]:

@@ -12,6 +12,9 @@ from pyrovae.models.corruptions import Corruption as Corruption
 from pyrovae.models.corruptions import Masking as Masking
 from pyrovae.models.corruptions import Noise as Noise
 from pyrovae.models.corruptions import SaltAndPepper as SaltAndPepper
+from pyrovae.models.counts import NegativeBinomial as NegativeBinomial
+from pyrovae.models.counts import Poisson as Poisson
+from pyrovae.models.counts import ZeroInflatedNegativeBinomial as ZeroInflatedNegativeBinomial
 from pyrovae.models.exact import Exact as Exact
 from pyrovae.models.guides import FullCovarianceNormal as FullCovarianceNormal
 from pyrovae.models.guides import Guide as Guide
@@ -44,3 +47,5 @@ from pyrovae.models.two_stage import TwoStageVAE as TwoStageVAE
 from pyrovae.models.vae import VAE as VAE
 from pyrovae.models.vae import HierarchicalVAE as HierarchicalVAE
 from pyrovae.models.vae import LatentLayers as LatentLayers
+from pyrovae.models.views import LogCounts as LogCounts
+from pyrovae.models.views import View as View

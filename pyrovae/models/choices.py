@@ -1,5 +1,6 @@
 """The priors, guides and likelihoods that can be chosen by name: the first prior and guide are the default."""
 
+from pyrovae.models.counts import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from pyrovae.models.guides import FullCovarianceNormal, LowRankNormal, MeanFieldNormal
 from pyrovae.models.likelihoods import Bernoulli, ContinuousBernoulli, Gaussian
 from pyrovae.models.mixture_guide import MixtureOfNormals
@@ -25,4 +26,7 @@ LIKELIHOODS = (
     Bernoulli,
     Gaussian,
     ContinuousBernoulli,
+    NegativeBinomial,
+    Poisson,
+    ZeroInflatedNegativeBinomial,
 )

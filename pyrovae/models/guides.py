@@ -56,12 +56,17 @@ class Guide(nn.Module, ABC):
     @property
     def event_shape(self) -> tuple[int, ...]:
         """Event shape of x."""
-        return self.encoder.in_shape
+        view = self.encoder.view
+        return self.encoder.in_shape if view is None else view.event_shape
+
+    def seen(self, x: Tensor) -> Tensor:
+        """What the encoder sees of x (*batch, *event), before it is centred: x, unless it has a view of it."""
+        check_event(x, self.event_shape)
+        return x if self.encoder.view is None else self.encoder.view(x)
 
     def parameters_of(self, x: Tensor) -> Tensor:
         """The head's output for x (*batch, *event), shape (*batch, outputs)."""
-        check_event(x, self.event_shape)
-        return self.head(self.encoder((x - self.shift) * self.rescale))
+        return self.head(self.encoder((self.seen(x) - self.shift) * self.rescale))
 
     @abstractmethod
     def forward(self, x: Tensor) -> dist.Distribution:
@@ -69,9 +74,11 @@ class Guide(nn.Module, ABC):
 
     def initialise(self, x: Tensor) -> None:
         """Centre the encoder's input at the mean of x (N, *event), with one scale for all elements."""
-        check_event(x, self.event_shape)
-        self.shift.copy_(x.mean(0))
-        spread = (x - self.shift).double().square().mean().sqrt()
+        if self.encoder.view is not None:
+            self.encoder.view.initialise(x)
+        seen = self.seen(x)
+        self.shift.copy_(seen.mean(0))
+        spread = (seen - self.shift).double().square().mean().sqrt()
         self.rescale.copy_(1 / spread if spread > 0 else torch.ones(()))
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrovae.models.networks import Network
+from pyrovae.models.views import View
 
 
 class Likelihood(nn.Module, ABC):
@@ -21,11 +22,13 @@ class Likelihood(nn.Module, ABC):
         event_shape: Event shape of x.
 
     Attributes:
-        measure: Of p(x), by the name of the space of x: "mass", "density".
+        measure: Of p(x), by the name of the space of x: "mass", "density", "counts".
+        view: What an encoder should see of such x; None: x.
         short: Other names that the class goes by where it is chosen by name.
     """
 
     measure: ClassVar[str]
+    view: ClassVar[type[View] | None] = None
     short: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, decoder: Network, event_shape: tuple[int, ...]) -> None:

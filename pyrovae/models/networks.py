@@ -9,12 +9,13 @@ by a name: an encoder and a decoder, with the same settings.
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from pyrovae.errors import UsageError
+from pyrovae.models.views import View
 from pyrovae.settings import Count, Share, checked
 
 Activation = Literal["tanh", "relu", "leaky_relu", "elu", "gelu", "silu", "softplus"]
@@ -40,10 +41,12 @@ class Network(nn.Module):
     Attributes:
         word: What the architecture is called where it is chosen by name.
         of_images: Whether its input is an image, so that what goes beside x goes into more channels.
+        view: Of an encoder, what it sees of x; None: x.
     """
 
     word: ClassVar[str]
     of_images: ClassVar[bool] = False
+    view: View | None
 
     def __init__(self, body: nn.Module, in_shape: Shape, out_shape: Shape) -> None:
         super().__init__()
@@ -51,6 +54,18 @@ class Network(nn.Module):
         if not self.in_shape or not self.out_shape:
             raise UsageError("network: the event shape () has no elements to flatten; use (1,) and x.unsqueeze(-1)")
         self.body: nn.Module = body
+        self.view = None
+
+    def seeing(self, view: View) -> Self:
+        """This network as an encoder that looks at x through a view, which the guide then applies.
+
+        Raises:
+            UsageError: what is seen has not the shape of the network's input.
+        """
+        if view.out_shape != self.in_shape:
+            raise UsageError(f"view: shows shape {view.out_shape}, the network takes {self.in_shape}; make them equal")
+        self.view = view
+        return self
 
     @property
     def output_bias(self) -> nn.Parameter | None:

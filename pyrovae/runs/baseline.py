@@ -36,7 +36,8 @@ def fit_baselines(
         say: Called with a line for each model tried.
 
     Returns:
-        Models in double precision: covariances of images are too ill-conditioned for single.
+        Models in double precision: covariances of images are too ill-conditioned for single. None, which is said, where
+        no family is of the rows' measure.
 
     Raises:
         UsageError: no family can have any of the numbers of components.
@@ -47,6 +48,9 @@ def fit_baselines(
     with seeded(seed, "baseline rows"):
         train = rows.transform(rows.train[:: -(-len(rows.train) // MOST_ROWS)]).to(device)
     families = [family for family in BASELINES if family.measure == rows.measure.kind]
+    if not families:
+        say(f"baseline: no exact one is of a {rows.measure.description}")
+        return []
     found = [best_of(family, train, rows.validation, components, seed, say) for family in families]
     if not any(model for family, model in zip(families, found, strict=True) if not family.of_rows):
         raise UsageError(f"baseline: none of {list(components)} components can be fit to {len(train)} rows")

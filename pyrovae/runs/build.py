@@ -128,6 +128,8 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
         parts = {"encoder": encoder, "latent_dim": latent[0], "likelihood": likelihood, "corruption": corruption}
         model = make("model", recipe.model, **parts)
         return model
+    if likelihood_class.view is not None:
+        encoder.seeing(likelihood_class.view(in_shape))
     guides = [make("guide", recipe.guide, encoder=encoder, latent_dim=latent[0])]
     conditionals = []
     for below, above in pairwise(latent):
