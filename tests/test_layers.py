@@ -119,7 +119,7 @@ HOOKS = {
     *("Network.output_bias", "Network.forward", "Prior.initialise", "Corruption.initialise"),
     *("Objective.__post_init__", "Objective.constraint"),
     *("Proposal.of_guide", "Proposal.as_guide", "Proposal.computation"),
-    "Likelihood.remarks",
+    *("Likelihood.remarks", "LatentLayers.extend"),
 }
 
 
@@ -148,7 +148,7 @@ def test_what_a_class_does_no_other_class_does_otherwise() -> None:
 
 def test_pairs_are_made_of_the_layers_they_name() -> None:
     """No pair is a case of another: each says what it is made from, and what they share cannot be made by itself."""
-    pairs = pyrovae.models.vae.PAIRS
+    pairs = pyrovae.models.pairs.PAIRS
     assert [(a, b) for a in pairs for b in pairs if a is not b and issubclass(a, b)] == []
     with pytest.raises(TypeError, match="abstract"):
         pyrovae.models.LatentLayers(None, [], None, [None])

@@ -3,6 +3,7 @@
 from pyrovae.models.autoencoder import PCA as PCA
 from pyrovae.models.autoencoder import Autoencoder as Autoencoder
 from pyrovae.models.autoencoder import Reconstruction as Reconstruction
+from pyrovae.models.auxiliary import AuxiliaryVAE as AuxiliaryVAE
 from pyrovae.models.conditional import AmortisedPrior as AmortisedPrior
 from pyrovae.models.conditional import ConditionalPrior as ConditionalPrior
 from pyrovae.models.conditional import ConditionalVAE as ConditionalVAE
@@ -22,6 +23,7 @@ from pyrovae.models.guides import LowRankNormal as LowRankNormal
 from pyrovae.models.guides import MeanFieldNormal as MeanFieldNormal
 from pyrovae.models.kernels import BernoulliKernelDensity as BernoulliKernelDensity
 from pyrovae.models.kernels import KernelDensity as KernelDensity
+from pyrovae.models.ladder import LadderVAE as LadderVAE
 from pyrovae.models.likelihood import Likelihood as Likelihood
 from pyrovae.models.likelihoods import Bernoulli as Bernoulli
 from pyrovae.models.likelihoods import ContinuousBernoulli as ContinuousBernoulli
@@ -36,6 +38,7 @@ from pyrovae.models.networks import MLP as MLP
 from pyrovae.models.networks import ConvDecoder as ConvDecoder
 from pyrovae.models.networks import ConvEncoder as ConvEncoder
 from pyrovae.models.networks import Network as Network
+from pyrovae.models.networks import ResidualMLP as ResidualMLP
 from pyrovae.models.priors import FlowPrior as FlowPrior
 from pyrovae.models.priors import IsotropicNormal as IsotropicNormal
 from pyrovae.models.priors import MixtureOfGaussians as MixtureOfGaussians

@@ -107,6 +107,7 @@ class ConditionalVAE(nn.Module):
     """
 
     latent_sites = ("z",)
+    code_note = ""
     unit: Tensor
 
     def __init__(
@@ -139,6 +140,11 @@ class ConditionalVAE(nn.Module):
     def event_shape(self) -> tuple[int, ...]:
         """Event shape of x."""
         return self.likelihood.event_shape
+
+    @property
+    def code(self) -> dict[str, int]:
+        """The latent site, and its number of elements."""
+        return {"z": self.prior.latent_dim}
 
     @property
     def condition_dim(self) -> int:

@@ -56,17 +56,11 @@ class Guide(nn.Module, ABC):
     @property
     def event_shape(self) -> tuple[int, ...]:
         """Event shape of x."""
-        view = self.encoder.view
-        return self.encoder.in_shape if view is None else view.event_shape
-
-    def seen(self, x: Tensor) -> Tensor:
-        """What the encoder sees of x (*batch, *event), before it is centred: x, unless it has a view of it."""
-        check_event(x, self.event_shape)
-        return x if self.encoder.view is None else self.encoder.view(x)
+        return event_seen(self.encoder)
 
     def parameters_of(self, x: Tensor) -> Tensor:
         """The head's output for x (*batch, *event), shape (*batch, outputs)."""
-        return self.head(self.encoder((self.seen(x) - self.shift) * self.rescale))
+        return self.head(self.encoder((seen(self.encoder, x) - self.shift) * self.rescale))
 
     @abstractmethod
     def forward(self, x: Tensor) -> dist.Distribution:
@@ -74,12 +68,28 @@ class Guide(nn.Module, ABC):
 
     def initialise(self, x: Tensor) -> None:
         """Centre the encoder's input at the mean of x (N, *event), with one scale for all elements."""
-        if self.encoder.view is not None:
-            self.encoder.view.initialise(x)
-        seen = self.seen(x)
-        self.shift.copy_(seen.mean(0))
-        spread = (seen - self.shift).double().square().mean().sqrt()
-        self.rescale.copy_(1 / spread if spread > 0 else torch.ones(()))
+        centre(self.encoder, x, self.shift, self.rescale)
+
+
+def seen(encoder: Network, x: Tensor) -> Tensor:
+    """What an encoder sees of x (*batch, *event), before it is centred: x, unless it has a view of it."""
+    check_event(x, event_seen(encoder))
+    return x if encoder.view is None else encoder.view(x)
+
+
+def event_seen(encoder: Network) -> tuple[int, ...]:
+    """Event shape of the x that an encoder takes, through its view if it has one."""
+    return encoder.in_shape if encoder.view is None else encoder.view.event_shape
+
+
+def centre(encoder: Network, x: Tensor, shift: Tensor, rescale: Tensor) -> None:
+    """Set shift and rescale so that (seen - shift) * rescale has mean 0 over rows x (N, *event), and variance 1."""
+    if encoder.view is not None:
+        encoder.view.initialise(x)
+    values = seen(encoder, x)
+    shift.copy_(values.mean(0))
+    spread = (values - shift).double().square().mean().sqrt()
+    rescale.copy_(1 / spread if spread > 0 else torch.ones(()))
 
 
 class MeanFieldNormal(Guide):

@@ -133,9 +133,69 @@ class MLP(Network):
 
     @property
     def output_bias(self) -> nn.Parameter | None:
-        layers = list(self.body.children())
-        last = layers[-2] if isinstance(layers[-1], nn.Unflatten) else None
-        return last.bias if isinstance(last, nn.Linear) else None
+        return bias_of_output(self.body)
+
+
+class Residual(nn.Module):
+    """A residual block: h + f(h).
+
+    Args:
+        body: f, which maps h to its own shape.
+
+    References:
+        He et al. 2016, Identity Mappings in Deep Residual Networks, https://arxiv.org/abs/1603.05027
+    """
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.body(h)
+
+
+class ResidualMLP(Network):
+    """Dense residual blocks: h + W act(V act(h)), between a linear map from the input and one to the output.
+
+    Args:
+        in_shape: Event shape of the input; flattened.
+        out_shape: Event shape of the output. None: the activation of the last block is the output, as an encoder's
+            features.
+        width: Width of the blocks.
+        blocks: Number of residual blocks.
+        activation: Activation in the blocks.
+        dropout: Probability of dropping a hidden unit of a block while training.
+    """
+
+    word = "residual"
+
+    @checked
+    def __init__(
+        self,
+        in_shape: Shape,
+        out_shape: Shape | None = None,
+        width: Count = 200,
+        blocks: Count = 2,
+        activation: Activation = "silu",
+        dropout: Share = 0.0,
+    ) -> None:
+        in_shape, act = as_shape(in_shape), ACTIVATIONS[activation]
+        layers: list[nn.Module] = [nn.Flatten(), nn.Linear(math.prod(in_shape), width)]
+        for _ in range(blocks):
+            dropped = [nn.Dropout(dropout)] if dropout else []
+            block = [act(), nn.Linear(width, width), act(), *dropped, nn.Linear(width, width)]
+            layers.append(Residual(nn.Sequential(*block)))
+        layers.append(act())
+        if out_shape is None:
+            super().__init__(nn.Sequential(*layers), in_shape, width)
+            return
+        out_shape = as_shape(out_shape)
+        last = nn.Linear(width, math.prod(out_shape))
+        super().__init__(nn.Sequential(*layers, last, nn.Unflatten(1, out_shape)), in_shape, out_shape)
+
+    @property
+    def output_bias(self) -> nn.Parameter | None:
+        return bias_of_output(self.body)
 
 
 class ConvEncoder(Network):
@@ -228,7 +288,14 @@ class ConvDecoder(Network):
 
 
 # Each an encoder and a decoder.
-NETWORKS = ((MLP, MLP), (ConvEncoder, ConvDecoder))
+NETWORKS = ((MLP, MLP), (ConvEncoder, ConvDecoder), (ResidualMLP, ResidualMLP))
+
+
+def bias_of_output(body: nn.Module) -> nn.Parameter | None:
+    """The bias of the linear layer before the last, which gives an output its shape; None if it is no such layer."""
+    layers = list(body.children())
+    last = layers[-2] if isinstance(layers[-1], nn.Unflatten) else None
+    return last.bias if isinstance(last, nn.Linear) else None
 
 
 def check_event(x: Tensor, shape: tuple[int, ...]) -> None:

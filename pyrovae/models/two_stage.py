@@ -50,7 +50,7 @@ from torch import Tensor, nn
 from pyrovae.models.guides import Guide
 from pyrovae.models.likelihood import Likelihood
 from pyrovae.models.priors import Prior
-from pyrovae.models.vae import VAE, LatentLayers, Layer
+from pyrovae.models.vae import VAE, BottomUp, Layer
 from pyrovae.settings import checked
 
 
@@ -80,7 +80,7 @@ class Decoded(nn.Module):
         return self.likelihood(u)
 
 
-class SecondStage(LatentLayers, ABC):
+class SecondStage(BottomUp, ABC):
     """A trained VAE's p(x|z) and q(z|x), frozen, under another p(z).
 
     Frozen parameters get no gradient, and their modules stay in evaluation mode (no dropout; batch normalisation with
@@ -122,7 +122,7 @@ class SecondStage(LatentLayers, ABC):
     def draw_codes(self, num_samples: int) -> Tensor:
         """Draws of z from this model's p(z), with torch's random state: shape (num_samples, Z)."""
         with pyro.poutine.block(), pyro.plate("samples", num_samples):
-            return self.latent(self.latent_sites)
+            return self.latent()
 
     def train(self, mode: bool = True) -> Self:
         """Put what is trained into training mode (or, with False, evaluation mode), and the first stage never."""

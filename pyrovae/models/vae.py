@@ -3,14 +3,15 @@
     VAE:              p(x, z) = p(z) p(x|z)                                  q(z|x)
     HierarchicalVAE:  p(x, z) = p(zL) ... p(z1|z2) p(x|z1)                   q(z1|x) q(z2|z1) ... q(zL|zL-1)
 
-Both are `LatentLayers`, with everything that the number of layers leaves alike; each says what it is made from.
+Both are `BottomUp`: their guide starts at the data. With the pairs of `ladder` and `auxiliary`, whose guides do not,
+they have the top-down path of `LatentLayers` in common.
 
 `model(x)` and `guide(x)` are ordinary Pyro programs: every site is inside one plate over the data, and parameters are
 those of torch modules (the Pyro parameter store is not used).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import ClassVar, Protocol
 
@@ -21,10 +22,13 @@ from torch import Tensor, nn
 
 from pyrovae.errors import UsageError
 from pyrovae.models.corruptions import Clean, Corruption
+from pyrovae.models.descent import descend
 from pyrovae.models.guides import Guide
 from pyrovae.models.likelihood import Likelihood
 from pyrovae.models.priors import Prior
 from pyrovae.settings import Whole, check
+
+Shape = tuple[int, ...]
 
 
 class Layer(Protocol):
@@ -40,24 +44,27 @@ class Layer(Protocol):
 
 
 class LatentLayers(nn.Module, ABC):
-    """A model with any number L of latent layers, each given the one above, and its guide.
+    """A model with any number L of latent layers, each given those above, and a guide.
+
+    What the likelihood sees of the latents is the `code`: z1, or with `skip` all layers side by side, z1 first.
 
     Args:
         prior: p(zL).
         conditionals: p(z1|z2), ..., p(zL-1|zL), from the data upwards: each a module that maps the layer above to a
             distribution, such as any guide class over a network from Z_above. Empty for L = 1.
         likelihood: p(x|z1).
-        guides: q(z1|x), q(z2|z1), ..., q(zL|zL-1), from the data upwards.
-        corruption: What q(z1|x) sees of x while it is trained; None: x.
+        corruption: What the guide sees of x while it is trained; None: x.
+        skip: Each layer, and x, is given all layers above it and not only the next one.
 
     Attributes:
         word: What it is called where it is chosen by name.
-
-    Raises:
-        UsageError: neighbouring parts disagree on the number of latent dimensions; both sides are named.
+        layers: There, how many sizes `latent_dim` may have: from so many to so many, or more.
+        code_note: What has to be said where mean and standard deviation of `posterior` are shown.
     """
 
     word: ClassVar[str]
+    code_note: ClassVar[str] = ""
+    layers: ClassVar[tuple[int, int | None]] = (1, 1)
 
     @abstractmethod
     def __init__(
@@ -65,16 +72,15 @@ class LatentLayers(nn.Module, ABC):
         prior: Prior,
         conditionals: Sequence[Layer],
         likelihood: Likelihood,
-        guides: Sequence[Guide],
         corruption: Corruption | None = None,
+        skip: bool = False,
     ) -> None:
         super().__init__()
         self.prior = prior
         self.conditionals: Sequence[Layer] = nn.ModuleList(conditionals)  # type: ignore[arg-type, assignment]
         self.likelihood = likelihood
-        self.guides: Sequence[Guide] = nn.ModuleList(guides)  # type: ignore[assignment]
         self.corruption = Clean() if corruption is None else corruption
-        self.check_shapes()
+        self.skip = skip
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -84,65 +90,24 @@ class LatentLayers(nn.Module, ABC):
     @property
     def latent_sites(self) -> list[str]:
         """Names of the latent sites, from the data upwards: ["z"], or ["z1", ..., "zL"]."""
-        layers = len(self.guides)
+        layers = len(self.conditionals) + 1
         return ["z"] if layers == 1 else [f"z{i}" for i in range(1, layers + 1)]
 
-    def check_shapes(self) -> None:
-        """Compare the shapes on both sides of every arrow."""
-        if len(self.guides) != len(self.conditionals) + 1:
-            raise UsageError(
-                f"guides: {len(self.conditionals)} conditionals need {len(self.conditionals) + 1} guides, "
-                f"got {len(self.guides)}"
-            )
-        arrows = [
-            (
-                "x",
-                self.event_shape,
-                "the likelihood's output",
-                self.guides[0].event_shape,
-                "the guide's input",
-            )
-        ]
-        first = self.guides[0]
-        arrows.append(
-            (
-                "z",
-                (first.latent_dim,),
-                "the guide's latent_dim",
-                self.likelihood.latent_shape,
-                "the decoder's input",
-            )
-        )
-        for below, above in pairwise(self.guides):
-            arrows.append(
-                (
-                    "z",
-                    (below.latent_dim,),
-                    "a guide's latent_dim",
-                    above.event_shape,
-                    "the next guide's input",
-                )
-            )
-        for i, p in enumerate(self.conditionals):
-            below, above = self.guides[i], self.guides[i + 1]
-            arrows.append(("z", (below.latent_dim,), "the guide's latent_dim", (p.latent_dim,), "the conditional's"))
-            arrows.append(
-                ("z", (above.latent_dim,), "the guide's latent_dim", p.event_shape, "the conditional's input")
-            )
-        top = self.guides[-1]
-        arrows.append(("z", (top.latent_dim,), "the guide's latent_dim", (self.prior.latent_dim,), "the prior's"))
-        for name, left, left_name, right, right_name in arrows:
-            if tuple(left) != tuple(right):
-                raise UsageError(
-                    f"{name}: {left_name} is {tuple(left)}, {right_name} is {tuple(right)}; make them equal"
-                )
+    @property
+    def sizes(self) -> list[int]:
+        """Number of elements of each latent layer, from the data upwards."""
+        return [*(layer.latent_dim for layer in self.conditionals), self.prior.latent_dim]
 
-    def latent(self, sites: list[str]) -> Tensor:
-        """Sample the latent layers from the prior down to z1, within the caller's plates."""
-        z = pyro.sample(sites[-1], self.prior())
-        for name, conditional in zip(sites[-2::-1], reversed(list(self.conditionals)), strict=True):
-            z = pyro.sample(name, conditional(z))
-        return z
+    @property
+    def code(self) -> dict[str, int]:
+        """The latent sites that the likelihood sees, in order, and the number of elements of each."""
+        every = dict(zip(self.latent_sites, self.sizes, strict=True))
+        return every if self.skip else dict([next(iter(every.items()))])
+
+    def latent(self) -> Tensor:
+        """Sample the latent layers from the prior down to z1, within the caller's plates; their code."""
+        sites = zip(self.latent_sites[:-1][::-1], reversed(list(self.conditionals)), strict=True)
+        return descend(sites, pyro.sample(self.latent_sites[-1], self.prior()), self.skip)
 
     def model(self, x: Tensor) -> Tensor:
         """p(x, z) as a Pyro model, for x of shape (N, *event).
@@ -153,24 +118,25 @@ class LatentLayers(nn.Module, ABC):
         if dist.is_validation_enabled():  # as it is not in a trace, where x has no values
             self.likelihood.check_support(x)
         with pyro.plate("data", len(x)):
-            z = self.latent(self.latent_sites)
-            return pyro.sample("x", self.likelihood(z), obs=x)
+            z = self.latent()
+            x = pyro.sample("x", self.likelihood(z), obs=x)
+            self.extend(x, z)
+        return x
 
+    def extend(self, x: Tensor, z: Tensor) -> None:
+        """Sample what the guide draws beside the latents, given x and the code z, within the plate. Here: nothing."""
+
+    @abstractmethod
     def guide(self, x: Tensor) -> Tensor:
         """q(z|x) as a Pyro guide, for x of shape (N, *event); in training mode that of x as corrupted."""
-        z = self.corruption(x)
-        with pyro.plate("data", len(x)):
-            for name, guide in zip(self.latent_sites, self.guides, strict=True):
-                z = pyro.sample(name, guide(z))
-        return z
 
     @abstractmethod
     def initialise(self, x: Tensor) -> None:
         """Start what is trained at training data x of shape (N, *event): output bias, input centring, pseudo-inputs."""
 
+    @abstractmethod
     def posterior(self, x: Tensor) -> dist.Distribution:
-        """q(z1|x) for x of shape (*batch, *event), never corrupted: batch shape `batch`, event shape (Z,)."""
-        return self.guides[0](x)
+        """q of the code for x of shape (*batch, *event), never corrupted: batch shape `batch`, event shape (Z,)."""
 
     @torch.no_grad()
     def sample(self, num_samples: int, mean: bool = False) -> Tensor:
@@ -188,17 +154,17 @@ class LatentLayers(nn.Module, ABC):
         """
         check("num_samples", num_samples, Whole(1))
         with pyro.poutine.block(), pyro.plate("samples", num_samples):
-            likelihood = self.likelihood(self.latent(self.latent_sites))
+            likelihood = self.likelihood(self.latent())
             return likelihood.mean if mean else likelihood.sample()
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        """Mean of q(z1|x), shape (N, Z)."""
+        """Mean of `posterior`, the code of x: shape (N, Z)."""
         return self.posterior(x).mean
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Mean of p(x|z1) for z1 of shape (*batch, Z), shape (*batch, *event)."""
+        """Mean of p(x|z) for codes z of shape (*batch, Z), shape (*batch, *event)."""
         return self.likelihood(z).mean
 
     @torch.no_grad()
@@ -207,11 +173,84 @@ class LatentLayers(nn.Module, ABC):
         return self.likelihood.remarks(self.encode(x))
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Mean of p(x|z) at the mean of q(z|x), shape (N, *event)."""
+        """Mean of p(x|z) at the code of x, shape (N, *event)."""
         return self.decode(self.encode(x))
 
 
-class VAE(LatentLayers):
+def check_arrows(arrows: Iterable[tuple[str, Shape, str, Shape, str]]) -> None:
+    """Refuse parts whose shapes differ on both sides of an arrow.
+
+    Args:
+        arrows: What is passed on; the shape and name of the one side, and those of the other.
+
+    Raises:
+        UsageError: two shapes differ; both sides are named.
+    """
+    for name, left, left_name, right, right_name in arrows:
+        if tuple(left) != tuple(right):
+            raise UsageError(f"{name}: {left_name} is {tuple(left)}, {right_name} is {tuple(right)}; make them equal")
+
+
+class BottomUp(LatentLayers, ABC):
+    """Latent layers with a guide from the data upwards, each layer given the one below: q(z1|x) q(z2|z1) ...
+
+    Args:
+        prior: p(zL).
+        conditionals: p(z1|z2), ..., p(zL-1|zL), from the data upwards.
+        likelihood: p(x|z1).
+        guides: q(z1|x), q(z2|z1), ..., q(zL|zL-1), from the data upwards.
+        corruption: What q(z1|x) sees of x while it is trained; None: x.
+
+    Raises:
+        UsageError: neighbouring parts disagree on the number of latent dimensions; both sides are named.
+    """
+
+    @abstractmethod
+    def __init__(
+        self,
+        prior: Prior,
+        conditionals: Sequence[Layer],
+        likelihood: Likelihood,
+        guides: Sequence[Guide],
+        corruption: Corruption | None = None,
+    ) -> None:
+        super().__init__(prior, conditionals, likelihood, corruption)
+        self.guides: Sequence[Guide] = nn.ModuleList(guides)  # type: ignore[assignment]
+        self.check_shapes()
+
+    def check_shapes(self) -> None:
+        """Compare the shapes on both sides of every arrow."""
+        if len(self.guides) != len(self.conditionals) + 1:
+            raise UsageError(
+                f"guides: {len(self.conditionals)} conditionals need {len(self.conditionals) + 1} guides, "
+                f"got {len(self.guides)}"
+            )
+        first, top = self.guides[0], self.guides[-1]
+        own, decoded = "the guide's latent_dim", "the likelihood's output"
+        arrows: list[tuple[str, Shape, str, Shape, str]] = [
+            ("x", self.event_shape, decoded, first.event_shape, "the guide's input"),
+            ("z", (first.latent_dim,), own, self.likelihood.latent_shape, "the decoder's input"),
+        ]
+        for below, above in pairwise(self.guides):
+            arrows.append(
+                ("z", (below.latent_dim,), "a guide's latent_dim", above.event_shape, "the next guide's input")
+            )
+        for p, (below, above) in zip(self.conditionals, pairwise(self.guides), strict=True):
+            arrows.append(("z", (below.latent_dim,), own, (p.latent_dim,), "the conditional's"))
+            arrows.append(("z", (above.latent_dim,), own, p.event_shape, "the conditional's input"))
+        arrows.append(("z", (top.latent_dim,), own, (self.prior.latent_dim,), "the prior's"))
+        check_arrows(arrows)
+
+    def guide(self, x: Tensor) -> Tensor:
+        with pyro.plate("data", len(x)):
+            return descend(zip(self.latent_sites, self.guides, strict=True), self.corruption(x))
+
+    def posterior(self, x: Tensor) -> dist.Distribution:
+        """q(z1|x) for x of shape (*batch, *event), never corrupted: batch shape `batch`, event shape (Z,)."""
+        return self.guides[0](x)
+
+
+class VAE(BottomUp):
     """One latent layer: a variational autoencoder, with one latent site "z".
 
     Args:
@@ -235,7 +274,7 @@ class VAE(LatentLayers):
         start(self, x)
 
 
-class HierarchicalVAE(LatentLayers):
+class HierarchicalVAE(BottomUp):
     """Several latent layers: a VAE with latent sites "z1", ..., "zL".
 
     Args:
@@ -251,6 +290,7 @@ class HierarchicalVAE(LatentLayers):
     """
 
     word = "hierarchical"
+    layers = (2, None)
 
     def __init__(
         self,
@@ -266,12 +306,9 @@ class HierarchicalVAE(LatentLayers):
         start(self, x)
 
 
-def start(model: LatentLayers, x: Tensor) -> None:
+def start(model: BottomUp, x: Tensor) -> None:
     """Start the parts of a model that depend on the data at training data x of shape (N, *event)."""
     model.corruption.initialise(x)
     model.guides[0].initialise(x)
     model.likelihood.initialise(x)
     model.prior.initialise(x)
-
-
-PAIRS = (VAE, HierarchicalVAE)

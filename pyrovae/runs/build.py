@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pyrovae.models.autoencoder import Reconstruction
     from pyrovae.models.conditional import ConditionalVAE
     from pyrovae.models.exact import Exact
+    from pyrovae.models.networks import Network
     from pyrovae.models.vae import LatentLayers
 
     Model = LatentLayers | ConditionalVAE | Reconstruction | Exact
@@ -94,7 +95,7 @@ def make(part: str, chosen: Part, **offered: Any) -> Any:
 
 def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
     """The pair that a recipe declares; its parameters are drawn from torch's random state."""
-    from pyrovae.models import MLP, ConditionalVAE, MeanFieldNormal, UnconditionalPrior
+    from pyrovae.models import ConditionalVAE, MeanFieldNormal, UnconditionalPrior
     from pyrovae.models.conditional import joined_shape
 
     model: Model
@@ -109,43 +110,114 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
         model = make("model", recipe.model, event_shape=event_shape, latent_dim=recipe.latent_dim[0])
         return model
 
-    latent, network = recipe.latent_dim, recipe.network.settings
-    encoding, decoding = PARTS["network"][recipe.network.name].classes
-    # Layers above the first map vectors to vectors, so they are dense in every architecture.
-    vectors = PARTS["network"][first("network")].settings
-    dense = {k: v for k, v in network.items() if k in vectors and vectors[k].kind == encoding.settings[k].kind}
-
+    latent, networks = recipe.latent_dim, Networks(recipe)
+    conditions, parts = len(recipe.classes), PARTS["model"][recipe.model.name].classes[0]
     likelihood_class = PARTS["likelihood"][recipe.likelihood.name].classes[0].load()
     out_shape = likelihood_class.decoder_shape(event_shape, **recipe.likelihood.settings)
-    conditions = len(recipe.classes)
-    decoder = decoding.build("network", network, in_shape=latent[0] + conditions, out_shape=out_shape)
-    likelihood = make("likelihood", recipe.likelihood, decoder=decoder)
+    # With skip connections x is given all layers.
+    code = sum(latent) if recipe.model.settings.get("skip") else latent[0]
+    likelihood = make("likelihood", recipe.likelihood, decoder=networks.decoder(code + conditions, out_shape))
 
-    in_shape = joined_shape(event_shape, conditions, encoding.load().of_images) if conditions else event_shape
-    encoder = encoding.build("network", network, in_shape=in_shape)
+    in_shape = joined_shape(event_shape, conditions, networks.encoding.load().of_images) if conditions else event_shape
+    encoder = networks.encoder(in_shape)
     corruption = make("corruption", recipe.corruption)
+    offered: dict[str, Any] = {"likelihood": likelihood, "corruption": corruption, "latent_dim": latent[0]}
     if recipe.is_reconstruction:
-        parts = {"encoder": encoder, "latent_dim": latent[0], "likelihood": likelihood, "corruption": corruption}
-        model = make("model", recipe.model, **parts)
+        model = make("model", recipe.model, **offered, encoder=encoder)
         return model
     if likelihood_class.view is not None:
         encoder.seeing(likelihood_class.view(in_shape))
-    guides = [make("guide", recipe.guide, encoder=encoder, latent_dim=latent[0])]
-    conditionals = []
-    for below, above in pairwise(latent):
-        guides.append(make("guide", recipe.guide, encoder=MLP(below, **dense), latent_dim=above))
-        conditionals.append(MeanFieldNormal(MLP(above, **dense), below))
+    layers = of_ladder if "merge" in parts.settings else of_auxiliary if "reverse" in parts.takes else of_bottom_up
+    offered |= layers(recipe, networks, encoder)
 
-    offered: dict[str, Any] = {"latent_dim": latent[-1], "guide": guides[0], "event_shape": in_shape}
+    beside: dict[str, Any] = {"latent_dim": offered["top"], "guide": offered.get("guide"), "event_shape": in_shape}
     by_condition = "conditional" in PARTS["prior"][recipe.prior.name].classes[0].takes
     if by_condition:
-        offered["conditional"] = MeanFieldNormal(MLP(conditions, **dense), latent[0])
-    prior = make("prior", recipe.prior, **offered)
+        beside["conditional"] = MeanFieldNormal(networks.dense(conditions), latent[0])
+    prior = make("prior", recipe.prior, **beside)
     if conditions:
-        return ConditionalVAE(prior if by_condition else UnconditionalPrior(prior), likelihood, guides[0], corruption)
-    parts = {"prior": prior, "likelihood": likelihood, "conditionals": conditionals, "corruption": corruption}
-    model = make("model", recipe.model, **parts, guide=guides[0], guides=guides)
+        given = prior if by_condition else UnconditionalPrior(prior)
+        return ConditionalVAE(given, likelihood, offered["guide"], corruption)
+    model = make("model", recipe.model, **offered, prior=prior)
     return model
+
+
+class Networks:
+    """What makes the networks of a recipe's pair: of its architecture, or between vectors of what comes nearest."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.settings = recipe.network.settings
+        self.encoding, self.decoding = PARTS["network"][recipe.network.name].classes
+        # Layers above the first map vectors to vectors, so they are dense in every architecture.
+        self.vectors = (
+            self.encoding if self.encoding == self.decoding else PARTS["network"][first("network")].classes[0]
+        )
+        known = self.vectors.settings
+        self.shared = {
+            k: v for k, v in self.settings.items() if k in known and known[k].kind == self.encoding.settings[k].kind
+        }
+
+    def encoder(self, in_shape: tuple[int, ...]) -> "Network":
+        """From x, or x and what is given, to features."""
+        network: Network = self.encoding.build("network", self.settings, in_shape=in_shape)
+        return network
+
+    def decoder(self, size: int, out_shape: tuple[int, ...]) -> "Network":
+        """From codes to what a likelihood takes."""
+        network: Network = self.decoding.build("network", self.settings, in_shape=size, out_shape=out_shape)
+        return network
+
+    def dense(self, size: int) -> "Network":
+        """From vectors to features."""
+        network: Network = self.vectors.build("network", self.shared, in_shape=size)
+        return network
+
+
+def of_bottom_up(recipe: Recipe, networks: Networks, encoder: "Network") -> dict[str, Any]:
+    """Parts of one or several layers with a guide from the data upwards."""
+    from pyrovae.models import MeanFieldNormal
+
+    guides = [make("guide", recipe.guide, encoder=encoder, latent_dim=recipe.latent_dim[0])]
+    conditionals = []
+    for below, above in pairwise(recipe.latent_dim):
+        guides.append(make("guide", recipe.guide, encoder=networks.dense(below), latent_dim=above))
+        conditionals.append(MeanFieldNormal(networks.dense(above), below))
+    return {"top": recipe.latent_dim[-1], "guide": guides[0], "guides": guides, "conditionals": conditionals}
+
+
+def of_ladder(recipe: Recipe, networks: Networks, encoder: "Network") -> dict[str, Any]:
+    """Parts of several layers with a guide from the top down."""
+    from pyrovae.models import MLP, MeanFieldNormal
+
+    latent, settings = recipe.latent_dim, recipe.model.settings
+    features, guides, conditionals = [encoder], [], []
+    for _ in latent[1:]:
+        features.append(networks.dense(features[-1].out_shape[0]))
+    for i, size in enumerate(latent):
+        above = latent[i + 1 :] if settings["skip"] else latent[i + 1 : i + 2]
+        (found,) = features[i].out_shape
+        merges = above and settings["merge"] == "learned"
+        # A message from below, and the top layer, are linear maps of features.
+        network = networks.dense(sum(above) + found) if merges else MLP(found, hidden=())
+        guides.append(make("guide", recipe.guide, encoder=network, latent_dim=size))
+        if above:
+            conditionals.append(MeanFieldNormal(networks.dense(sum(above)), size))
+    return {"top": latent[-1], "features": features, "guides": guides, "conditionals": conditionals}
+
+
+def of_auxiliary(recipe: Recipe, networks: Networks, encoder: "Network") -> dict[str, Any]:
+    """Parts of one layer whose guide draws an auxiliary first: sizes are those of z and of a."""
+    from pyrovae.models import MLP, MeanFieldNormal
+
+    z, a = recipe.latent_dim
+    (found,) = encoder.out_shape
+    return {
+        "top": z,
+        "features": encoder,
+        "auxiliary": MeanFieldNormal(MLP(found, hidden=()), a),
+        "conditional": make("guide", recipe.guide, encoder=networks.dense(a + found), latent_dim=z),
+        "reverse": MeanFieldNormal(networks.dense(z + found), a),
+    }
 
 
 def build_stages(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":

@@ -48,21 +48,25 @@ class Encode(Way):
                     for name, site in particles.latents.items():
                         drawn.setdefault(name, []).append(site.value.movedim(0, 1))
                     drawn.setdefault("log_weight", []).append(particles.log_weights.T)
-        (first, *_) = model.latent_sites
-        numbers = range(len(batch))
-        latent = f"latent_{first}"
-        each = ("row", "draw")
+        numbers, each = range(len(batch)), ("row", "draw")
+        code, (mean, deviation) = model.code, (torch.cat(means), torch.cat(deviations))
+        # The code may be several layers side by side.
+        by_site = zip(code, mean.split(list(code.values()), -1), deviation.split(list(code.values()), -1), strict=True)
+        moments = {
+            f"{site}_{word}": (("row", f"latent_{site}"), values)
+            for site, *both in by_site
+            for word, values in zip(("mean", "sd"), both, strict=True)
+        }
 
         def figure(title: str, style: plots.Style) -> Any:
             labels = (looked.labels or [])[: len(batch)]
             few = 0 < len(set(labels)) <= plots.MAX_CLASSES
-            return plots.latent_map(torch.cat(means), labels if few else None, title)
+            return plots.latent_map(mean, labels if few else None, title)
 
         return Made(
             {
                 **looked.labels_of(numbers),
-                f"{first}_mean": (("row", latent), torch.cat(means)),
-                f"{first}_sd": (("row", latent), torch.cat(deviations)),
+                **moments,
                 **{
                     name: (each if name == "log_weight" else (*each, f"latent_{name}"), torch.cat(parts))
                     for name, parts in drawn.items()
@@ -70,7 +74,8 @@ class Encode(Way):
             },
             {"row": numbers, **({"draw": range(self.draws)} if self.draws else {})},
             (
-                f"{len(batch)} rows encoded: mean and sd of q({first}|x), {means[0].shape[1]} dimensions"
+                f"{len(batch)} rows encoded: mean and sd of q({', '.join(code)}|x), {mean.shape[1]} dimensions"
+                + model.code_note
                 + (f", and {self.draws} draws with log w: {looked.rows.measure.description}" if self.draws else ""),
             ),
             figure=figure,

@@ -9,7 +9,7 @@ from typing import Any
 from pyrovae.runs.parts import Choices, Part, Setting
 from pyrovae.settings import Either, Flag, Number, Several, Text, Whole, Words
 
-PAIRS, EXACT = ("pyrovae.models.vae", "PAIRS"), ("pyrovae.models.baselines", "BASELINES")
+PAIRS, EXACT = ("pyrovae.models.pairs", "PAIRS"), ("pyrovae.models.baselines", "BASELINES")
 STAGED = ("pyrovae.models.two_stage", "STAGED")
 # Models that reconstruct, and have no p(x).
 WITHOUT_DENSITY = ("pyrovae.models.autoencoder", "RECONSTRUCTIONS")

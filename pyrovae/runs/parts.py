@@ -17,7 +17,7 @@ from typing import Any
 
 from pyrovae import settings
 from pyrovae.errors import UsageError
-from pyrovae.settings import Either, Kind, Number, Several, Whole, Words, close, kind_of, read
+from pyrovae.settings import Either, Flag, Kind, Number, Several, Whole, Words, close, kind_of, read
 
 ROOT = Path(__file__).parents[1]  # of the package
 
@@ -344,11 +344,13 @@ def metavar(key: str, kind: Kind, default: Any) -> str:
         kind = kind.kinds[0]
     if isinstance(kind, Several):
         return shown(default)
-    return {Whole: "INT", Number: "NUMBER", Words: "NAME"}.get(type(kind), key.upper())
+    return {Whole: "INT", Number: "NUMBER", Words: "NAME", Flag: "true|false"}.get(type(kind), key.upper())
 
 
 def shown(value: Any) -> str:
     """A default as it would be typed."""
+    if isinstance(value, bool):
+        return str(value).lower()
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 

@@ -273,7 +273,8 @@ def complete_pair(values: Options, given: Options) -> None:
     """Fill in the rest of a pair with one or several latent layers, and refuse parts that do not go together."""
     complete_bound(values, given)
     name = values["model"].name
-    layered = "guides" in PARTS["model"][name].classes[0].takes
+    least, most = PARTS["model"][name].classes[0].constants.get("layers", (1, 1))
+    layered = least > 1
     usual: list[int] = [] if values["first"] else [50, 25][: 2 if layered else 1]
     latent = tuple(values["latent_dim"] or usual)
     if not layered and len(latent) > 1:
@@ -281,9 +282,13 @@ def complete_pair(values: Options, given: Options) -> None:
             f"latent_dim: a {name} has one latent layer, got {len(latent)}; use `model=hierarchical`",
             settings=("latent_dim", "model=hierarchical"),
         )
-    if layered and len(latent) < 2:
+    if layered and len(latent) < least:
         raise UsageError(
             f"latent_dim: a {name} model needs one for each layer, such as 50,25; got one", settings=("latent_dim",)
+        )
+    if most is not None and len(latent) > most:
+        raise UsageError(
+            f"latent_dim: a {name} model has {most}, such as 50,25; got {len(latent)}", settings=("latent_dim",)
         )
     if layered:
         refuse(given, ("condition",), f"a {name} model is given nothing", f"model={first('model')}")

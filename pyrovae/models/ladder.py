@@ -1,0 +1,155 @@
+r"""A ladder: a hierarchy whose guide is drawn from the top down, as its model is.
+
+    p(x, z) = p(zL) p(zL-1|zL) ... p(z1|z2) p(x|z1)
+    q(z|x)  = q(zL|x) q(zL-1|zL, x) ... q(z1|z2, x)
+
+The posterior of such a model has the factors p(z_i|z_{i+1}, x). One from the data upwards, p(z1|x) p(z2|z1) ..., is the
+same, but its p(z1|x) has all correlations that z1 owes to the layers above, of which p(z1|z2, x) is free: with factors
+that are Gaussians of diagonal covariance, a guide in this order may be the posterior where one in the other cannot.
+Its KL is the sum over layers of
+
+    E KL(q(z_i|above, x) || p(z_i|above)),
+
+each in closed form given the draws above.
+
+What q(z_i|above, x) has of x are features d_i of a pass from the data upwards, d_1 = f_1(x), d_i = f_i(d_{i-1}), which
+is run once for each datum (`Features`). They meet what comes from above in one of two ways:
+
+    precision   q proportional to N(z_i; m(d_i), s(d_i)^2) p(z_i|above): a message from below times the model's own
+                conditional. Precisions add, and means are averaged by precision. Under a linear Gaussian model whose
+                p(x|z1) has no correlations between the elements of z1, that is p(z1|z2, x) itself.
+    learned     q = any guide of (above, d_i), through a network.
+
+With `skip`, every layer of model and guide is given all layers above it, and so is x: p(x|z1, ..., zL). Residual blocks
+are a matter of the networks (`ResidualMLP`).
+
+References:
+    Sonderby et al. 2016, Ladder Variational Autoencoders, https://arxiv.org/abs/1602.02282
+    Kingma et al. 2016, Improving Variational Inference with Inverse Autoregressive Flow (its bidirectional hierarchy),
+        https://arxiv.org/abs/1606.04934
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import pyro
+import pyro.distributions as dist
+from torch import Tensor, nn
+
+from pyrovae.errors import UsageError
+from pyrovae.models.corruptions import Corruption
+from pyrovae.models.descent import Descent, Given, beside, descend
+from pyrovae.models.features import Features
+from pyrovae.models.guides import Guide, MeanFieldNormal
+from pyrovae.models.likelihood import Likelihood
+from pyrovae.models.networks import Network
+from pyrovae.models.priors import Prior
+from pyrovae.models.vae import LatentLayers, Layer, Shape, check_arrows
+from pyrovae.settings import checked
+
+
+class LadderVAE(LatentLayers):
+    """Several latent layers, with a guide from the top down.
+
+    Args:
+        prior: p(zL).
+        conditionals: p(z1|z2), ..., p(zL-1|zL), from the data upwards: each a module that maps what is above to a
+            distribution, such as any guide class over a network. With `skip` what is above has the elements of all
+            layers above, the next one first.
+        likelihood: p(x|z1), with `skip` p(x|z1, ..., zL).
+        features: f_1, ..., f_L, from the data upwards: networks to vectors of features of x.
+        guides: What q(z_i|above, x) is made of, from the data upwards: over (above, d_i), or with the merge
+            "precision" over d_i; at the top, over d_L.
+        corruption: What the features are of while they are trained; None: x.
+        merge: How features of x meet what comes from above: learned, any guide of both; or precision, a Gaussian from
+            below times the model's own one.
+        skip: Every layer, and x, is given all layers above it and not only the next one.
+
+    Raises:
+        UsageError: neighbouring parts disagree on the number of dimensions, both sides are named; or the merge
+            "precision" is given what is no Gaussian of diagonal covariance.
+    """
+
+    word = "ladder"
+    layers = (2, None)
+    code_note = ", each layer with those above it at their means"
+
+    @checked
+    def __init__(
+        self,
+        prior: Prior,
+        conditionals: Sequence[Layer],
+        likelihood: Likelihood,
+        features: Sequence[Network],
+        guides: Sequence[Guide],
+        corruption: Corruption | None = None,
+        merge: Literal["learned", "precision"] = "learned",
+        skip: bool = True,
+    ) -> None:
+        super().__init__(prior, conditionals, likelihood, corruption, skip)
+        self.features = Features(features)
+        self.guides: Sequence[Guide] = nn.ModuleList(guides)  # type: ignore[assignment]
+        self.merge = merge
+        self.check_shapes()
+
+    def check_shapes(self) -> None:
+        """Compare the shapes on both sides of every arrow."""
+        sizes, found = self.sizes, self.features.sizes
+        if not len(sizes) == len(self.guides) == len(found):
+            raise UsageError(
+                f"guides, features: {len(self.conditionals)} conditionals need {len(sizes)} of each, "
+                f"got {len(self.guides)} and {len(found)}"
+            )
+        arrows: list[tuple[str, Shape, str, Shape, str]] = [
+            ("x", self.event_shape, "the likelihood's output", self.features.event_shape, "the features' input"),
+            ("z", (sum(self.code.values()),), "the code", self.likelihood.latent_shape, "the decoder's input"),
+        ]
+        for i, (size, guide) in enumerate(zip(sizes, self.guides, strict=True)):
+            above = (sum(sizes[i + 1 :]) if self.skip else sum(sizes[i + 1 : i + 2]),)
+            inputs = (found[i] + (above[0] if self.merge == "learned" else 0),)
+            arrows.append(("z", (size,), "a layer of the model", (guide.latent_dim,), "the guide's latent_dim"))
+            arrows.append(("(above, features)", inputs, "what there is of both", guide.event_shape, "a guide's input"))
+            if i < len(self.conditionals):
+                arrows.append(("z", above, "what is above", self.conditionals[i].event_shape, "a conditional's input"))
+        check_arrows(arrows)
+        for part in (*self.conditionals, *self.guides[:-1]) if self.merge == "precision" else ():
+            if not isinstance(part, MeanFieldNormal):
+                raise UsageError(
+                    f"merge=precision: multiplies Gaussians of diagonal covariance, got {type(part).__name__}; use "
+                    "`merge=learned`, which takes any guide",
+                    settings=("merge=precision", "merge=learned"),
+                )
+
+    def downwards(self, x: Tensor) -> tuple[dist.Distribution, list[Given]]:
+        """q(zL|x), and q(z_i|above, x) of the layers below it from the top down, for x of shape (*batch, *event)."""
+        *below, top = self.features(x)
+        levels = reversed(list(enumerate(below)))
+        return self.guides[-1](top), [partial(self.merged, i, features) for i, features in levels]
+
+    def merged(self, level: int, features: Tensor, above: Tensor) -> dist.Distribution:
+        """q(z_i|above, x) for features (N, F_i) and what is above, (*batch, N, A)."""
+        if self.merge == "learned":
+            return self.guides[level](beside(above, features))
+        return product(self.guides[level](features), self.conditionals[level](above))
+
+    def guide(self, x: Tensor) -> Tensor:
+        with pyro.plate("data", len(x)):
+            top, below = self.downwards(self.corruption(x))
+            *sites, first = self.latent_sites
+            return descend(zip(reversed(sites), below, strict=True), pyro.sample(first, top), self.skip)
+
+    def posterior(self, x: Tensor) -> dist.Distribution:
+        """q of the code for x of shape (*batch, *event), never corrupted; `mean` with the layers above at theirs."""
+        return Descent(*self.downwards(x), self.skip)
+
+    def initialise(self, x: Tensor) -> None:
+        for part in (self.corruption, self.features, self.likelihood, self.prior):
+            part.initialise(x)
+
+
+def product(a: dist.Distribution, b: dist.Distribution) -> dist.Distribution:
+    """The Gaussian that is proportional to the product of two of diagonal covariance, event shape (Z,)."""
+    in_a, in_b = 1 / a.variance, 1 / b.variance
+    precision = in_a + in_b
+    return dist.Normal((in_a * a.mean + in_b * b.mean) / precision, precision.rsqrt()).to_event(1)
