@@ -440,6 +440,8 @@ def sandwich(
 def simulate(pair: Pair, like: Batch) -> tuple[Batch, dict[str, Tensor]]:
     """Data x (N, *event) of the model itself, given what `like` has, and the latents (1, N, *event) that made them.
 
+    Where `like` has NaN, for what is missing of a row, x has NaN too.
+
     Raises:
         PairError: a site whose observation is not (a view of) x, or no distribution of x at all; it is named.
     """
@@ -460,6 +462,8 @@ def simulate(pair: Pair, like: Batch) -> tuple[Batch, dict[str, Tensor]]:
                 f"model site '{name}' observes no part of x as it came, but something computed from it, so that no x "
                 "can be drawn from it; pass x as it is observed"
             )
+        if obs.is_floating_point() and obs.isnan().any():  # what is missing of x is missing of the data like it
+            sites[name]["value"] = sites[name]["value"].masked_fill(obs.isnan(), math.nan)
         where = (obs.shape, obs.stride(), obs.storage_offset())
         x.as_strided(*where).copy_(sites[name]["value"].reshape(obs.shape))
         made.as_strided(*where).fill_(True)

@@ -113,7 +113,7 @@ class FittedGaussian:
     def guide(self, x: Tensor, *given: Tensor) -> None:
         """The same as a Pyro guide of the pair, for these data and no others."""
         fitted_to = self.space.batch.tensors
-        if len(fitted_to) != 1 + len(given) or not all(map(torch.equal, (x, *given), fitted_to)):
+        if len(fitted_to) != 1 + len(given) or not all(map(alike, (x, *given), fitted_to)):
             raise UsageError("x: expected the data that the Gaussian was fitted to; fit it to these")
         with pyro.plate("data", len(x)):
             q = dist.MultivariateNormal(self.loc, scale_tril=self.scale_tril)
@@ -271,3 +271,10 @@ def better(a: FittedGaussian, b: FittedGaussian) -> FittedGaussian:
     take_b = of_b.isfinite() & ~(of_a >= of_b)
     wide = take_b.reshape(-1, *[1] * (a.scale.ndim - 1))
     return FittedGaussian(torch.where(take_b[:, None], b.loc, a.loc), torch.where(wide, b.scale, a.scale), a.space)
+
+
+def alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal, with NaN, as what is missing of rows, in the same places."""
+    if torch.equal(one, other):
+        return True
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())

@@ -17,6 +17,8 @@ from pyrovae.models.counts import NegativeBinomial as NegativeBinomial
 from pyrovae.models.counts import Poisson as Poisson
 from pyrovae.models.counts import ZeroInflatedNegativeBinomial as ZeroInflatedNegativeBinomial
 from pyrovae.models.exact import Exact as Exact
+from pyrovae.models.gaps import PartlySeen as PartlySeen
+from pyrovae.models.gaps import WithMask as WithMask
 from pyrovae.models.guides import FullCovarianceNormal as FullCovarianceNormal
 from pyrovae.models.guides import Guide as Guide
 from pyrovae.models.guides import LowRankNormal as LowRankNormal

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pyrovae.errors import UsageError
 from pyrovae.models.corruptions import Clean, Corruption
+from pyrovae.models.gaps import completed
 from pyrovae.models.guides import Guide
 from pyrovae.models.likelihood import Likelihood
 from pyrovae.models.priors import Prior
@@ -184,13 +185,13 @@ class ConditionalVAE(nn.Module):
     def initialise(self, x: Tensor, y: Tensor) -> None:
         """Start the parts at training data x (N, *event) and y (N, C): output bias, input centring, pseudo-inputs."""
         self.check_condition(y)
-        spread = (x - x.mean(0)).double().square().mean().sqrt()
+        whole = completed(x)  # x itself, unless it has gaps
+        spread = (whole - whole.mean(0)).double().square().mean().sqrt()
         self.unit.copy_(spread if spread > 0 else torch.ones(()))
-        self.corruption.initialise(x)
-        xy = self.beside(x, y)
-        self.encoder.initialise(xy)
+        self.corruption.initialise(whole)
+        self.encoder.initialise(self.beside(x, y))
         self.likelihood.initialise(x)
-        self.prior.initialise(xy)
+        self.prior.initialise(self.beside(whole, y))
 
     def posterior(self, x: Tensor, y: Tensor) -> dist.Distribution:
         """q(z|x, y) for x of shape (N, *event) and y of shape (N, C): batch shape (N,), event shape (Z,)."""

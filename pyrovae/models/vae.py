@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pyrovae.errors import UsageError
 from pyrovae.models.corruptions import Clean, Corruption
 from pyrovae.models.descent import descend
+from pyrovae.models.gaps import completed
 from pyrovae.models.guides import Guide
 from pyrovae.models.likelihood import Likelihood
 from pyrovae.models.priors import Prior
@@ -308,7 +309,8 @@ class HierarchicalVAE(BottomUp):
 
 def start(model: BottomUp, x: Tensor) -> None:
     """Start the parts of a model that depend on the data at training data x of shape (N, *event)."""
-    model.corruption.initialise(x)
+    whole = completed(x)  # x itself, unless it has gaps
+    model.corruption.initialise(whole)
     model.guides[0].initialise(x)
     model.likelihood.initialise(x)
-    model.prior.initialise(x)
+    model.prior.initialise(whole)

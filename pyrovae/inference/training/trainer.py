@@ -40,6 +40,7 @@ from pyrovae.inference.training.settings import Callbacks, Settings
 from pyrovae.inference.training.step import NotFinite, Step
 from pyrovae.inference.training.trial import Trial, tried
 from pyrovae.inference.validity import WHOLE
+from pyrovae.inference.weights import draw
 from pyrovae.processes import several
 from pyrovae.processors import threads as using_threads
 from pyrovae.seeding import derive_seed, reseed, same_noise, seeded
@@ -281,7 +282,7 @@ class Trainer:
         rows = torch.arange(self.settings.batch_size)
         batch, validation = self.source.batch(rows), self.validation
         if validation is not None:
-            check_validation(validation, batch)
+            check_validation(self.pair, validation, batch)
         divided = self.settings.batch_size < len(self.source) or not self.processes.alone
         with undone(self.pair), self.diagnosis.diagnosing(batch, rows):
             self.trial = tried(self.pair, self.objective, batch, len(self.source), divided, self.notice)
@@ -475,10 +476,14 @@ class Trainer:
                 raise NumericalError(self.diagnosis.diagnose(self.validation, rows, what)) from error
 
 
-def check_validation(validation: Batch, training: Batch) -> None:
-    """Refuse validation rows that are not finite, or of another shape than the training rows."""
-    if not validation.x.isfinite().all():
-        bad = (~validation.x.reshape(len(validation), -1).isfinite()).any(1).nonzero().flatten().tolist()
+def check_validation(pair: Pair, validation: Batch, training: Batch) -> None:
+    """Refuse validation rows that are not finite, or of another shape than the training rows.
+
+    NaN, as what is missing of a row, may be in the support of the pair, which then has log-weights of such rows.
+    """
+    wrong = (~validation.x.isfinite()).reshape(len(validation), -1).any(1)
+    if wrong.any() and not bears(pair, validation[wrong.nonzero().flatten()]):
+        bad = wrong.nonzero().flatten().tolist()
         raise DataError(f"validation: {len(bad)} rows are not finite, the first being {bad[:5]}; repair or drop them")
     if len(validation.given) != len(training.given):
         raise UsageError(f"validation_given: {len(validation.given)} tensors, where training has {len(training.given)}")
@@ -488,3 +493,10 @@ def check_validation(validation: Batch, training: Batch) -> None:
                 f"validation: expected event shape {tuple(ours.shape[1:])}, that of the training rows, got "
                 f"{tuple(theirs.shape[1:])}"
             )
+
+
+def bears(pair: Pair, batch: Batch) -> bool:
+    """Whether the log-weights of some rows are finite, by a draw for each."""
+    with evaluating(pair.model, pair.guide), torch.no_grad(), suppress(ValueError):
+        return bool(draw(pair, batch).log_weights.isfinite().all())
+    return False
