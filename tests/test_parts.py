@@ -95,8 +95,17 @@ def classes(part: str) -> list[tuple[type, dict[str, object], tuple[str, ...]]]:
     return [(c.classes[0].load(), settings, c.classes[0].takes) for c in choices for settings in variants(c)]
 
 
+def attached(guide: Guide) -> Guide:
+    """A guide that knows a log p(x, z), as those that refine by it do of a VAE's."""
+    dims = len(guide.event_shape)
+    guide.attach(lambda x, z: -(z - x.flatten(x.ndim - dims).sin().sum(-1, keepdim=True)).square().sum(-1))
+    return guide
+
+
 GUIDES: dict[str, Callable[[], Guide]] = {
-    named(cls, settings, kind): lambda cls=cls, shape=shape, settings=settings: cls(encoder(shape), Z, **settings)
+    named(cls, settings, kind): lambda cls=cls, shape=shape, settings=settings: attached(
+        cls(encoder(shape), Z, **settings)
+    )
     for cls, settings, _ in classes("guide")
     for kind, shape in (("MLP", (4,)), ("Conv", (1, 5, 3)))
 }
@@ -109,6 +118,7 @@ PRIORS: dict[str, Callable[[], Prior]] = {
     for cls, settings, takes in classes("prior")
     if "guide" in takes
     for name, make in GUIDES.items()
+    if not make().of_pair
 }
 # Events of two numbers for densities, which are integrated over the plane; of a few bits for masses.
 EVENTS = {

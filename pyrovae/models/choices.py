@@ -5,6 +5,7 @@ from pyrovae.models.guides import FullCovarianceNormal, LowRankNormal, MeanField
 from pyrovae.models.likelihoods import Bernoulli, ContinuousBernoulli, Gaussian
 from pyrovae.models.mixture_guide import MixtureOfNormals
 from pyrovae.models.priors import FlowPrior, IsotropicNormal, MixtureOfGaussians, StandardNormal, VampPrior
+from pyrovae.models.semi_amortised import SemiAmortised
 
 PRIORS = (
     StandardNormal,
@@ -19,6 +20,7 @@ GUIDES = (
     FullCovarianceNormal,
     LowRankNormal,
     MixtureOfNormals,
+    SemiAmortised,
 )
 
 # Of those of a measure, the first is the default for rows of that measure.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pyrovae.errors import UsageError
 from pyrovae.models.corruptions import Clean, Corruption
 from pyrovae.models.gaps import completed
-from pyrovae.models.guides import Guide
+from pyrovae.models.guides import Guide, check_by_itself
 from pyrovae.models.likelihood import Likelihood
 from pyrovae.models.priors import Prior
 from pyrovae.settings import Whole, check
@@ -115,6 +115,7 @@ class ConditionalVAE(nn.Module):
         self, prior: ConditionalPrior, likelihood: Likelihood, guide: Guide, corruption: Corruption | None = None
     ) -> None:
         super().__init__()
+        check_by_itself(guide, "a ConditionalVAE")
         self.prior, self.likelihood, self.encoder = prior, likelihood, guide
         self.corruption = Clean() if corruption is None else corruption
         # The encoder sees (x, unit * y): as large as x varies, so that one scale suits both. 1 until `initialise`.

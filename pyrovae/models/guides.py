@@ -10,6 +10,7 @@ settings, on the command line too.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import pyro.distributions as dist
@@ -35,9 +36,11 @@ class Guide(nn.Module, ABC):
 
     Attributes:
         short: Other names that the class goes by where it is chosen by name.
+        of_pair: It infers with log p(x, z), which a VAE gives it (`attach`), so that it is no function by itself.
     """
 
     short: ClassVar[tuple[str, ...]] = ()
+    of_pair: ClassVar[bool] = False
     shift: Tensor
     rescale: Tensor
 
@@ -61,6 +64,9 @@ class Guide(nn.Module, ABC):
     def parameters_of(self, x: Tensor) -> Tensor:
         """The head's output for x (*batch, *event), shape (*batch, outputs)."""
         return self.head(self.encoder((seen(self.encoder, x) - self.shift) * self.rescale))
+
+    def attach(self, log_joint: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Take log p(x, z) of the pair that it is the guide of. Here: it needs none."""
 
     @abstractmethod
     def forward(self, x: Tensor) -> dist.Distribution:
@@ -90,6 +96,15 @@ def centre(encoder: Network, x: Tensor, shift: Tensor, rescale: Tensor) -> None:
     shift.copy_(values.mean(0))
     spread = (values - shift).double().square().mean().sqrt()
     rescale.copy_(1 / spread if spread > 0 else torch.ones(()))
+
+
+def check_by_itself(guide: Guide, where: str) -> None:
+    """Refuse a guide that infers with log p(x, z) of its pair, for what has none that it could use."""
+    if guide.of_pair:
+        raise UsageError(
+            f"guide: {type(guide).__name__} refines by log p(x, z) of a VAE with one latent layer, whose prior is its "
+            f"own, and cannot be used in {where}; use another guide there"
+        )
 
 
 class MeanFieldNormal(Guide):

@@ -21,7 +21,7 @@ from torch.distributions.transforms import Transform
 from torch.nn.functional import softplus
 
 from pyrovae.errors import UsageError
-from pyrovae.models.guides import Guide
+from pyrovae.models.guides import Guide, check_by_itself
 from pyrovae.models.networks import MLP, Network
 from pyrovae.settings import Count, Number, Positive, checked
 
@@ -144,6 +144,7 @@ class VampPrior(Prior):
     @checked
     def __init__(self, guide: Guide, event_shape: int | tuple[int, ...], components: Count = 500) -> None:
         super().__init__(guide.latent_dim)
+        check_by_itself(guide, "a VampPrior, which is made of it")
         self.components = components
         # In a tuple, so that torch does not register it: each parameter has one name in the pair.
         self._guide = (guide,)

@@ -24,7 +24,7 @@ from pyrovae.errors import UsageError
 from pyrovae.models.corruptions import Clean, Corruption
 from pyrovae.models.descent import descend
 from pyrovae.models.gaps import completed
-from pyrovae.models.guides import Guide
+from pyrovae.models.guides import Guide, check_by_itself
 from pyrovae.models.likelihood import Likelihood
 from pyrovae.models.priors import Prior
 from pyrovae.settings import Whole, check
@@ -270,6 +270,12 @@ class VAE(BottomUp):
         self, prior: Prior, likelihood: Likelihood, guide: Guide, corruption: Corruption | None = None
     ) -> None:
         super().__init__(prior, [], likelihood, [guide], corruption)
+        guide.attach(self.log_joint)
+
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(x, z) in nats for x (*batch, *event) and z (S, *batch, Z), shape (S, *batch)."""
+        log_p: Tensor = self.prior().log_prob(z) + self.likelihood(z).log_prob(x)
+        return log_p
 
     def initialise(self, x: Tensor) -> None:
         start(self, x)
@@ -302,6 +308,8 @@ class HierarchicalVAE(BottomUp):
         corruption: Corruption | None = None,
     ) -> None:
         super().__init__(prior, conditionals, likelihood, guides, corruption)
+        for layer in guides:
+            check_by_itself(layer, "a hierarchy")
 
     def initialise(self, x: Tensor) -> None:
         start(self, x)
