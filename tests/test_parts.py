@@ -25,6 +25,7 @@ from pyrovae.errors import DataError, UsageError
 from pyrovae.models import (
     MLP,
     VAE,
+    AutoregressivePrior,
     Bernoulli,
     BernoulliMixture,
     ConvDecoder,
@@ -41,6 +42,8 @@ from pyrovae.models import (
     StandardNormal,
     VampPrior,
 )
+from pyrovae.models.flow_guides import FlowGuide
+from pyrovae.models.flow_priors import FlowedPrior
 from pyrovae.models.guides import SCALE_FLOOR, Guide
 from pyrovae.models.likelihoods import Likelihood
 from pyrovae.models.priors import Prior
@@ -49,6 +52,8 @@ from pyrovae.runs.parts import Choice, Class
 from pyrovae.settings import Either, Several, Words, kind_of, read
 
 Z = 2
+# Whose distributions have a mean, but none in closed form.
+WITHOUT_MEAN = (FlowPrior, FlowedPrior, AutoregressivePrior, FlowGuide)
 
 
 def encoder(shape: tuple[int, ...]) -> Network:
@@ -64,7 +69,7 @@ def decoder(shape: tuple[int, ...], latent_dim: int = Z) -> Network:
 
 
 # Settings with which parts are small enough to be looked at from everywhere.
-SMALL = {"components": 3, "rank": 1, "layers": 2, "hidden": 5}
+SMALL = {"components": 3, "rank": 1, "layers": 2, "hidden": 5, "bins": 4}
 
 
 def variants(choice: Choice) -> list[dict[str, object]]:
@@ -234,7 +239,8 @@ def test_density_integrates_to_1_and_is_what_is_sampled(name: str) -> None:
     with torch.no_grad():
         p, _ = apply(part, ())
         points, mass = density_on_a_grid(p, event_shape(part))
-        assert mass.sum().item() == pytest.approx(1, abs=1e-6)
+        # A spline's density has corners, where the rule is of second order; tests/test_flows.py goes around them.
+        assert mass.sum().item() == pytest.approx(1, abs=1e-4 if "Spline" in name else 1e-6)
         samples = p.sample((20_000,)).flatten(1)
         moments = torch.cat([samples, samples**2, samples.prod(1, keepdim=True), samples.tanh()], 1)
         wanted = torch.cat([points, points**2, points.prod(1, keepdim=True), points.tanh()], 1)
@@ -358,7 +364,10 @@ def test_dtype_follows(name: str, dtype: torch.dtype) -> None:
     value = values(exact, (3,))
     q = part() if isinstance(part, Prior) else part(given.to(dtype))
     assert q.sample().dtype == q.log_prob(value.to(dtype)).dtype == dtype
-    if not isinstance(part, FlowPrior):  # whose mean has no closed form
+    if isinstance(part._guide[0] if isinstance(part, VampPrior) else part, WITHOUT_MEAN):
+        with pytest.raises(NotImplementedError):
+            q.mean  # noqa: B018
+    else:
         assert q.mean.dtype == dtype
     tolerance = 1e-3 if dtype == torch.float32 else 1e-12
     assert_close(q.log_prob(value.to(dtype)).double(), p.log_prob(value), rtol=tolerance, atol=tolerance)

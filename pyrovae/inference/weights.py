@@ -140,10 +140,11 @@ def draw(
         check_plates(site, f"guide site '{name}'", len(batch))
     with pair.held() if "model" in held else nullcontext():
         model_trace = run(poutine.replay(pair.model, trace=guide_trace), "model", batch, num_particles)
-    p = sample_sites(model_trace)
-    check_agreement(p, q)
+        p = sample_sites(model_trace)
+        check_agreement(p, q)
+        # Here, since some distributions run networks of their own when they are asked.
+        log_p = {name: log_prob(site, f"model site '{name}'", shape) for name, site in p.items()}
     log_q = {name: log_prob(site, f"guide site '{name}'", shape) for name, site in drawn_sites(q).items()}
-    log_p = {name: log_prob(site, f"model site '{name}'", shape) for name, site in p.items()}
     if "guide" in held:
         log_q = held_densities(pair, batch, q, log_q)
 
@@ -185,7 +186,7 @@ def held_densities(pair: Pair, batch: Batch, q: dict[str, dict], log_q: dict[str
     k, n = next(iter(log_q.values())).shape
     with pair.held(), At({name: site["value"] for name, site in q.items() if not site["is_observed"]}):
         sites = drawn_sites(sample_sites(run(pair.guide, "guide", batch, k)))
-    again = {name: log_prob(site, f"guide site '{name}'", (k, n)) for name, site in sites.items()}
+        again = {name: log_prob(site, f"guide site '{name}'", (k, n)) for name, site in sites.items()}
     if type(batch.x) is Tensor:  # in a graph it has no values
         check_held(again, [site["value"] for site in q.values()], batch)
         for name, value in again.items():

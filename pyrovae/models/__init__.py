@@ -17,6 +17,13 @@ from pyrovae.models.counts import NegativeBinomial as NegativeBinomial
 from pyrovae.models.counts import Poisson as Poisson
 from pyrovae.models.counts import ZeroInflatedNegativeBinomial as ZeroInflatedNegativeBinomial
 from pyrovae.models.exact import Exact as Exact
+from pyrovae.models.flow_guides import InverseAutoregressiveFlow as InverseAutoregressiveFlow
+from pyrovae.models.flow_guides import PlanarFlow as PlanarFlow
+from pyrovae.models.flow_guides import SplineFlow as SplineFlow
+from pyrovae.models.flow_guides import SylvesterFlow as SylvesterFlow
+from pyrovae.models.flow_priors import AutoregressivePrior as AutoregressivePrior
+from pyrovae.models.flow_priors import MaskedAutoregressivePrior as MaskedAutoregressivePrior
+from pyrovae.models.flow_priors import NeuralSplinePrior as NeuralSplinePrior
 from pyrovae.models.gaps import PartlySeen as PartlySeen
 from pyrovae.models.gaps import WithMask as WithMask
 from pyrovae.models.guides import FullCovarianceNormal as FullCovarianceNormal

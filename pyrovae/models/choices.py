@@ -1,6 +1,8 @@
 """The priors, guides and likelihoods that can be chosen by name: the first prior and guide are the default."""
 
 from pyrovae.models.counts import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
+from pyrovae.models.flow_guides import InverseAutoregressiveFlow, PlanarFlow, SplineFlow, SylvesterFlow
+from pyrovae.models.flow_priors import AutoregressivePrior, MaskedAutoregressivePrior, NeuralSplinePrior
 from pyrovae.models.guides import FullCovarianceNormal, LowRankNormal, MeanFieldNormal
 from pyrovae.models.likelihoods import Bernoulli, ContinuousBernoulli, Gaussian
 from pyrovae.models.mixture_guide import MixtureOfNormals
@@ -13,6 +15,9 @@ PRIORS = (
     MixtureOfGaussians,
     VampPrior,
     FlowPrior,
+    MaskedAutoregressivePrior,
+    NeuralSplinePrior,
+    AutoregressivePrior,
 )
 
 GUIDES = (
@@ -21,6 +26,10 @@ GUIDES = (
     LowRankNormal,
     MixtureOfNormals,
     SemiAmortised,
+    InverseAutoregressiveFlow,
+    SplineFlow,
+    PlanarFlow,
+    SylvesterFlow,
 )
 
 # Of those of a measure, the first is the default for rows of that measure.

@@ -21,6 +21,7 @@ from pyrovae.models.corruptions import Clean, Corruption
 from pyrovae.models.gaps import completed
 from pyrovae.models.guides import Guide, check_by_itself
 from pyrovae.models.likelihood import Likelihood
+from pyrovae.models.moments import moments_of
 from pyrovae.models.priors import Prior
 from pyrovae.settings import Whole, check
 
@@ -228,8 +229,8 @@ class ConditionalVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, x: Tensor, y: Tensor) -> Tensor:
-        """Mean of q(z|x, y), shape (N, Z)."""
-        return self.posterior(x, y).mean
+        """Mean of q(z|x, y), shape (N, Z); where that has no closed form, as for a flow, the mean of 256 draws."""
+        return moments_of(self.posterior(x, y), x.device).mean
 
     @torch.no_grad()
     def decode(self, z: Tensor, y: Tensor) -> Tensor:

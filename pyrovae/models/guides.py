@@ -61,9 +61,13 @@ class Guide(nn.Module, ABC):
         """Event shape of x."""
         return event_seen(self.encoder)
 
+    def features_of(self, x: Tensor) -> Tensor:
+        """The encoder's output for x (*batch, *event), shape (*batch, features)."""
+        return self.encoder((seen(self.encoder, x) - self.shift) * self.rescale)
+
     def parameters_of(self, x: Tensor) -> Tensor:
         """The head's output for x (*batch, *event), shape (*batch, outputs)."""
-        return self.head(self.encoder((seen(self.encoder, x) - self.shift) * self.rescale))
+        return self.head(self.features_of(x))
 
     def attach(self, log_joint: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Take log p(x, z) of the pair that it is the guide of. Here: it needs none."""

@@ -26,6 +26,7 @@ from pyrovae.models.descent import descend
 from pyrovae.models.gaps import completed
 from pyrovae.models.guides import Guide, check_by_itself
 from pyrovae.models.likelihood import Likelihood
+from pyrovae.models.moments import moments_of
 from pyrovae.models.priors import Prior
 from pyrovae.settings import Whole, check
 
@@ -160,8 +161,8 @@ class LatentLayers(nn.Module, ABC):
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
-        """Mean of `posterior`, the code of x: shape (N, Z)."""
-        return self.posterior(x).mean
+        """Mean of `posterior`, the code of x: shape (N, Z); of 256 draws where it has no closed form, as for a flow."""
+        return moments_of(self.posterior(x), x.device).mean
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:

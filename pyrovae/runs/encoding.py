@@ -34,15 +34,16 @@ class Encode(Way):
         from pyrovae import plots
         from pyrovae.inference.pair import Pair
         from pyrovae.inference.weights import draw
+        from pyrovae.models.moments import moments_of
 
         model, batch = looked.inferred(self.word), looked.first(self.rows)
         means, deviations = [], []
         drawn: dict[str, list[torch.Tensor]] = {}
         with torch.no_grad():
             for block in batch.split(BLOCK):
-                q = model.posterior(*block.tensors)
-                means.append(q.mean)
-                deviations.append(q.stddev)
+                found = moments_of(model.posterior(*block.tensors), block.x.device)
+                means.append(found.mean)
+                deviations.append(found.sd)
                 if self.draws:
                     particles = draw(Pair(model.model, model.guide), block, self.draws)
                     for name, site in particles.latents.items():
@@ -76,6 +77,7 @@ class Encode(Way):
             (
                 f"{len(batch)} rows encoded: mean and sd of q({', '.join(code)}|x), {mean.shape[1]} dimensions"
                 + model.code_note
+                + (f" (by {found.draws} draws of each row: they have no closed form)" if found.draws else "")
                 + (f", and {self.draws} draws with log w: {looked.rows.measure.description}" if self.draws else ""),
             ),
             figure=figure,
