@@ -10,7 +10,7 @@ from pyrovae.command import Stop, add_choices, add_option, given, main, parser, 
 from pyrovae.data import SOURCES
 from pyrovae.errors import Interrupted, UsageError
 from pyrovae.processes import check_processes
-from pyrovae.runs.options import DERIVED, OPTIONS, PARTS
+from pyrovae.runs.options import DERIVED, GRADIENTS, OPTIONS, PARTS
 from pyrovae.runs.parts import option
 from pyrovae.runs.recipe import Options, overlaid
 from pyrovae.settings import Text, read
@@ -29,6 +29,8 @@ def options_parser() -> Any:
                 add_option(group, f"--{option(name)}", setting.help, action="store_true")
             else:
                 add_option(group, f"--{option(name)}", setting.help, setting.metavar)
+        if heading == "Bound":
+            add_choices(group, "gradient", GRADIENTS)
         if heading != "Model":
             continue
         for part, choices in PARTS.items():
@@ -99,7 +101,7 @@ def read_options(words: Sequence[str]) -> Options:
     typed = given(options_parser().parse_args(words))
     stored = read_config(Path(typed.pop("config"))) if "config" in typed else {}
     if "elbo" in typed:
-        for key in ("K", "alpha", "beta"):
+        for key in ("K", "alpha", "beta", "partitions", "gradient"):
             stored.pop(key, None)
     return overlaid(stored, typed)
 

@@ -338,7 +338,7 @@ def test_titles_tell_runs_apart():
 
 def test_a_recipe_is_frozen_and_has_a_field_for_every_option():
     having = {f.name for f in dataclasses.fields(Recipe)} - {"given"}
-    assert having == {*SETTINGS, *PARTS, *DERIVED} - {"version"}
+    assert having == {*SETTINGS, *PARTS, "gradient", *DERIVED} - {"version"}
     with pytest.raises(dataclasses.FrozenInstanceError):
         resolve({}).epochs = 3
     with pytest.raises(UsageError, match=r"configuration: 'epoch' is none of .*did you mean epochs"):

@@ -204,7 +204,7 @@ def test_training_that_was_stopped_goes_on_to_the_same_bits(make: Callable[[], C
 def test_a_guide_that_is_run_twice_must_see_the_same() -> None:
     vae, x = pair(Masking()), rows()
     with pytest.raises(PairError, match="as with dropout or corruption"):
-        StickingTheLanding(2).bound(vae.model, vae.guide, x)
+        IWAE(2, gradient=StickingTheLanding()).bound(vae.model, vae.guide, x)
 
 
 @pytest.mark.parametrize("options", [{}, {"latent_dim": [3, 2], "model": "hierarchical"}, {"condition": "label"}])

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from conftest import assert_mean
@@ -132,19 +134,47 @@ def test_a_corruption() -> None:
 
 
 def test_an_objective() -> None:
-    """The page's sticking the landing is the library's, and with beta = 1 the beta-TC bound is the ELBO."""
+    """The page's importance-weighted bound is the library's, and with beta = 1 the beta-TC bound is the ELBO."""
     from pyrovae.inference import objectives
 
     made = run("An objective")
-    shown, kept = made["StickingTheLanding"], objectives.StickingTheLanding
-    assert shown.held == kept.held
+    shown, kept = made["IWAE"], objectives.IWAE
     weights = torch.randn(4, 3, 5)
     assert torch.equal(shown(3, 4).reduce(weights), kept(3, 4).reduce(weights))
     assert repr(shown(3)) == repr(kept(3))
+    assert trained(objective=shown(3)) == trained(objective=kept(3))
 
     assert trained(objective=made["BetaTC"](60, beta=1.0)) == pytest.approx(trained(objective=ELBO(kl="sampled")))
     assert trained(objective=made["BetaTC"](60)) != trained(objective=made["BetaTC"](60, beta=1.0))
     assert made["BetaTC"](60).settings(3) == {"beta": 6.0}
+
+
+def test_an_estimator_of_gradients() -> None:
+    """A number for a baseline changes no expectation: the difference of two is the number times the mean score, 0."""
+    from pyrovae.inference import IWAE
+
+    cls = run("An estimator of gradients")["FixedBaseline"]
+    loc = torch.full((40_000, 1), 0.3, requires_grad=True)  # a parameter for each row
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    class Wide(IWAE):
+        gradients = (*IWAE.gradients, cls.word)
+
+    found = []
+    for baseline in (0.0, -4.0):
+        torch.manual_seed(0)
+        loss = Wide(3, gradient=cls(baseline)).differentiable_loss(model, guide, torch.ones(len(loc), 1))
+        found += torch.autograd.grad(loss, loc)
+    assert (found[0] - found[1]).abs().max() > 1
+    assert_mean(found[0] - found[1], 0.0, least=0.2)
 
 
 def test_the_total_correlation_is_that_of_a_loop() -> None:

@@ -393,6 +393,10 @@ def test_log_weights_identity_of_terms(exact: LinearGaussian) -> None:
 # ------------------------------------------------------------------------------------------------ sticking the landing
 
 
+def sticking(bound: type = ELBO, num_particles: int = 1) -> Objective:
+    return bound(num_particles, gradient=StickingTheLanding())
+
+
 @pytest.mark.parametrize("name", ["full", "lowrank"])
 def test_at_the_posterior_the_gradient_of_the_guide_is_zero_for_every_draw(exact: LinearGaussian, name: str) -> None:
     """log w does not depend on z there; the plain estimators have a gradient that is noise of mean 0."""
@@ -405,7 +409,7 @@ def test_at_the_posterior_the_gradient_of_the_guide_is_zero_for_every_draw(exact
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
 
     assert gradient(ELBO(kl="sampled")).abs().max() > 1.0
-    for bound in (StickingTheLanding(), StickingTheLanding(num_averages=7), StickingTheLanding(5)):
+    for bound in (sticking(), sticking(ELBO, 7), sticking(IWAE, 5)):
         assert gradient(bound).abs().max() < 1e-8, bound
 
 
@@ -421,7 +425,7 @@ def test_sticking_the_landing_has_the_value_and_the_expected_gradient_of_the_elb
         loss = bound.differentiable_loss(vae.model, vae.guide, x)
         return loss.detach(), list(torch.autograd.grad(loss, parameters))
 
-    value, found = drawn(StickingTheLanding(num_averages=draws))
+    value, found = drawn(sticking(ELBO, draws))
     plain, _ = drawn(ELBO(draws, kl="sampled"))
     assert_close(value, plain, **SOLVED)
     _, wanted = drawn(ELBO(draws))  # by the analytic KL
@@ -434,7 +438,7 @@ def test_a_guide_with_dropout_cannot_be_held(exact: LinearGaussian) -> None:
     guide = MeanFieldNormal(MLP(D, hidden=(8,), dropout=0.5), Q).double()
     vae, x = exact.vae(guide), exact.sample(4)
     with pytest.raises(PairError, match="guide site 'z': the guide gives another density when it is run again"):
-        StickingTheLanding().differentiable_loss(vae.model, vae.guide, x)
+        sticking().differentiable_loss(vae.model, vae.guide, x)
 
 
 def test_tensors_that_no_module_holds_cannot_be_held(exact: LinearGaussian) -> None:
@@ -447,15 +451,15 @@ def test_tensors_that_no_module_holds_cannot_be_held(exact: LinearGaussian) -> N
 
     vae = exact.vae(exact_guide(exact, "full"))
     with pytest.raises(PairError, match=r"'z': a tensor of shape \(4, 3\) that is trained is in no module"):
-        StickingTheLanding().differentiable_loss(vae.model, guide, x)
+        sticking().differentiable_loss(vae.model, guide, x)
     ELBO().differentiable_loss(vae.model, guide, x)
-    StickingTheLanding().differentiable_loss(vae.model, vae.guide, x.requires_grad_())  # the data are no parameters
+    sticking().differentiable_loss(vae.model, vae.guide, x.requires_grad_())  # the data are no parameters
 
 
 def test_averages_of_a_held_guide_see_each_batch_once(exact: LinearGaussian) -> None:
     """The guide is run twice, and batch normalisation is as under the ELBO."""
     x, seen = exact.sample(6), []
-    for bound in (ELBO(), StickingTheLanding()):
+    for bound in (ELBO(), sticking()):
         norm = torch.nn.BatchNorm1d(D)
         guide = MeanFieldNormal(Network(torch.nn.Sequential(norm, torch.nn.Linear(D, 8)), D, 8), Q).double()
         vae = exact.vae(guide)
@@ -482,7 +486,7 @@ def test_what_is_declared_by_pyro_param_is_held_too() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(loc, 1.0))
 
-    for bound, is_zero in ((ELBO(kl="sampled"), False), (StickingTheLanding(), True)):
+    for bound, is_zero in ((ELBO(kl="sampled"), False), (sticking(), True)):
         loss = bound.differentiable_loss(model, guide, torch.ones(5))
         (slope,) = torch.autograd.grad(loss, pyro.param("loc").unconstrained())
         assert (slope.abs() < 1e-6) == is_zero

@@ -134,7 +134,7 @@ OBJECTIVES: dict[str, Callable] = {
     "constraint": lambda: ELBO(2, beta=Constraint(3.0)),
     "iwae": lambda: IWAE(5, 2),
     "renyi": lambda: Renyi(0.5, 4),
-    "sticking": lambda: StickingTheLanding(3, 2),
+    "sticking": lambda: IWAE(3, 2, gradient=StickingTheLanding()),
     "Trace_ELBO": lambda: Trace_ELBO(2, max_plate_nesting=1, vectorize_particles=True),
     "TraceMeanField_ELBO": lambda: TraceMeanField_ELBO(max_plate_nesting=1),
 }

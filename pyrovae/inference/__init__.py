@@ -7,6 +7,17 @@ from pyrovae.inference.annealed import Sandwich as Sandwich
 from pyrovae.inference.annealed import sandwich as sandwich
 from pyrovae.inference.batch import Batch as Batch
 from pyrovae.inference.diagnostics import measure as measure
+from pyrovae.inference.estimators import Covariance as Covariance
+from pyrovae.inference.estimators import DoublyReparameterised as DoublyReparameterised
+from pyrovae.inference.estimators import Enumerated as Enumerated
+from pyrovae.inference.estimators import GradientEstimator as GradientEstimator
+from pyrovae.inference.estimators import LargestWeight as LargestWeight
+from pyrovae.inference.estimators import LeaveOneOut as LeaveOneOut
+from pyrovae.inference.estimators import Relaxed as Relaxed
+from pyrovae.inference.estimators import Reparameterised as Reparameterised
+from pyrovae.inference.estimators import ScoreFunction as ScoreFunction
+from pyrovae.inference.estimators import StickingTheLanding as StickingTheLanding
+from pyrovae.inference.estimators import WakeSleep as WakeSleep
 from pyrovae.inference.imputation import Imputed as Imputed
 from pyrovae.inference.imputation import impute as impute
 from pyrovae.inference.imputation import log_prob_missing as log_prob_missing
@@ -24,7 +35,7 @@ from pyrovae.inference.objectives import ImportanceWeighted as ImportanceWeighte
 from pyrovae.inference.objectives import Objective as Objective
 from pyrovae.inference.objectives import OfParticles as OfParticles
 from pyrovae.inference.objectives import Renyi as Renyi
-from pyrovae.inference.objectives import StickingTheLanding as StickingTheLanding
+from pyrovae.inference.objectives import Thermodynamic as Thermodynamic
 from pyrovae.inference.pair import Pair as Pair
 from pyrovae.inference.paths import great_circle as great_circle
 from pyrovae.inference.paths import line as line

@@ -6,6 +6,7 @@ With log-weights log w_k = log p(x, z_k) - log q(z_k|x), z_k ~ q(z|x):
     beta-ELBO       E log p(x|z) - beta KL(q(z|x) || p(z))  =  ELBO - (beta - 1) KL(q(z|x) || p(z))
     IWAE            E log (1/K) sum_k w_k
     Renyi(alpha)    E 1/(1-alpha) log (1/K) sum_k w_k^(1-alpha)
+    thermodynamic   E sum_j (b_j+1 - b_j) sum_k v_jk log w_k,  v_jk = w_k^b_j / sum_l w_l^b_j,  0 = b_0 < ... < b_J = 1
 
 A KL is never negative: with beta > 1 the beta-ELBO is a lower bound still, looser than the ELBO by (beta - 1) KL; with
 beta < 1 it may exceed log p(x). Renyi(0) is the IWAE bound, alpha -> 1 is the ELBO.
@@ -14,20 +15,23 @@ An objective is a value: two that print alike are alike, and what prints is what
 `terms` of draws, (T, K, N) numbers of single particles and data, and `combine`s them to the bound; what depends on the
 gradient step (beta) are its `settings`, which are recorded, and are inputs of compiled steps. Each is a
 `pyro.infer.ELBO` besides: it plugs into `pyro.infer.SVI`, and `objective(model, guide)` is a torch module whose
-forward(x) is the loss, -bound summed over the batch. The value reported is the bound itself, never a surrogate for its
-gradient.
+forward(x) is the loss, -bound summed over the batch. How its gradient is estimated is its `gradient`
+(`pyrovae.inference.estimators`): the value reported is the bound itself, never a surrogate for its gradient.
 
-Sticking the landing: the gradient of log q(z|x) by the guide's parameters has two parts, through z and directly. The
-direct part has expectation 0, and is left out. Where q is the posterior, log w does not depend on z, and the
-gradient is 0 whatever the draw. For K > 1 the direct part of the IWAE bound's gradient has another expectation, so that
-leaving it out is a bias, which vanishes as q nears the posterior.
+The thermodynamic bound follows the path from q(z|x) at b = 0 to p(x, z) at b = 1, log p(x) being the integral of a
+function that does not fall,
+
+    log p(x) = int_0^1 E_b log w db,        E_b the expectation under q(z|x)^(1 - b) p(x, z)^b, normalised,
+
+so that its left Riemann sum is below it and its right one above. With K draws of q(z|x), weighted by w_k^b, E_b log w
+is the derivative by b of a convex function, c(b) = log (1/K) sum_k w_k^b, from c(0) = 0 to c(1), IWAE's bound: for the
+same draws the left sum is never above that, nor the right one below, whatever K and the grid.
 
 References:
     Burda, Grosse and Salakhutdinov 2016, Importance Weighted Autoencoders, https://arxiv.org/abs/1509.00519
     Li and Turner 2016, Renyi Divergence Variational Inference, https://arxiv.org/abs/1602.02311
     Higgins et al. 2017, beta-VAE, https://openreview.net/forum?id=Sy2fzU9gl
-    Roeder, Wu and Duvenaud 2017, Sticking the Landing, https://arxiv.org/abs/1703.09194
-    Tucker et al. 2019, Doubly Reparameterized Gradient Estimators, https://arxiv.org/abs/1810.04152
+    Masrani, Le and Wood 2019, The Thermodynamic Variational Objective, https://arxiv.org/abs/1907.00031
 """
 
 import math
@@ -35,6 +39,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, ClassVar, final
 
 import torch
@@ -42,11 +47,12 @@ from pyro.infer import ELBO as PyroELBO
 from torch import Tensor, nn
 
 from pyrovae.checks import check_count
-from pyrovae.errors import PairError, UsageError
+from pyrovae.errors import UsageError
 from pyrovae.inference.batch import Batch
+from pyrovae.inference.estimators import USUAL, GradientEstimator
 from pyrovae.inference.kl import kl_terms
 from pyrovae.inference.pair import Pair
-from pyrovae.inference.schedules import Constant, Constraint, Schedule
+from pyrovae.inference.schedules import Capacity, Constant, Constraint, Schedule
 from pyrovae.inference.weights import Particles, draw, log_mean_exp
 
 # Closer to 1 than this, Renyi's bound differs from the ELBO by less than its rounding error.
@@ -101,11 +107,19 @@ class Objective(PyroELBO, ABC):
 
     @abstractmethod
     def draw(self, pair: Pair, batch: Batch, num_particles: int) -> Tensor:
-        """Terms of that many draws, shape (T, num_particles, N)."""
+        """Terms of that many draws, shape (T, num_particles, N); no gradient is asked of them."""
 
     @abstractmethod
     def combine(self, terms: Tensor, **settings: Tensor | float) -> Tensor:
         """From terms of all draws, the bound on log p(x), shape (N,); with `settings`, what is maximised."""
+
+    @abstractmethod
+    def strands(self, pair: Pair, batch: Batch, num_particles: int) -> Tensor:
+        """What has the gradient of that many draws, the terms among them or not: shape (S, num_particles, N)."""
+
+    @abstractmethod
+    def surrogate(self, strands: Tensor, **settings: Tensor | float) -> Tensor:
+        """From strands of all draws, what `combine` gives, with the estimate of its gradient; shape (N,)."""
 
     @abstractmethod
     def settings(self, step: int) -> dict[str, float]:
@@ -160,9 +174,10 @@ class Objective(PyroELBO, ABC):
     @final
     def bound_and_terms(self, pair: Pair, batch: Batch) -> tuple[Tensor, Tensor]:
         """What is maximised after the steps taken, shape (N,), and the terms that it is made of, (T, M * K, N)."""
-        terms = self.draw(pair, batch, sum(self.chunks()))
+        draws, total = (self.strands, self.surrogate) if torch.is_grad_enabled() else (self.draw, self.combine)
+        terms = draws(pair, batch, sum(self.chunks()))
         adapted = {} if self.taken.beta is None else {"beta": self.taken.beta}
-        bound = self.combine(terms, **self.settings(self.taken.steps) | adapted)
+        bound = total(terms, **self.settings(self.taken.steps) | adapted)
         check_per_datum(self, bound, len(batch))
         return bound, terms
 
@@ -225,11 +240,29 @@ class OfParticles(Objective):
     """A bound that averages M independent K-sample bounds, made of terms of each particle by itself.
 
     Attributes:
-        held: Whose parameters get no gradient through their log-densities, of "guide" and "model".
+        gradient: How its gradient is estimated.
+        gradients: The words of the estimators that are of it.
+        order: alpha of the Renyi bound that it is; None: it is none.
     """
 
     of_particles = True
-    held: ClassVar[tuple[str, ...]] = ()
+    gradient: GradientEstimator = USUAL
+    gradients: ClassVar[tuple[str, ...]] = ("reparameterised", "score-function", "leave-one-out", "relaxed")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        word = getattr(self.gradient, "word", None)
+        if word not in self.gradients:
+            raise UsageError(
+                f"gradient={word or repr(self.gradient)}: is none of {type(self).__name__}, which has "
+                f"{', '.join(self.gradients)}",
+                settings=(f"gradient={word}",),
+            )
+        self.gradient.check(self)
+
+    @property
+    def order(self) -> float | None:
+        return None
 
     @abstractmethod
     def terms(self, particles: Particles) -> Tensor:
@@ -237,10 +270,19 @@ class OfParticles(Objective):
 
     @final
     def draw(self, pair: Pair, batch: Batch, num_particles: int) -> Tensor:
-        with_gradient = torch.is_grad_enabled()
-        particles = draw(pair, batch, num_particles, held=self.held if with_gradient else ())
-        if with_gradient:
-            check_reparameterised(particles)
+        return self.terms_of(draw(pair, batch, num_particles))
+
+    @final
+    def strands(self, pair: Pair, batch: Batch, num_particles: int) -> Tensor:
+        return self.gradient.strands(self, pair, batch, num_particles)
+
+    @final
+    def surrogate(self, strands: Tensor, **settings: Tensor | float) -> Tensor:
+        return self.gradient.surrogate(self, strands, **settings)
+
+    @final
+    def terms_of(self, particles: Particles) -> Tensor:
+        """`terms`, looked at."""
         terms, shape = self.terms(particles), particles.log_weights.shape
         if terms.ndim != 3 or terms.shape[1:] != shape:
             raise UsageError(
@@ -285,20 +327,35 @@ class Renyi(ImportanceWeighted):
         alpha: Order. 0 is IWAE, 1 the ELBO; below 0 it is an upper bound in expectation as K grows.
         num_particles: K.
         num_averages: M.
+        gradient: How its gradient is estimated.
     """
 
     word: ClassVar[str] = "renyi"
     title: ClassVar[str] = "Renyi"
     usual_particles: ClassVar[int] = 5
 
+    gradients: ClassVar[tuple[str, ...]] = (
+        "reparameterised",
+        "score-function",
+        "leave-one-out",
+        "doubly-reparameterised",
+        "vr-max",
+        "relaxed",
+    )
+
     alpha: float
     num_particles: int = 1
     num_averages: int = 1
+    gradient: GradientEstimator = USUAL
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not math.isfinite(self.alpha):
             raise UsageError(f"alpha: expected a finite number, got {self.alpha!r}")
+
+    @property
+    def order(self) -> float:
+        return self.alpha
 
     def reduce(self, log_weights: Tensor) -> Tensor:
         power = 1 - self.alpha
@@ -314,40 +371,103 @@ class IWAE(ImportanceWeighted):
     Args:
         num_particles: K.
         num_averages: M.
+        gradient: How its gradient is estimated.
     """
 
     word: ClassVar[str] = "iwae"
     title: ClassVar[str] = "IWAE"
     usual_particles: ClassVar[int] = 5
+    gradients: ClassVar[tuple[str, ...]] = (
+        "reparameterised",
+        "score-function",
+        "leave-one-out",
+        "sticking-the-landing",
+        "doubly-reparameterised",
+        "vr-max",
+        "wake-sleep",
+        "relaxed",
+    )
 
     num_particles: int = 1
     num_averages: int = 1
+    gradient: GradientEstimator = USUAL
+
+    @property
+    def order(self) -> float:
+        return 0.0
 
     def reduce(self, log_weights: Tensor) -> Tensor:
         return log_mean_exp(log_weights, 1)
 
 
 @dataclass(frozen=True)
-class StickingTheLanding(ImportanceWeighted):
-    """The ELBO (K = 1) or the importance-weighted bound (K > 1), by a gradient that is 0 where q is the posterior.
-
-    The guide is run a second time, with its parameters held. For K > 1 the gradient is biased, see the module.
+class Thermodynamic(ImportanceWeighted):
+    """The thermodynamic bound (TVO): a left Riemann sum of log p(x), below IWAE's bound of the same draws.
 
     Args:
         num_particles: K.
+        partitions: J, the terms of the sum; with 1 it is the ELBO.
+        first: b_1, from where the grid goes to 1 in equal steps of log b.
         num_averages: M.
+        gradient: How its gradient is estimated.
     """
 
-    word: ClassVar[str] = "sticking-the-landing"
-    title: ClassVar[str] = "sticking the landing"
-    usual_particles: ClassVar[int] = 1
-    held: ClassVar[tuple[str, ...]] = ("guide",)
+    word: ClassVar[str] = "thermodynamic"
+    title: ClassVar[str] = "thermodynamic bound"
+    usual_particles: ClassVar[int] = 5
+    gradients: ClassVar[tuple[str, ...]] = (
+        "reparameterised",
+        "score-function",
+        "leave-one-out",
+        "relaxed",
+        "covariance",
+    )
 
     num_particles: int = 1
+    partitions: int = 10
+    first: float = 0.03
     num_averages: int = 1
+    gradient: GradientEstimator = USUAL
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("partitions", self.partitions)
+        if not 0 < self.first < 1:
+            raise UsageError(f"first: expected a number between 0 and 1, got {self.first!r}")
+
+    @cached_property
+    def grid(self) -> tuple[float, ...]:
+        """b_0 to b_J."""
+        steps = self.partitions - 1
+        return (0.0, *(self.first ** (1 - j / steps) for j in range(steps)), 1.0)
 
     def reduce(self, log_weights: Tensor) -> Tensor:
-        return log_mean_exp(log_weights, 1)
+        return self.riemann(log_weights, self.grid[:-1])
+
+    def upper(self, log_weights: Tensor) -> Tensor:
+        """The right Riemann sum of K log-weights along dimension 1 of (M, K, N), shape (M, N): at least IWAE's."""
+        return self.riemann(log_weights, self.grid[1:])
+
+    def riemann(self, log_weights: Tensor, at: Sequence[float]) -> Tensor:
+        """The sum with the integrand at one point of each interval."""
+        pairs = zip(at, self.widths, strict=True)
+        return sum(
+            (width * ((b * log_weights).softmax(1) * log_weights).sum(1) for b, width in pairs),
+            torch.zeros_like(log_weights[:, 0]),
+        )
+
+    def deviations(self, log_weights: Tensor) -> Tensor:
+        """sum_j (b_j+1 - b_j) v_jk (log w_k - E_b_j log w), what weighs the score in the covariances; (M, K, N)."""
+        total = torch.zeros_like(log_weights)
+        for b, width in zip(self.grid[:-1], self.widths, strict=True):
+            v = (b * log_weights).softmax(1)
+            total = total + width * v * (log_weights - (v * log_weights).sum(1, keepdim=True))
+        return total
+
+    @property
+    def widths(self) -> list[float]:
+        """b_j+1 - b_j."""
+        return [b - a for a, b in pairwise(self.grid)]
 
 
 @dataclass(frozen=True)
@@ -364,22 +484,42 @@ class ELBO(OfParticles):
         beta: Weight of the KL: a number or a `Schedule`.
         num_averages: M; the same as more particles.
         kl: "auto", or "sampled" never to use the analytic form.
+        gradient: How its gradient is estimated.
     """
 
     word: ClassVar[str] = "elbo"
     title: ClassVar[str] = "ELBO"
     usual_particles: ClassVar[int] = 1
+    gradients: ClassVar[tuple[str, ...]] = (
+        "reparameterised",
+        "score-function",
+        "leave-one-out",
+        "sticking-the-landing",
+        "enumerated",
+        "relaxed",
+    )
 
     num_particles: int = 1
     beta: float | Schedule = 1.0
     num_averages: int = 1
     kl: str = "auto"
+    gradient: GradientEstimator = USUAL
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.kl not in ("auto", "sampled"):
             raise UsageError(f"kl: expected auto or sampled, got {self.kl!r}")
-        _ = self.schedule  # refuses a beta that is none
+        if isinstance(self.schedule, Capacity) and self.gradient.word in ("score-function", "leave-one-out"):
+            raise UsageError(
+                f"gradient={self.gradient.word}: is for a bound of each row by itself, and a capacity is of the "
+                "batch's mean KL; use another beta",
+                settings=(f"gradient={self.gradient.word}", "beta"),
+            )
+
+    @property
+    def analytic(self) -> bool:
+        """KLs are taken in closed form where there is one."""
+        return self.kl == "auto" and self.gradient.analytic
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -392,7 +532,7 @@ class ELBO(OfParticles):
 
     def terms(self, particles: Particles) -> Tensor:
         """log p(x|z) and KL(q(z|x) || p(z)) of all sites, shape (2, K', N)."""
-        values, _ = kl_terms(particles, self.kl == "auto")
+        values, _ = kl_terms(particles, self.analytic)
         return torch.stack([particles.log_likelihood, sum(values.values(), torch.zeros_like(particles.log_likelihood))])
 
     def combine(self, terms: Tensor, **settings: Tensor | float) -> Tensor:
@@ -404,11 +544,11 @@ class ELBO(OfParticles):
 
     def kl_forms(self, particles: Particles) -> dict[str, str]:
         """By site, whether its KL is "analytic" or "sampled"."""
-        return kl_terms(particles, self.kl == "auto")[1]
+        return kl_terms(particles, self.analytic)[1]
 
 
 # Those that have a name on the command line.
-OBJECTIVES = (ELBO, IWAE, Renyi, StickingTheLanding)
+OBJECTIVES = (ELBO, IWAE, Renyi, Thermodynamic)
 
 
 @dataclass(frozen=True, repr=False)
@@ -439,6 +579,12 @@ class FromPyro(Objective):
 
     def combine(self, terms: Tensor, **settings: Tensor | float) -> Tensor:
         return terms.reshape(1)
+
+    def strands(self, pair: Pair, batch: Batch, num_particles: int) -> Tensor:
+        return self.draw(pair, batch, num_particles)
+
+    def surrogate(self, strands: Tensor, **settings: Tensor | float) -> Tensor:
+        return self.combine(strands, **settings)
 
     def settings(self, step: int) -> dict[str, float]:
         return {}
@@ -474,16 +620,3 @@ def check_per_datum(objective: Objective, bound: Tensor, rows: int) -> None:
             f"objective: the bound of {type(objective).__name__} has shape {tuple(bound.shape)} for {rows} data, "
             f"expected ({rows},), one number for each; reduce the dimension of particles alone"
         )
-
-
-def check_reparameterised(particles: Particles) -> None:
-    """Refuse a gradient that would silently be zero."""
-    for name, site in particles.guide_trace.nodes.items():
-        if site["type"] != "sample" or name not in particles.latents:
-            continue
-        if not site["fn"].has_rsample and particles.latents[name].log_guide.requires_grad:
-            raise PairError(
-                f"guide site '{name}' ({type(site['fn']).__name__}) has no reparameterised sampler, so this objective "
-                "would give its parameters a gradient without the score; use pyro.infer.Trace_ELBO (score function), "
-                "or pyro.infer.TraceEnum_ELBO to sum a discrete site out"
-            )

@@ -116,6 +116,8 @@ def draw(
     num_particles: int = 1,
     at: dict[str, Tensor] | None = None,
     held: Collection[str] = (),
+    drawing: Messenger | None = None,
+    entering: Callable[[Tensor], Tensor] | None = None,
 ) -> Particles:
     """Run the pair under a plate of particles; errors as for `log_weights`.
 
@@ -127,15 +129,20 @@ def draw(
             from the guide.
         held: Of "model" and "guide" those whose log-densities have no gradient by parameters, but by the draws alone.
             The draws keep theirs.
+        drawing: What the guide is run under, which may draw in its own way.
+        entering: Applied to every draw where it leaves the guide, for all log-densities.
 
     Raises:
         PairError: a guide that is held gives other densities when it is run again, as with dropout.
     """
     check_count("num_particles (K)", num_particles)
     shape = (num_particles, len(batch))
-    with At(at or {}):
+    with At(at or {}), drawing or nullcontext():
         guide_trace = run(pair.guide, "guide", batch, num_particles)
     q = sample_sites(guide_trace)
+    if entering is not None:
+        for site in q.values():
+            site["value"] = site["value"] if site["is_observed"] else entering(site["value"])
     for name, site in q.items():
         check_plates(site, f"guide site '{name}'", len(batch))
     with pair.held() if "model" in held else nullcontext():

@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from pyrovae.errors import UsageError
-from pyrovae.runs.options import BASELINES, OBJECTIVES, PARTS, PROPOSALS
+from pyrovae.runs.options import BASELINES, GRADIENTS, OBJECTIVES, PARTS, PROPOSALS
 from pyrovae.runs.parts import Part, choose, fill
 from pyrovae.runs.recipe import Recipe, choose_likelihood, first
 
@@ -253,6 +253,8 @@ def build_objective(recipe: Recipe, steps_per_epoch: int = 1) -> "PyroELBO":
         num_averages=recipe.M,
         alpha=recipe.alpha,
         beta=build_beta(recipe.beta, steps_per_epoch),
+        partitions=recipe.partitions,
+        gradient=GRADIENTS[recipe.gradient.name].classes[0].build("gradient", recipe.gradient.settings),
     )
     return built
 

@@ -32,6 +32,8 @@ PROPOSALS = Choices(("pyrovae.inference", "PROPOSALS"))
 OBJECTIVES = {
     word: choice.classes[0] for word, choice in Choices(("pyrovae.inference.objectives", "OBJECTIVES")).items()
 }
+# How the gradient of what is maximised is estimated.
+GRADIENTS = Choices(("pyrovae.inference.estimators", "GRADIENTS"))
 SWITCH = Words(("auto", "on", "off"))
 THREADS = Either((Words(("auto",)), Whole(1, 4096)))
 
@@ -97,6 +99,9 @@ OPTIONS: dict[str, dict[str, Setting]] = {
         ),
         "M": Setting(Whole(), 1, "outer averages of the K-particle bound (default 1)", "INT"),
         "alpha": Setting(Number(), None, "order of the Renyi bound, only with renyi (default 0.5)", "NUMBER"),
+        "partitions": Setting(
+            Whole(), None, "terms of the sum, only with thermodynamic; 1 is the ELBO (default 10)", "INT"
+        ),
         "beta": Setting(
             Beta(),
             None,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from pyrovae.errors import UsageError
-from pyrovae.runs.options import BASELINES, DERIVED, OBJECTIVES, PARTS, RECONSTRUCTIONS, SETTINGS
+from pyrovae.runs.options import BASELINES, DERIVED, GRADIENTS, OBJECTIVES, PARTS, RECONSTRUCTIONS, SETTINGS
 from pyrovae.runs.parts import Part, choose, nearest
 from pyrovae.settings import read
 
@@ -30,6 +30,8 @@ NOT_OF_CLOSED_FORM: Options = {
     "compile": "off",
     "precision": "fp32",
 }
+# What is said of a bound.
+OF_BOUNDS = ("elbo", "K", "M", "alpha", "beta", "partitions", "gradient")
 # Parts of a pair that are chosen for themselves.
 OF_PAIRS = ("prior", "guide", "network", "corruption")
 
@@ -43,6 +45,7 @@ class Recipe:
 
     Attributes:
         prior, guide, network, corruption: Nothing for a model with an exact log p(x).
+        gradient: How the gradient of the bound is estimated; nothing for a model without one.
         first: The run of the first stage of a two-stage, by its directory; once it is known, with the hash of its
             `weights` and its `recipe`. Nothing for other models.
         likelihood, binarize: Left to the data, where they were not given, until `settled`.
@@ -62,6 +65,8 @@ class Recipe:
     M: int
     alpha: float | None
     beta: float | str | None
+    partitions: int | None
+    gradient: Part
     latent_dim: tuple[int, ...]
     first: Part
     data: str
@@ -167,7 +172,7 @@ class Recipe:
         values: Options = {}
         for key in (f.name for f in fields(self) if f.name != "given"):
             value = getattr(self, key)
-            if not value and key in ("first", *OF_PAIRS, *DERIVED):
+            if not value and key in ("first", "gradient", *OF_PAIRS, *DERIVED):
                 continue
             if isinstance(value, Part):
                 value = value.plain()
@@ -181,15 +186,16 @@ def completed(given: Options) -> Options:
     Raises:
         UsageError: a value makes no sense, or an option is not used by the choices made.
     """
-    unknown = [key for key in given if key not in SETTINGS and key not in PARTS]
+    known = [*SETTINGS, *PARTS, "gradient"]
+    unknown = [key for key in given if key not in known]
     if unknown:
-        known = [*SETTINGS, *PARTS]
         raise UsageError(f"configuration: {nearest(str(unknown[0]), known)}")
     usual = first("model") if given.get("first") is None else staged()
     values: Options = {"model": choose("model", given.get("model"), usual, PARTS["model"])}
     for name, setting in SETTINGS.items():
         value = given.get(name)
         values[name] = setting.default if value is None else read(name, value, setting.kind)
+    values["gradient"] = Part()
     complete_stages(values, given)
     name = values["model"].name
     special = complete_exact if name in BASELINES else complete_reconstruction if name in RECONSTRUCTIONS else None
@@ -240,7 +246,7 @@ def complete_stages(values: Options, given: Options) -> None:
 def complete_exact(values: Options, given: Options) -> None:
     """Fill in the rest of a model with an exact log p(x), and refuse what it has no use for."""
     name = values["model"].name
-    unused = ("elbo", "K", "M", "alpha", "beta", "latent_dim", *OF_PAIRS)
+    unused = (*OF_BOUNDS, "latent_dim", *OF_PAIRS)
     refuse(given, unused, f"a {name} is fit by its exact log p(x)")
     refuse(given, ("condition",), f"a {name} is of p(x), given nothing")
     refuse(given, ("eval_K",), f"the log p(x) of a {name} is exact")
@@ -254,7 +260,7 @@ def complete_reconstruction(values: Options, given: Options) -> None:
     name = values["model"].name
     takes = PARTS["model"][name].classes[0].takes
     why = f"the model ({name}) reconstructs only and has no p(x)"
-    refuse(given, ("elbo", "K", "M", "alpha", "beta", "prior", "guide", "eval_K", "particle_chunk"), why)
+    refuse(given, (*OF_BOUNDS, "prior", "guide", "eval_K", "particle_chunk"), why)
     refuse(given, ("condition",), f"the model ({name}) is given nothing")
     latent = tuple(values["latent_dim"] or [50])
     if len(latent) != 1:
@@ -331,17 +337,28 @@ def overlaid(stored: Options, options: Options) -> Options:
 
 
 def complete_bound(values: Options, given: Options) -> None:
-    """Fill in K, alpha and beta, and refuse the ones that the bound does not use."""
+    """Fill in K, alpha, beta, partitions and the gradient, and refuse the ones that the bound does not use."""
     elbo = values["elbo"]
     bound = OBJECTIVES[elbo]
+    values["gradient"] = choose_gradient(elbo, given.get("gradient"))
     if values["K"] is None:
         values["K"] = bound.constants["usual_particles"]
+    estimator = values["gradient"].name
+    if values["K"] * values["M"] < GRADIENTS[estimator].classes[0].constants.get("least_particles", 1):
+        raise UsageError(
+            f"gradient={estimator}: needs several particles, got `K=1`; raise `K`, or use `gradient=score-function`",
+            settings=(f"gradient={estimator}", "K=1", "K", "gradient=score-function"),
+        )
     if "alpha" not in bound.takes:
         refuse(given, ("alpha",), f"`elbo={elbo}` has no order", "elbo=renyi", of=f"elbo={elbo}")
     elif values["alpha"] is None:
         values["alpha"] = 0.5
     elif abs(1 - values["alpha"]) < 1e-4:
         raise UsageError("alpha=1: that is the ELBO; use `elbo=elbo`", settings=("alpha=1", "elbo=elbo"))
+    if "partitions" not in bound.takes:
+        refuse(given, ("partitions",), f"`elbo={elbo}` is no sum", "elbo=thermodynamic", of=f"elbo={elbo}")
+    elif values["partitions"] is None:
+        values["partitions"] = 10
     if "beta" not in bound.takes:
         why = f"with `elbo={elbo}` a weighted KL is not a bound on log p(x)"
         refuse(given, ("beta",), why, "elbo=elbo", of=f"elbo={elbo}")
@@ -349,6 +366,25 @@ def complete_bound(values: Options, given: Options) -> None:
         values["beta"] = 1.0
     elif is_constraint(values["beta"]):
         refuse(given, ("patience",), "under a constraint the last epoch is kept")
+
+
+def choose_gradient(elbo: str, value: Any) -> Part:
+    """How the gradient of a bound is estimated.
+
+    Raises:
+        UsageError: there is no such estimator, or it is not of this bound.
+    """
+    chosen = choose("gradient", value, next(iter(GRADIENTS)), GRADIENTS)
+    words = OBJECTIVES[elbo].constants["gradients"]
+    if chosen.name not in words:
+        named = f"gradient={chosen.name}"
+        bounds = [f"elbo={word}" for word, bound in OBJECTIVES.items() if chosen.name in bound.constants["gradients"]]
+        raise UsageError(
+            f"{named}: is not of `elbo={elbo}`, which has {', '.join(words)}; use one "
+            f"of these, or {' or '.join(f'`{bound}`' for bound in bounds)}",
+            settings=(named, f"elbo={elbo}", *bounds),
+        )
+    return chosen
 
 
 def is_constraint(beta: float | str | None) -> bool:
@@ -429,7 +465,9 @@ def title(recipe: Recipe) -> str:
         return f"{data}-{recipe.model.name}" + (f"-C{components}" if components else "")
     chosen = [recipe.prior, recipe.guide, recipe.likelihood, recipe.corruption]
     defaults = [first("prior"), first("guide"), first("likelihood"), first("corruption"), ""]
-    parts = [data, recipe.elbo, f"K{recipe.K}", *(part.name for part in chosen if part.name not in defaults)]
+    usual = next(iter(GRADIENTS))
+    by = [recipe.gradient.name] if recipe.gradient.name != usual else []
+    parts = [data, recipe.elbo, f"K{recipe.K}", *by, *(part.name for part in chosen if part.name not in defaults)]
     if recipe.condition is not None:
         parts.append(f"given-{as_word(recipe.condition)}")
     if recipe.model.name != first("model"):

@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pyrovae.runs.options import OBJECTIVES
+from pyrovae.runs.options import GRADIENTS, OBJECTIVES
 from pyrovae.runs.recipe import Recipe, first
 from pyrovae.runs.report import NO_DENSITY, Report
 
@@ -242,7 +242,9 @@ def describe_model(recipe: Recipe) -> str:
 
 def describe_bound(recipe: Recipe) -> str:
     """The objective in words."""
-    return reported_bound(recipe) + (f", beta = {recipe.beta}" if recipe.beta not in (None, 1) else "")
+    words = reported_bound(recipe) + (f", beta = {recipe.beta}" if recipe.beta not in (None, 1) else "")
+    usual = recipe.gradient.name in ("", next(iter(GRADIENTS)))
+    return words if usual else f"{words}, {recipe.gradient.name} gradient"
 
 
 def reported_bound(recipe: Recipe) -> str:
@@ -256,6 +258,8 @@ def reported_bound(recipe: Recipe) -> str:
         words += f", M = {recipe.M}"
     if recipe.alpha is not None:
         words += f", alpha = {recipe.alpha:g}"
+    if recipe.partitions is not None:
+        words += f", {recipe.partitions} partitions"
     return words
 
 

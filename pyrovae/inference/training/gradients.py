@@ -3,7 +3,7 @@ r"""The loss of a pair on a batch and its gradient, as modules that can be run a
 The loss is -sum_n L_n, with the bound L_n of an objective:
 
     Gradient    (x, *given, *settings)  ->  loss, gradients, and what the objective's constraint observes of t_kn
-    Terms       (x, *given)             ->  t_kn, what the objective makes of each particle and datum
+    Terms       (x, *given)             ->  t_kn, the strands that the objective makes of each particle and datum
     Pullback    (x, *given, s)          ->  the gradients of sum_kn s_kn t_kn
 
 What changes between steps is an input (the parameters, the batch, the objective's settings) or a random operation
@@ -90,9 +90,9 @@ class Part(nn.Module, ABC):
         return as_accumulated([next(found) if leaf.requires_grad else None for leaf in leaves], leaves)
 
     def draw(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The objective's terms of draws for a batch of these tensors, shape (T, num_particles, N)."""
+        """The objective's strands of draws for a batch of these tensors, shape (S, num_particles, N)."""
         x, *given = tensors
-        return self.objective.draw(self.pair, Batch(x, tuple(given)), self.num_particles)
+        return self.objective.strands(self.pair, Batch(x, tuple(given)), self.num_particles)
 
 
 class Gradient(Part):
@@ -103,7 +103,7 @@ class Gradient(Part):
         with torch.enable_grad():
             terms = self.draw(inputs[:tensors])
             settings = dict(zip(self.settings, inputs[tensors:], strict=True))
-            loss = -self.objective.combine(terms, **settings).sum()
+            loss = -self.objective.surrogate(terms, **settings).sum()
             gradients = self.gradients(loss, leaves)
             constraint = self.objective.constraint
             observed = () if constraint is None else constraint.observed(terms)
@@ -111,7 +111,7 @@ class Gradient(Part):
 
 
 class Terms(Part):
-    """(x, *given) -> the terms of K' particles, shape (T, K', N)."""
+    """(x, *given) -> the strands of K' particles, shape (S, K', N)."""
 
     def compute(self, leaves: Sequence[Tensor], *inputs: Any) -> Any:
         with torch.no_grad():
@@ -119,7 +119,7 @@ class Terms(Part):
 
 
 class Pullback(Part):
-    """(x, *given, s) -> the gradients of sum s t, with t the terms of K' particles and s of their shape."""
+    """(x, *given, s) -> the gradients of sum s t, with t the strands of K' particles and s of their shape."""
 
     def compute(self, leaves: Sequence[Tensor], *inputs: Any) -> Any:
         *tensors, slope = inputs

@@ -9,7 +9,7 @@ What changes between steps is an input of the graph (the parameters, the batch, 
 operation in it (noise, dropout). On a CUDA device the whole step, update included, is then captured as one CUDA graph.
 A constraint on the KL adapts its beta to the KL of the batch, which such a graph gives beside the gradients.
 
-In chunks of particles, with t_kn the `terms` of particle k and datum n, of which L_n is a function,
+In chunks of particles, with t_kn the `strands` of particle k and datum n, of which L_n is a function,
 
     1. t_kn chunk by chunk, keeping nothing else;
     2. s_kn = -dL_n / dt_kn;
@@ -240,7 +240,7 @@ class Step:
         terms = self.terms(batch, seed, make).requires_grad_()
         with torch.enable_grad():
             named = dict(zip(self.objective.settings(number), settings, strict=True))
-            loss = -self.objective.combine(terms, **named).sum()
+            loss = -self.objective.surrogate(terms, **named).sum()
             (slope,) = torch.autograd.grad(loss, terms)
         observed = [] if self.constraint is None else [*self.constraint.observed(terms)]
         sums: list[Tensor | None] = []
@@ -258,7 +258,7 @@ class Step:
         return loss, rest[:count], rest[count:]
 
     def terms(self, batch: Batch, seed: int, make: Callable[..., Callable[..., Tensor]]) -> Tensor:
-        """The terms of all particles, chunk by chunk, each chunk on noise of its own seed."""
+        """The strands of all particles, chunk by chunk, each chunk on noise of its own seed."""
         pieces = []
         for i, k in enumerate(self.sizes):
             reseed(seed + i, batch.x.device)

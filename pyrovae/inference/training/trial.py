@@ -98,8 +98,8 @@ def probe(pair: Pair, objective: Objective, batch: Batch, notice: Callable[[str]
         poutine.trace(param_only=True) as declared,
         FlopCounterMode(display=False) as counter,
     ):
-        terms = objective.draw(pair, batch, sum(objective.chunks()))
-        bound = objective.combine(terms, **objective.settings(0))
+        strands = objective.strands(pair, batch, sum(objective.chunks()))
+        bound = objective.surrogate(strands, **objective.settings(0))
         check_per_datum(objective, bound, len(batch))
         loss = -bound.sum()
         depends_on = leaves(loss)
