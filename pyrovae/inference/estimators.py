@@ -56,6 +56,8 @@ from pyrovae.settings import Positive, check_fields
 
 # States of all discrete sites of a datum together, above which they are not summed.
 MOST_STATES = 4096
+# Distributions with relaxed draws.
+RELAXED = (dist.Bernoulli, dist.OneHotCategorical)
 
 
 class Bound(Protocol):
@@ -64,9 +66,13 @@ class Bound(Protocol):
     Attributes:
         order: alpha of the Renyi bound that it is, or None.
         gradients: The words of the estimators that are of it.
+        gradient: The one that is used.
     """
 
     gradients: ClassVar[tuple[str, ...]]
+
+    @property
+    def gradient(self) -> "GradientEstimator": ...
 
     @property
     def num_particles(self) -> int: ...
@@ -403,7 +409,7 @@ class StraightThrough(Messenger):
 
     def _pyro_sample(self, msg: dict) -> None:
         fn = innermost(msg["fn"])
-        if msg["is_observed"] or msg["done"] or not isinstance(fn, dist.Bernoulli | dist.OneHotCategorical):
+        if msg["is_observed"] or msg["done"] or not isinstance(fn, RELAXED):
             return
         u = torch.rand(fn.batch_shape + fn.event_shape, dtype=fn.logits.dtype, device=fn.logits.device)
         u = u.clamp(torch.finfo(u.dtype).tiny, 1 - torch.finfo(u.dtype).eps / 2)
@@ -497,18 +503,19 @@ def check_reparameterised(particles: Particles, bound: Bound, besides: tuple[str
     Raises:
         PairError: another site has no reparameterised sampler, and parameters that ask for a gradient.
     """
-    for name, site in particles.guide_trace.nodes.items():
-        if site["type"] != "sample" or name not in particles.latents or name in besides:
+    for name in (name for name in particles.latents if name not in besides):
+        site = particles.guide_trace.nodes[name]
+        # Of the site itself: a guide that is held has no gradient by its densities.
+        if site["fn"].has_rsample or not site["fn"].log_prob(site["value"]).requires_grad:
             continue
-        if site["fn"].has_rsample or not particles.latents[name].log_guide.requires_grad:
-            continue
-        able = [e.word for e in GRADIENTS if not e.reparameterises and e.word in bound.gradients]
-        discrete = innermost(site["fn"]).has_enumerate_support
-        words = [word for word in able if discrete or word not in ("enumerated", "relaxed")]
+        fn = innermost(site["fn"])
+        fitting = {"enumerated": fn.has_enumerate_support, "relaxed": isinstance(fn, RELAXED)}
+        able = (e.word for e in GRADIENTS if not e.reparameterises and e.word in bound.gradients)
+        words = [word for word in able if fitting.get(word, True) and word != bound.gradient.word]
         remedies = tuple(f"gradient={word}" for word in words)
         raise PairError(
-            f"guide site '{name}' ({type(site['fn']).__name__}) has no reparameterised sampler, so that its parameters "
-            f"would get a gradient without the score; use {' or '.join(f'`{remedy}`' for remedy in remedies)}",
+            f"guide site '{name}' ({type(fn).__name__}) has no reparameterised sampler, so that its parameters would "
+            f"get a gradient without the score; use {' or '.join(f'`{remedy}`' for remedy in remedies)}",
             settings=remedies,
         )
 

@@ -41,7 +41,10 @@ def analytic_kl(latent: Latent) -> Tensor | None:
     q = latent.guide
     if isinstance(q, dist.LowRankMultivariateNormal):  # torch's form takes each parameter to be of the batch's shape
         q = dist.LowRankMultivariateNormal(q.loc, q.cov_factor, q.cov_diag)
+    p = with_covariance(latent.prior, q)
+    if isinstance(getattr(p, "base_dist", p), dist.Bernoulli):  # torch's form takes both to be of one shape
+        p = p.expand(q.batch_shape)
     try:
-        return kl_divergence(q, with_covariance(latent.prior, q))
+        return kl_divergence(q, p)
     except NotImplementedError:
         return None
