@@ -14,6 +14,7 @@ import torch
 from conftest import EXACT, assert_mean
 from test_individual import best_diagonal_gap
 from test_linear_gaussian import LinearGaussian
+from test_mixture_guide import Bimodal
 from torch import Tensor
 from torch.distributions import AffineTransform, MultivariateNormal, Transform, constraints, kl_divergence
 from torch.testing import assert_close
@@ -28,9 +29,10 @@ from pyrovae.inference.estimate import Estimate
 from pyrovae.inference.individual import Individual
 from pyrovae.inference.information import split_kl
 from pyrovae.inference.pair import Pair
-from pyrovae.inference.suboptimality import QUANTITIES, Gaps, GuideAndGaussians, family_of, gaps
+from pyrovae.inference.suboptimality import QUANTITIES, Gaps, GuideAndFitted, family_of, gaps
 from pyrovae.inference.units import use_of_units
 from pyrovae.inference.weights import draw
+from pyrovae.models import MLP, PlanarFlow
 from pyrovae.runs.suboptimality import describe
 
 FIT = 0.01  # how far a fit may end from the best ELBO, in nats
@@ -113,7 +115,7 @@ def test_log_p_of_all_draws_is_tried_on_simulated_data(known):
     said = verdict(result.log_marginal)
     assert said.kind == "ok", said
     x = exact.sample(400)
-    check = simulated(exact.model, guide, x, 2, GuideAndGaussians(Individual(steps=20, draws=8)), seed=2)
+    check = simulated(exact.model, guide, x, 2, GuideAndFitted(Individual(steps=20, draws=8)), seed=2)
     truth = exact.log_prob(exact.sample(20_000)).mean().item()
     spread = exact.log_prob(x).std().item() / 20
     for side, sign in ((check.lower, -1), (check.upper, 1)):
@@ -127,7 +129,7 @@ def test_draws_of_gaps_are_in_equal_shares_on_average(exact):
     guide, _ = off(exact)
     x = exact.sample(1).expand(300, -1)
     pair, batch = Pair(exact.model, guide), Batch(x)
-    sampler = GuideAndGaussians(Individual(steps=1))(pair, batch)
+    sampler = GuideAndFitted(Individual(steps=1))(pair, batch)
     for k in (1, 2, 4):
         log_w = torch.cat([sampler(k) for _ in range(200)])
         ratios = (log_w - exact.log_prob(x)).exp().detach()
@@ -182,6 +184,63 @@ def test_a_full_guide_is_compared_with_full_gaussians(exact):
     assert result.log_marginal.num_particles == 2 * 500
     other = gaps(exact.model, guide, x, 500, "diagonal", individual=QUICK, seed=0)
     assert agrees(other.approximation, best_diagonal_gap(exact).item(), FIT)
+
+
+def test_a_mixture_is_compared_with_the_best_mixture_of_each_datum():
+    """On a posterior of two Gaussians: what a guide with wrong weights, means and scales loses is all amortisation."""
+    pair, x = Bimodal(), torch.randn(6, 2, dtype=torch.float64)
+    with torch.no_grad():
+        pair.offset.copy_(torch.tensor([[0.3, -0.3, 0.4, -0.4, 1.5], [-0.3, 0.2, -0.4, 0.4, -1.0]]))
+        log_p = pair.evidence(x).logsumexp(-1)
+    result = gaps(pair.model, pair.guide, x, 500, individual=Individual(steps=100), seed=0)
+    assert result.family == result.guide_family == "mixture"
+    assert agrees(result.best_elbo, log_p, FIT)
+    assert agrees(result.approximation, 0.0, FIT)
+    assert result.amortisation.mean > 0.3
+    assert result.full_approximation.mean > 0.02
+    other = gaps(pair.model, pair.guide, x, 200, "full", individual=QUICK, seed=0)
+    assert (other.family, other.guide_family) == ("full", "mixture")
+
+
+def test_a_low_rank_guide_is_compared_with_the_best_of_its_rank(exact):
+    """Of rank Z its family has the posterior, of rank 0 the best diagonal: in between, neither."""
+    spread = exact.covariance.diagonal().sqrt().detach()
+
+    def guide(x: Tensor) -> None:
+        loc = (x - exact.mu) @ exact.gain.T + spread
+        with pyro.plate("data", len(x)):
+            q = dist.LowRankMultivariateNormal(loc, 0.1 * spread.diag(), 0.5 * spread.square())
+            pyro.sample("z", q)
+
+    x = exact.sample(5)
+    result = gaps(exact.model, guide, x, 500, individual=Individual(steps=100), seed=0)
+    assert result.family == result.guide_family == "low-rank"
+    assert agrees(result.approximation, 0.0, FIT)
+    assert agrees(result.gap, result.amortisation.values, FIT)
+    assert result.amortisation.mean > 0.3
+    assert best_diagonal_gap(exact) > 10 * FIT
+
+
+def test_a_flow_is_compared_with_the_best_of_its_own_weights(exact):
+    """A flow that is the identity is a Gaussian in which what is free of each datum is its mean and scales."""
+    size = len(exact.covariance)
+    guide_part = PlanarFlow(MLP(len(exact.mu), hidden=(4,)), size, layers=1).double()
+    spread = exact.covariance.diagonal().sqrt().detach()
+    with torch.no_grad():
+        for parameter in guide_part.flow.parameters():
+            parameter.zero_()
+
+    def guide(x: Tensor) -> None:
+        own = guide_part(x)
+        with pyro.plate("data", len(x)):
+            loc = ((x - exact.mu) @ exact.gain.T + spread).detach()
+            pyro.sample("z", type(own)(own.flow, loc, (0.8 * spread).expand_as(loc), own.features))
+
+    x = exact.sample(4)
+    result = gaps(exact.model, guide, x, 500, individual=Individual(steps=100), seed=0)
+    assert result.family == result.guide_family == "flow"
+    assert agrees(result.approximation, best_diagonal_gap(exact).item(), FIT)
+    assert result.amortisation.mean > 0.3
 
 
 def test_one_proposal_that_is_good_is_enough(exact):
@@ -281,16 +340,16 @@ FAMILIES = {
     "scale after": ("other", {"a": normal, "b": lambda x, v: dist.Normal(0.0 * v["a"], v["a"].exp()).to_event(1)}),
     "full": ("full", {"z": lambda x, _: dist.MultivariateNormal(x[:, None].expand(-1, 2), torch.eye(2))}),
     "low rank": (
-        "full",
+        "low-rank",
         {"z": lambda x, _: dist.LowRankMultivariateNormal(x[:, None].expand(-1, 2), torch.ones(2, 1), torch.ones(2))},
     ),
     "stretched": ("diagonal", {"z": lambda x, _: moved(dist.Normal(x, 1.0), AffineTransform(1.0, 3.0))}),
     "on the simplex": ("diagonal", {"z": lambda x, v: dist.LogisticNormal(x[:, None].expand(-1, 2), torch.ones(2))}),
     "turned": ("full", {"z": lambda x, v: moved(normal(x, v), dist.transforms.Permute(torch.tensor([1, 0])))}),
-    "bent": ("other", {"z": lambda x, _: moved(dist.Normal(x, 1.0), Sinh())}),
-    "flow": ("other", {"z": lambda x, v: moved(normal(x, v), dist.transforms.affine_coupling(2, [4]))}),
+    "bent": ("flow", {"z": lambda x, _: moved(dist.Normal(x, 1.0), Sinh())}),
+    "flow": ("flow", {"z": lambda x, v: moved(normal(x, v), dist.transforms.affine_coupling(2, [4]))}),
     "mixture": (
-        "other",
+        "mixture",
         {
             "z": lambda x, _: dist.MixtureSameFamily(
                 dist.Categorical(torch.ones(2)), dist.Normal(torch.zeros(len(x), 2), 1)
@@ -322,7 +381,7 @@ def test_a_guide_that_is_no_gaussian_may_be_better_than_the_best_of_them():
 
     x = torch.tensor([-1.0, 0.5, 3.0], dtype=torch.float64)
     result = gaps(model, guide, x, 200, individual=QUICK, seed=0)
-    assert (result.guide_family, result.family) == ("other", "full")
+    assert (result.guide_family, result.family) == ("flow", "full")
     assert_close(result.elbo.values, dist.Normal(0.0, math.sqrt(2.0)).log_prob(x), rtol=0, atol=1e-6)
     assert (result.amortisation.values < -0.01).all()
     assert (result.approximation.values > 0.01).all()

@@ -100,6 +100,10 @@ class FittedGaussian:
         """N(m, factor^2 L L')."""
         return FittedGaussian(self.loc, self.scale * factor, self.space)
 
+    def draw(self, num_particles: int) -> Tensor:
+        """Draws of u, shape (K, N, U)."""
+        return self.at(torch.randn(num_particles, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device))
+
     def log_weights(self, num_particles: int) -> Tensor:
         """log p(x, u) - log q(u) of fresh draws in nats, shape (K, N)."""
         noise = torch.randn(num_particles, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device)

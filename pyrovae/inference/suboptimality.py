@@ -1,14 +1,18 @@
 r"""Where the bound is lost: log p(x) - ELBO, split by what would win it back.
 
-Let ELBO*_F be the ELBO of the Gaussian of family F that is best for a datum by itself (`Individual`). Then
+Let ELBO*_F be the ELBO of the distribution of family F that is best for a datum by itself: a Gaussian (`Individual`),
+or one of low rank or a mixture where the guide is one (`pyrovae.inference.own_family`). Then
 
     log p(x) - ELBO = (log p(x) - ELBO*_F) + (ELBO*_F - ELBO)
                        approximation gap       amortisation gap
 
-with F the guide's own family. The first is what Gaussians of that family cannot express, the second what the guide's
-network loses by serving every datum. The same with the best full-covariance Gaussian says what a richer family wins.
+with F the guide's own family. The first is what that family cannot express, the second what the guide's network loses
+by serving every datum. The same with the best full-covariance Gaussian says what a richer family wins. A guide that
+refines its answer for each datum is of the family of its answer, and its amortisation gap what refining leaves. Of a
+flow whose weights all data share, F has those weights, and what else it is made from free for each datum; where that
+cannot be told from its weights, F is that of full Gaussians, and so it is said.
 
-K draws z_ck of each of C proposals r_c, the guide and the fitted Gaussians, give everything. The ELBO of each is its
+K draws z_ck of each of C proposals r_c, the guide and what was fitted, give everything. The ELBO of each is its
 own mean log-weight, and all C K draws together, weighted as the mixture that they are (the balance heuristic), give
 
     log p(x) ~ log (1/CK) sum_ck w_ck        w_ck = p(x, z_ck) / ((1/C) sum_c' r_c'(z_ck|x)),
@@ -36,11 +40,12 @@ from torch import Tensor
 from pyrovae.checks import check_count
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.estimate import Estimate, joined
-from pyrovae.inference.gaussians import Family, family
+from pyrovae.inference.gaussians import GAUSSIAN, Family, family, freed
 from pyrovae.inference.individual import FittedGaussian, Individual
 from pyrovae.inference.information import Information, split_kl
 from pyrovae.inference.marginal import ORIGINAL_ROWS, LogMarginal, Origin, block_of, join, summarise
 from pyrovae.inference.modules import evaluating
+from pyrovae.inference.own_family import Fitted, fit_own
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
 from pyrovae.inference.proposals import Proposal, Sampler, particles_in
@@ -50,6 +55,8 @@ from pyrovae.inference.validity import check_pair
 from pyrovae.inference.weights import draw
 from pyrovae.seeding import keyed
 
+# Families of guides whose own best is fitted to each datum, beside Gaussians.
+OF_ITS_OWN = ("low-rank", "mixture", "flow")
 # Each quantity as a sum of log p(x), taken so many times, and of the ELBOs of proposals, taken so many times.
 QUANTITIES: dict[str, tuple[float, dict[str, float]]] = {
     "gap": (1, {"guide": -1}),
@@ -70,17 +77,18 @@ class Gaps:
     Attributes:
         log_marginal: log p(x) from the draws of all proposals.
         gap: log p(x) - ELBO.
-        approximation: log p(x) - ELBO of the best Gaussian of the guide's family for each datum.
+        approximation: log p(x) - ELBO of the best of the guide's family for each datum.
         amortisation: That ELBO - ELBO of the guide.
         full_approximation: log p(x) - ELBO of the best full-covariance Gaussian for each datum.
-        full_gain: ELBO of the best full-covariance Gaussian - ELBO of the best of the guide's family.
+        full_gain: ELBO of the best full-covariance Gaussian - ELBO of the best of the guide's family; below 0 where a
+            mixture is better.
         elbo: Of the guide.
-        best_elbo: Of the best Gaussian of the guide's family.
+        best_elbo: Of the best of the guide's family.
         full_elbo: Of the best full-covariance Gaussian.
-        family: Of the Gaussians that the guide is compared with, "diagonal" or "full".
-        guide_family: Of the guide itself: "diagonal", "full", or "other" where it is not known to be a Gaussian, as a
-            flow or a hierarchy is not. It is compared with full-covariance Gaussians then, of which it is none: it may
-            be better than the best of them, and the amortisation gap below 0.
+        family: Of what the guide is compared with: "diagonal", "full", "low-rank", "mixture" or "flow".
+        guide_family: Of the guide itself: "diagonal", "full", "low-rank", "mixture", "flow", or "other" where that is
+            not known, as of a hierarchy. Where its own family is not fitted, as of this last, it is compared with
+            full-covariance Gaussians, and may be better than the best of them, with an amortisation gap below 0.
         num_particles: K, of each proposal.
         units: KL and variance of each latent dimension.
         information: I(x; z), and the distance of the aggregate posterior from the prior.
@@ -95,7 +103,7 @@ class Gaps:
     elbo: Estimate
     best_elbo: Estimate
     full_elbo: Estimate
-    family: Family
+    family: str
     guide_family: str
     num_particles: int
     units: Units
@@ -122,8 +130,8 @@ def gaps(
         guide: Pyro guide, called as guide(x, *given).
         x: Data, shape (N, *event).
         num_particles: K, drawn from the guide and from each fitted Gaussian.
-        family: Of the Gaussians that the guide is compared with, "diagonal" or "full"; None: the guide's own, or
-            "full" where it has none, see `family_of`.
+        family: Of the Gaussians that the guide is compared with, "diagonal" or "full"; None: the guide's own family,
+            or full Gaussians where it has none, see `family_of`.
         individual: How Gaussians are fitted; its family and widening are not used.
         chunk_size: Particles evaluated at once, for a block of rows. None: as many as fit in a fixed memory.
         progress: Called with the number of rows done after each block of rows.
@@ -144,19 +152,20 @@ def gaps(
         # Naming the guide's family takes draws; they move the caller's random state only where they decide something.
         with keyed(seed if family is None else 0, "gaps", "family", device=x.device):
             guide_family = family_of(pair, batch[:1])
+            own = family is None and guide_family in OF_ITS_OWN and is_freed(pair, batch[:1])
         method = replace(individual or Individual(), family=family or closest(guide_family))
         for start, block in zip(range(0, len(batch), rows), batch.split(rows), strict=True):
             with keyed(seed, "gaps", "rows", start, device=x.device):
-                blocks.append(of_block(pair, block, num_particles, method, chunk))
+                blocks.append(of_block(pair, block, num_particles, method, chunk, own))
             if progress is not None:
                 progress(start + len(block))
         with keyed(seed, "gaps", "units", device=x.device):
             about_units, about_x = use_of_units(pair, batch), split_kl(pair, batch)
-    origin = Origin(pair, batch[:ORIGINAL_ROWS], GuideAndGaussians(method), seed or 0, chunk_size, whole=False)
+    origin = Origin(pair, batch[:ORIGINAL_ROWS], GuideAndFitted(method, own), seed or 0, chunk_size, whole=False)
     return Gaps(
         replace(join([marginal for marginal, _ in blocks]), origin=origin),
         **{name: joined([parts[name] for _, parts in blocks]) for name in QUANTITIES},
-        family=method.family,
+        family=guide_family if own else method.family,
         guide_family=guide_family,
         num_particles=num_particles,
         units=about_units,
@@ -166,10 +175,10 @@ def gaps(
 
 @torch.no_grad()
 def of_block(
-    pair: Pair, batch: Batch, num_particles: int, method: Individual, chunk: int
+    pair: Pair, batch: Batch, num_particles: int, method: Individual, chunk: int, own: bool
 ) -> tuple[LogMarginal, dict[str, Estimate]]:
     """log p(x) and every quantity of some rows."""
-    space, fitted = Unconstrained(pair, batch), gaussians(pair, batch, method)
+    space, fitted = Unconstrained(pair, batch), fits(pair, batch, method, own)
     proposals = ["guide", *fitted]
     log_w: dict[str, Tensor] = {}  # of each proposal's draws, by itself and in the mixture
     log_mixed: dict[str, Tensor] = {}
@@ -177,11 +186,7 @@ def of_block(
         alone, mixed = [], []
         for done in range(0, num_particles, chunk):
             k = min(chunk, num_particles - done)
-            if name == "guide":
-                u = space.draw(k)
-            else:
-                q = fitted[name]
-                u = q.at(torch.randn(k, *q.loc.shape, dtype=q.loc.dtype, device=q.loc.device))
+            u = space.draw(k) if name == "guide" else fitted[name].draw(k)
             at = space(u)
             log_r = {"guide": at.log_guide.double()} | {n: q.log_prob(u).double() for n, q in fitted.items()}
             log_joint = at.log_joint.double()
@@ -190,7 +195,7 @@ def of_block(
             mixed.append((log_joint - mixture).cpu())
         log_w[name], log_mixed[name] = torch.cat(alone), torch.cat(mixed)
     everything = torch.cat(list(log_mixed.values()))
-    marginal = summarise(everything[torch.randperm(len(everything))], GuideAndGaussians(method))
+    marginal = summarise(everything[torch.randperm(len(everything))], GuideAndFitted(method, own))
     influence = {name: (log_mixed[name] - marginal.estimate).exp() / len(proposals) for name in proposals}
 
     def quantity(times: float, elbos: dict[str, float]) -> Estimate:
@@ -211,21 +216,34 @@ def of_block(
     return marginal, {name: quantity(*parts) for name, parts in QUANTITIES.items()}
 
 
-def gaussians(pair: Pair, batch: Batch, method: Individual) -> dict[str, FittedGaussian]:
-    """The best Gaussians of each datum, of the method's family and of full covariance."""
-    fitted = {"own": method.fit(pair, batch)}
+def fits(pair: Pair, batch: Batch, method: Individual, own: bool) -> dict[str, FittedGaussian | Fitted]:
+    """The best of the guide's family, or else of the method's, for each datum, and the best full Gaussian."""
+    if own:
+        return {"own": fit_own(pair, batch, method.steps, method.draws), "full": method.fit(pair, batch)}
+    fitted: dict[str, FittedGaussian | Fitted] = {"own": method.fit(pair, batch)}
     return fitted if method.family == "full" else fitted | {"full": replace(method, family="full").fit(pair, batch)}
 
 
 @dataclass(frozen=True)
-class GuideAndGaussians(Proposal):
-    """What all draws together are from: a proposal, so that their log p(x) is tried on simulated data as others are."""
+class GuideAndFitted(Proposal):
+    """What all draws together are from: a proposal, so that their log p(x) is tried on simulated data as others are.
+
+    Args:
+        method: How Gaussians are fitted.
+        own: Whether the best of the guide's own family is fitted too.
+    """
 
     method: Individual
-    name = "importance sampling from a mixture of the guide and of Gaussians fitted to each datum"
+    own: bool = False
+
+    @property
+    def name(self) -> str:
+        """What estimates call it."""
+        what = "its own family and Gaussians" if self.own else "Gaussians"
+        return f"importance sampling from a mixture of the guide and of {what} fitted to each datum"
 
     def __call__(self, pair: Pair, batch: Batch) -> Sampler:
-        space, fitted = Unconstrained(pair, batch), gaussians(pair, batch, self.method).values()
+        space, fitted = Unconstrained(pair, batch), fits(pair, batch, self.method, self.own).values()
 
         def weigh(u: Tensor) -> Tensor:
             at = space(u)
@@ -237,8 +255,7 @@ class GuideAndGaussians(Proposal):
             order = torch.randperm(1 + len(fitted))
             shares = [k // len(order) + (int(place) < k % len(order)) for place in order]
             parts = [space.draw(shares[0])] if shares[0] else []
-            for q, n in zip(fitted, shares[1:], strict=True):
-                parts.append(q.at(torch.randn(n, *q.loc.shape, dtype=q.loc.dtype, device=q.loc.device)))
+            parts += [q.draw(n) for q, n in zip(fitted, shares[1:], strict=True)]
             return weigh(torch.cat(parts)[torch.randperm(k)])
 
         def at(values: dict[str, Tensor]) -> Tensor:
@@ -253,11 +270,22 @@ def closest(guide_family: str) -> Family:
 
 
 @torch.no_grad()
+def is_freed(pair: Pair, batch: Batch) -> bool:
+    """Whether the parameters of the guide's distribution can be freed for each datum."""
+    (latent,) = draw(pair, batch).latents.values()
+    try:
+        freed(latent.guide)
+    except NotImplementedError:
+        return False
+    return True
+
+
+@torch.no_grad()
 def family_of(pair: Pair, batch: Batch) -> str:
-    """The family of a guide over all its latents together: "diagonal", "full", or "other" where that is not known.
+    """The family of a guide over all its latents together, see `family`; "other" where that is not known.
 
     It is a Gaussian where every site is one (or a transformed one) that depends on no other site, and diagonal where
-    every site is.
+    every site is. Another family is that of a guide of one site.
     """
     latents = draw(pair, batch, 2).latents.values()
     for latent in latents:
@@ -266,4 +294,8 @@ def family_of(pair: Pair, batch: Batch) -> str:
         if not torch.allclose(log_q[0], log_q[1]):
             return "other"
     families = {family(latent.guide) for latent in latents}
-    return "other" if "other" in families else "full" if "full" in families else "diagonal"
+    if len(latents) == 1:
+        return families.pop()
+    if not families <= set(GAUSSIAN):
+        return "other"
+    return "diagonal" if families == {"diagonal"} else "full"

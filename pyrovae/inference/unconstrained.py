@@ -95,6 +95,17 @@ class Unconstrained:
         parts = [self.transforms[name].inv(latent.value) for name, latent in particles.latents.items()]
         return torch.cat([part.reshape(*part.shape[:2], -1) for part in parts], -1)
 
+    def unconstrained(self, z: Tensor) -> Tensor:
+        """u of values (K, N, *event) of the one latent site, shape (K, N, U)."""
+        (transform,) = self.transforms.values()
+        u: Tensor = transform.inv(z)
+        return u.reshape(*u.shape[:2], -1)
+
+    def log_joint_at(self, z: Tensor) -> Tensor:
+        """log p(x, z) at values (K, N, *event) of the one latent site, shape (K, N); the guide is not run."""
+        (name,) = self.transforms
+        return sum(self.of_model({name: z}, z.new_zeros(z.shape[:2])), z.new_zeros(z.shape[:2]))
+
     def split(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The latents at u (K, N, U) by name, and log |dz/du| of shape (K, N)."""
         values, log_det = {}, u.new_zeros(u.shape[:2])

@@ -194,8 +194,9 @@ def save_gaps(run: Run, values: Report) -> Path:
 
     family = values["family"]
     parts: list[tuple[str, dict[str, Any]]] = [("amortisation:\nthe guide's network", values["amortisation"])]
-    if family == "full":
-        parts.append(("approximation:\nbeyond a Gaussian", values["approximation"]))
+    if family in ("full", "mixture", "flow"):
+        what = "a Gaussian" if family == "full" else f"a {family}"
+        parts.append((f"approximation:\nbeyond {what}", values["approximation"]))
     else:
         parts.append(("approximation:\ncorrelations", values["full_gain"]))
         parts.append(("approximation:\nbeyond a Gaussian", values["full_approximation"]))

@@ -43,7 +43,7 @@ def analyse(
     model = run.model(place)
     for notice in run.notices:
         (say or silent)(f"note: {notice}")
-    with rows_done(len(batch), f"log p(x) and the best Gaussian of each row, K = {num_particles}", say) as done:
+    with rows_done(len(batch), f"log p(x) and the best approximation of each row, K = {num_particles}", say) as done:
         result = gaps(
             model.model,
             model.guide,
@@ -124,6 +124,7 @@ def report(result: "Gaps", rows: "Rows", split: str, seed: int, device: str) -> 
 def describe(name: str, values: Report) -> str:
     """The report as a table to read."""
     family = values["family"]
+    best = family if family in ("mixture", "flow") else f"{family} Gaussian"
     rows, measure = heading(name, values)
     lines = [
         rows,
@@ -143,15 +144,17 @@ def describe(name: str, values: Report) -> str:
     line("log p(x)", "log_marginal")
     if family != "full":
         line("ELBO, best full Gaussian", "full_elbo", "fitted to each datum")
-    line(f"ELBO, best {family} Gaussian", "best_elbo", "fitted to each datum")
+    line(f"ELBO, best {best}", "best_elbo", "fitted to each datum")
     line("ELBO, guide", "elbo")
     lines.append("")
     line("gap, log p(x) - ELBO", "gap")
-    line("  approximation", "approximation", f"log p(x) - ELBO of the best {family} Gaussian")
-    if family != "full":
+    line("  approximation", "approximation", f"log p(x) - ELBO of the best {best}")
+    if family in ("diagonal", "low-rank"):
         line("    correlations", "full_gain", "what full covariances would win of it")
         line("    beyond a Gaussian", "full_approximation", "what they would leave")
-    line("  amortisation", "amortisation", "ELBO of the best Gaussian - ELBO of the guide")
+    if family in ("mixture", "flow"):
+        line("    of one Gaussian", "full_approximation", f"what a full covariance, and no {family}, would leave")
+    line("  amortisation", "amortisation", f"ELBO of the best {best} - ELBO of the guide")
     lines.append("")
     line("KL(q(z|x) || p(z))", "kl", "the sum of the next two" if "aggregate_kl" in values else "to each row's prior")
     line("  I(x; z)", "mutual_information", f"at most log N = {values['mutual_information_limit']:.2f}")
@@ -167,11 +170,17 @@ def describe(name: str, values: Report) -> str:
         lines.append(f"  {label:<34}{shown:>24}{'':>23}{note}")
     lines.append("")
     remark(f"log p(x): {values['verdict']}, {values['reason']}. {values['draws']} draws, by {values['estimator']}.")
-    if values["guide_family"] == "other":
+    guide_family = values["guide_family"]
+    if guide_family in ("other", "flow") and guide_family != family:
+        kind = "a flow" if guide_family == "flow" else "not known to be a Gaussian"
         remark(
-            f"The guide is not known to be a Gaussian: it is compared with {family} ones, and may be better than the "
-            "best of them, with an amortisation gap below 0."
+            f"The guide is {kind}: it is compared with {family} Gaussians, and may be better than the best of them, "
+            "with an amortisation gap below 0."
         )
+    elif guide_family == "flow":
+        remark("The best flow of each row has the guide's weights, and a mean, scales and features of its own.")
+    elif guide_family != family:
+        remark(f"The guide is {guide_family}, and compared with the best {best}: not with its own family.")
     if values["mutual_information_at_limit"]:
         remark(
             f"I(x; z) is at its limit, the log of the number of rows: all that it says is that z tells these "
