@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -92,31 +93,38 @@ def test_a_guide() -> None:
 
 
 def test_a_likelihood() -> None:
-    cls = run("A likelihood")["Laplace"]
+    cls = run("A likelihood")["Gumbel"]
     likelihood = cls(MLP(2, (2,), hidden=(4,))).double()
     assert integral(likelihood(torch.zeros(2, dtype=torch.float64))) == pytest.approx(1, abs=1e-2)
     assert cls.decoder_shape((2,)) == (2,)
     assert all(math.isfinite(bound) for bound in trained(likelihood=cls(MLP(2, (3,), hidden=(4,)))))
+    x = torch.tensor([0.5, 3.0]).expand(7, 2).double()
+    with torch.no_grad():
+        for weight in (p for p in likelihood.decoder.parameters() if p.ndim > 1):
+            weight.zero_()
+    likelihood.initialise(x)
+    assert_close(likelihood(torch.zeros(2, dtype=torch.float64)).mean, x[0], rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="finite"):
         likelihood.check_support(torch.tensor([[math.nan, 0.0]]))
 
 
-def test_a_likelihood_on_another_space() -> None:
-    """The mass of all images is 1; a uniform categorical has the bits per dimension of a uniform density."""
+def test_a_likelihood_on_another_space(tmp_path: Path) -> None:
+    """Degrees become radians, which have no bits; the density is 1 over the circles, and the same a turn further."""
     from pyrovae.data import load_data
 
     made = run("A likelihood on another space")
-    data = load_data("digits")
-    rows = data.rows(made["GreyLevels"]())
-    likelihood = made["Categorical"](MLP(2, (1, 8, 8, 17), hidden=(4,)))
-    likelihood.check_support(rows.test)
+    degrees = 360 * np.random.default_rng(0).random((60, 2))
+    np.save(tmp_path / "angles.npy", degrees)
+    rows = load_data(str(tmp_path / "angles.npy")).rows(made["Angles"]())
+    assert (rows.measure.kind, rows.measure.bits_per_dimension(-1.0)) == ("angles", None)
+    assert 5 < rows.transform(rows.train).max() < 2 * math.pi
+    likelihood = made["VonMises"](MLP(2, (2, 2), hidden=(4,))).double()
     likelihood.initialise(rows.test)
-    assert likelihood(torch.zeros(5, 2)).log_prob(rows.test[:5]).shape == (5,)
-    small = made["Categorical"](MLP(2, (2, 3), hidden=(4,)))
-    images = torch.cartesian_prod(torch.arange(3), torch.arange(3)).float()
-    assert small(torch.randn(2)).log_prob(images).exp().sum().item() == pytest.approx(1, abs=1e-5)
-    uniform = rows.measure.bits_per_dimension(-64 * math.log(17))
-    assert uniform == pytest.approx(data.rows("density").measure.bits_per_dimension(0.0))
+    likelihood.check_support(rows.test)
+    axis = torch.linspace(-math.pi, math.pi, 201, dtype=torch.float64)[:-1]
+    p, grid = likelihood(torch.zeros(2, dtype=torch.float64)), torch.cartesian_prod(axis, axis)
+    assert p.log_prob(grid).exp().mean().item() * (2 * math.pi) ** 2 == pytest.approx(1, abs=1e-4)
+    assert_close(p.log_prob(grid + 2 * math.pi), p.log_prob(grid))
 
 
 def test_a_corruption() -> None:

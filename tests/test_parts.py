@@ -68,6 +68,7 @@ def decoder(shape: tuple[int, ...], latent_dim: int = Z) -> Network:
     return ConvDecoder(latent_dim, shape, channels=(3, 4), hidden=6, activation="silu")
 
 
+LEVELS = 5  # of grey
 # Settings with which parts are small enough to be looked at from everywhere.
 SMALL = {"components": 3, "rank": 1, "layers": 2, "hidden": 5, "bins": 4}
 
@@ -91,7 +92,8 @@ def named(cls: type, settings: dict[str, object], kind: str) -> str:
 
 
 def likelihood(cls: type[Likelihood], settings: dict[str, object], event: tuple[int, ...]) -> Likelihood:
-    return cls(decoder(cls.decoder_shape(event, **settings)), **settings)
+    offered = {"levels": LEVELS} if "levels" in inspect.signature(cls).parameters else {}
+    return cls(decoder(cls.decoder_shape(event, **offered, **settings)), **offered, **settings)
 
 
 def classes(part: str) -> list[tuple[type, dict[str, object], tuple[str, ...]]]:
@@ -125,10 +127,11 @@ PRIORS: dict[str, Callable[[], Prior]] = {
     for name, make in GUIDES.items()
     if not make().of_pair
 }
-# Events of two numbers for densities, which are integrated over the plane; of a few bits for masses.
+# Events of two numbers for densities, which are integrated over the plane; of a few elements for masses.
 EVENTS = {
     "density": {"MLP": (2,), "Conv": (1, 2, 1)},
     "mass": {"MLP": (4,), "Conv": (1, 2, 3)},
+    "levels": {"MLP": (3,), "Conv": (1, 2, 2)},
     "counts": {"MLP": (2,), "Conv": (1, 2, 1)},
 }
 LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {
@@ -136,7 +139,9 @@ LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {
     for cls, settings, _ in classes("likelihood")
     for kind, event in EVENTS[cls.measure].items()
 }
-MASSES = [name for name, make in LIKELIHOODS.items() if make().measure == "mass"]
+# The values of an element that a mass of each measure is on.
+POINTS = {"mass": [0.0, 1.0], "levels": [float(level) for level in range(LEVELS)]}
+MASSES = [name for name, make in LIKELIHOODS.items() if make().measure in POINTS]
 COUNTS = [name for name, make in LIKELIHOODS.items() if make().measure == "counts"]
 PARTS = {**GUIDES, **LIKELIHOODS, **PRIORS}
 
@@ -174,9 +179,12 @@ def values(part: nn.Module, batch: tuple[int, ...]) -> Tensor:
     out = torch.randn(*batch, *event_shape(part), dtype=torch.float64)
     if not isinstance(part, Likelihood):
         return out
-    if part.measure == "counts":
-        return (3 * out.abs()).floor()
-    return (out > 0).double() if part.measure == "mass" else out.sigmoid()
+    return {
+        "mass": (out > 0).double(),
+        "levels": (LEVELS * out.sigmoid()).floor(),
+        "counts": (3 * out.abs()).floor(),
+        "density": out.sigmoid(),
+    }[part.measure]
 
 
 @every(PARTS)
@@ -218,13 +226,28 @@ def test_gradients_reach_every_parameter(name: str) -> None:
         assert parameter.grad.abs().max() > 0, parameter_name
 
 
-def density_on_a_grid(p: dist.Distribution, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+# Coordinates in which densities that are not on all of the line, fall slowly or have an edge at their mean are smooth and
+# end: x, t and dx/dt.
+COORDINATES: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
+    "Beta": (torch.sigmoid, torch.logit, lambda t: t.sigmoid() * (-t).sigmoid()),
+    "LogNormal": (torch.exp, torch.log, torch.exp),
+    "Laplace": (lambda t: t**3, lambda x: x.sign() * x.abs() ** (1 / 3), lambda t: 3 * t**2),
+    "StudentT": (lambda t: torch.sinh(3 * t), lambda x: torch.asinh(x) / 3, lambda t: 3 * torch.cosh(3 * t)),
+}
+
+
+def density_on_a_grid(p: dist.Distribution, shape: tuple[int, ...], name: str = "") -> tuple[Tensor, Tensor]:
     """Points (P, 2) and probabilities (P,) of a density in two dimensions, by the trapezoid rule."""
-    draws = p.sample((2000,)).flatten(1)
-    centre, reach = draws.mean(0), 10 * draws.std(0)
+    straight = (lambda t: t, lambda x: x, torch.ones_like)
+    cls = name.split("(")[0].split("-")[0]
+    x_of, t_of, slope = COORDINATES.get(cls, straight)
+    edge = p.mean.detach().flatten() if cls == "Laplace" else 0.0
+    draws = t_of(p.sample((2000,)).flatten(1) - edge)
+    centre, reach = draws.mean(0), (15 if cls in COORDINATES else 10) * draws.std(0)
     axes = [torch.linspace(c - r, c + r, 401, dtype=torch.float64) for c, r in zip(centre, reach, strict=True)]
-    points = torch.cartesian_prod(*axes)
-    cell = math.prod((axis[1] - axis[0]).item() for axis in axes)
+    grid = torch.cartesian_prod(*axes)
+    points = x_of(grid) + edge
+    cell = math.prod((axis[1] - axis[0]).item() for axis in axes) * slope(grid).prod(1)
     return points, p.log_prob(points.reshape(-1, *shape)).exp() * cell
 
 
@@ -238,7 +261,7 @@ def test_density_integrates_to_1_and_is_what_is_sampled(name: str) -> None:
     part = build(name)
     with torch.no_grad():
         p, _ = apply(part, ())
-        points, mass = density_on_a_grid(p, event_shape(part))
+        points, mass = density_on_a_grid(p, event_shape(part), name)
         # A spline's density has corners, where the rule is of second order; tests/test_flows.py goes around them.
         assert mass.sum().item() == pytest.approx(1, abs=1e-4 if "Spline" in name else 1e-6)
         samples = p.sample((20_000,)).flatten(1)
@@ -249,15 +272,16 @@ def test_density_integrates_to_1_and_is_what_is_sampled(name: str) -> None:
 
 @pytest.mark.parametrize("name", MASSES)
 def test_masses_sum_to_1_and_are_what_is_sampled(name: str) -> None:
-    """All 2^D images: total 1, and their frequencies are those of samples to 5 s.e."""
+    """All 2^D or L^D images: total 1, and their frequencies are those of samples to 5 s.e."""
     part = build(name)
     p, _ = apply(part, ())
     D = math.prod(part.event_shape)
-    images = torch.tensor(list(itertools.product([0.0, 1.0], repeat=D)), dtype=torch.float64)
+    images = torch.tensor(list(itertools.product(POINTS[part.measure], repeat=D)), dtype=torch.float64)
     mass = p.log_prob(images.reshape(-1, *part.event_shape)).exp().detach()
     assert mass.sum().item() == pytest.approx(1, abs=1e-10)
     samples = p.sample((20_000,)).flatten(1)
-    assert_mean(samples, mass @ images, least=0.03)
+    least = 0.03 * POINTS[part.measure][-1]
+    assert_mean(samples, mass @ images, least=least)
     assert_mean(samples.unsqueeze(2) * samples.unsqueeze(1), torch.einsum("p,pi,pj->ij", mass, images, images))
     assert_close(mass @ images, p.mean.detach().flatten(), **EXACT)
 
@@ -391,18 +415,24 @@ def test_bernoulli_starts_at_the_mean_of_the_data(name: str) -> None:
     assert x.mean(0).std() > 0.1
 
 
-@pytest.mark.parametrize("name", [n for n in LIKELIHOODS if n.startswith("Gaussian")])
-def test_gaussian_starts_at_the_moments_of_the_data(name: str) -> None:
-    """Without the weights, the mean is that of x and the scale half its standard deviation (pooled if learned)."""
+def starts() -> list[str]:
+    """Families of a location and a scale."""
+    families = ("Gaussian", "Laplace", "StudentT", "LogNormal", "DiscretizedLogistic(")
+    return [name for name in LIKELIHOODS if name.startswith(families)]
+
+
+@pytest.mark.parametrize("name", starts())
+def test_location_and_scale_start_at_the_moments_of_the_data(name: str) -> None:
+    """Without the weights, the mean is that of x and the sd half that of x (pooled if one for all)."""
     part = build(name)
-    spread = torch.tensor([0.5, 2.0]).double().reshape(part.event_shape)
+    spread = torch.linspace(0.5, 2.0, math.prod(part.event_shape)).double().reshape(part.event_shape)
     x = 3 + spread * torch.randn(400, *part.event_shape, dtype=torch.float64)
     if part.mean == "sigmoid":
         x = (x - 3).sigmoid()
     z = torch.randn(6, Z, dtype=torch.float64)
     shape = part.decoder.out_shape
     weights_add = part.decoder(z) - part.decoder.output_bias.reshape(shape)
-    part.initialise(x)
+    part.initialise(x.exp() if name.startswith("LogNormal") else x)
     start = (part.decoder(z) - weights_add).detach()
     deviation = 0.5 * (x - x.mean(0)).square().mean(0).sqrt()
     if part.scale == "predicted":
@@ -410,7 +440,9 @@ def test_gaussian_starts_at_the_moments_of_the_data(name: str) -> None:
         scale = part.unit * (part.floor + softplus(raw_scale))
     else:
         scale = part.loc_and_scale(z)[1]
-    if part.scale == "learned":
+    law = {"Laplace": math.sqrt(2), "StudentT": math.sqrt(5 / 3), "DiscretizedLogistic": math.pi / math.sqrt(3)}
+    deviation = deviation / law.get(type(part).__name__, 1.0)
+    if part.scale in ("learned", "optimal"):
         deviation = deviation.square().mean().sqrt()
     elif part.scale == 0.7:
         deviation = torch.tensor(0.7, dtype=torch.float64)
@@ -847,6 +879,7 @@ def test_a_value_that_is_not_allowed_is_refused_by_name(cls: Class) -> None:
         "conditional": GUIDES["MeanFieldNormal-MLP"](),
         "encoder": encoder((4,)),
         "decoder": decoder((4,)),
+        "levels": LEVELS,
         "in_shape": (1, 4, 4),
         "out_shape": (1, 4, 4),
     }

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class Rows:
         classes: Names of the labels 0, 1, ...; None where labels are numbers.
         given: What the model is conditioned on, by split: `given["train"]`; nothing, unless `Data.rows` was asked.
         data_range: The greatest less the least value that an element can have, which SSIM and PSNR need: 1 for binary
-            rows and dequantised levels; else that of the validation rows.
+            rows and dequantised levels, L - 1 for levels; else that of the validation rows.
         of_raw: From a raw row of the source to x, whether or not training rows are drawn once: see `others`.
     """
 
@@ -70,7 +70,7 @@ class Data(Raw):
 
     def rows(
         self,
-        measure: Literal["mass", "density", "counts"] | Space,
+        measure: str | Space,
         binarize: str | None = None,
         standardize: bool = False,
         condition: str | None = None,
@@ -78,7 +78,8 @@ class Data(Raw):
         """Make the rows that a model of `measure` trains on and is scored on.
 
         Args:
-            measure: "mass", for a likelihood on {0,1}, "density" or "counts"; or a `Space` with its settings.
+            measure: The name of a space: "mass", for a likelihood on {0,1}, "density", "levels" or "counts"; or a
+                `Space` with its settings.
             binarize: How grey pixels become binary under "mass": dynamic, fixed or threshold; see `Binary`.
             standardize: Under "density" of continuous data, (x - mean) / sd of the training rows; see `Continuous`.
             condition: What the model is given beside x: "label", for one-hot labels; columns of a table, which are then

@@ -5,6 +5,7 @@ new one, subclass `Space`: its fields are the user's settings, and `read` gives 
 
     Binary        {0,1}^D      grey levels or probabilities become bits, drawn or by a threshold
     Continuous    R^D          grey levels are dequantised to [0,1]^D; all else stays in its units, or is standardised
+    GreyLevels    {0,...,L-1}^D   grey levels as they are
     Counts        {0, 1, ...}^D   whole numbers as they are
 """
 
@@ -177,6 +178,28 @@ class Continuous(Space):
 
 
 @dataclass(frozen=True)
+class GreyLevels(Space):
+    """{0, ..., L - 1}^D, where log p(x) is of a mass: an element of x is its level."""
+
+    name = "levels"
+    words = "a mass on grey levels"
+
+    def read(self, data: Raw) -> Reading:
+        if data.levels is None:
+            found = "zeros and ones" if data.binary else "continuous values"
+            remedy = "bernoulli" if data.binary else "gaussian"
+            raise DataError(
+                f"{data.name}: holds {found} and no grey levels: save levels (0 to 255) as uint8, or choose a "
+                f"{remedy.capitalize()} likelihood",
+                settings=(f"likelihood={remedy}",),
+            )
+        dimensions = math.prod(data.event_shape)
+        measure = Measure("levels", f"mass on {{0,...,{data.levels - 1}}}^{dimensions}", data.levels, dimensions)
+        notices = as_grey_levels(data, "for a mass on these levels x is the level")
+        return Reading(measure, AsFloat(), notices=notices, data_range=data.levels - 1.0)
+
+
+@dataclass(frozen=True)
 class Counts(Space):
     """{0, 1, 2, ...}^D, where log p(x) is of a mass: whole numbers as they are, such as uint8 of a file."""
 
@@ -200,7 +223,7 @@ class Counts(Space):
         return Reading(measure, AsFloat(), notices=notices)
 
 
-SPACES: tuple[type[Space], ...] = (Binary, Continuous, Counts)
+SPACES: tuple[type[Space], ...] = (Binary, Continuous, GreyLevels, Counts)
 
 
 def as_grey_levels(data: Raw, how: str) -> tuple[str, ...]:

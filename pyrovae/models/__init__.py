@@ -33,10 +33,17 @@ from pyrovae.models.guides import MeanFieldNormal as MeanFieldNormal
 from pyrovae.models.kernels import BernoulliKernelDensity as BernoulliKernelDensity
 from pyrovae.models.kernels import KernelDensity as KernelDensity
 from pyrovae.models.ladder import LadderVAE as LadderVAE
+from pyrovae.models.levels import Categorical as Categorical
+from pyrovae.models.levels import DiscretizedLogistic as DiscretizedLogistic
+from pyrovae.models.levels import DiscretizedLogisticMixture as DiscretizedLogisticMixture
 from pyrovae.models.likelihood import Likelihood as Likelihood
 from pyrovae.models.likelihoods import Bernoulli as Bernoulli
+from pyrovae.models.likelihoods import Beta as Beta
 from pyrovae.models.likelihoods import ContinuousBernoulli as ContinuousBernoulli
 from pyrovae.models.likelihoods import Gaussian as Gaussian
+from pyrovae.models.likelihoods import Laplace as Laplace
+from pyrovae.models.likelihoods import LogNormal as LogNormal
+from pyrovae.models.likelihoods import StudentT as StudentT
 from pyrovae.models.linear_gaussian import PPCA as PPCA
 from pyrovae.models.linear_gaussian import FactorAnalysis as FactorAnalysis
 from pyrovae.models.masked import Masked as Masked

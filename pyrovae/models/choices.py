@@ -4,7 +4,8 @@ from pyrovae.models.counts import NegativeBinomial, Poisson, ZeroInflatedNegativ
 from pyrovae.models.flow_guides import InverseAutoregressiveFlow, PlanarFlow, SplineFlow, SylvesterFlow
 from pyrovae.models.flow_priors import AutoregressivePrior, MaskedAutoregressivePrior, NeuralSplinePrior
 from pyrovae.models.guides import FullCovarianceNormal, LowRankNormal, MeanFieldNormal
-from pyrovae.models.likelihoods import Bernoulli, ContinuousBernoulli, Gaussian
+from pyrovae.models.levels import Categorical, DiscretizedLogistic, DiscretizedLogisticMixture
+from pyrovae.models.likelihoods import Bernoulli, Beta, ContinuousBernoulli, Gaussian, Laplace, LogNormal, StudentT
 from pyrovae.models.mixture_guide import MixtureOfNormals
 from pyrovae.models.priors import FlowPrior, IsotropicNormal, MixtureOfGaussians, StandardNormal, VampPrior
 from pyrovae.models.semi_amortised import SemiAmortised
@@ -37,6 +38,13 @@ LIKELIHOODS = (
     Bernoulli,
     Gaussian,
     ContinuousBernoulli,
+    Laplace,
+    StudentT,
+    Beta,
+    LogNormal,
+    DiscretizedLogistic,
+    DiscretizedLogisticMixture,
+    Categorical,
     NegativeBinomial,
     Poisson,
     ZeroInflatedNegativeBinomial,

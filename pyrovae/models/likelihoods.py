@@ -10,7 +10,8 @@ The distributions do not validate their arguments, which would read (K, N, *even
 the pair checks x, which is K times smaller, by `check_support`.
 """
 
-from typing import Any, Literal
+import math
+from typing import Annotated, Any, Literal
 
 import pyro.distributions as dist
 import torch
@@ -19,12 +20,15 @@ from torch.nn.functional import softplus
 
 from pyrovae.errors import DataError, UsageError
 from pyrovae.models.likelihood import Likelihood, set_output_bias
+from pyrovae.models.location_scale import LocationScale
 from pyrovae.models.networks import Network
 from pyrovae.models.priors import inverse_softplus
+from pyrovae.models.scaled_t import ScaledT
 from pyrovae.models.tilted_uniform import TiltedUniform, eta_of
-from pyrovae.settings import NotNegative, Positive, checked
+from pyrovae.settings import NotNegative, Number, Positive, checked
 
-RELATIVE_FLOOR = 1e-3  # of a Gaussian's scale that is not fixed
+MOST_AT_ENDS = 1e-3  # of elements, at an end of an open interval: by rounding
+LEAST_CONCENTRATION = 0.01  # of a Beta element, whose density at an end rises without bound below 1
 
 
 class Bernoulli(Likelihood):
@@ -57,13 +61,8 @@ class Bernoulli(Likelihood):
             )
 
 
-class Gaussian(Likelihood):
+class Gaussian(LocationScale):
     """A density: independent Gaussian elements, with the decoder's output as mean.
-
-    The decoder speaks in `unit`, the standard deviation of the training data (over all elements; 1 until `initialise`),
-    so that a pair learns data of any scale alike: mean = unit * output, scale = unit * (floor + softplus(parameter)).
-    The floor keeps any element from driving the density to infinity; `scale_at_floor` tells how much of it has been
-    driven there.
 
     With mean="sigmoid" the mean is in the data's own units, and between 0 and 1 whatever the output; the scale is as
     before. It is for data in [0, 1], such as dequantised grey levels, and others are refused by `initialise`. It bounds
@@ -71,7 +70,8 @@ class Gaussian(Likelihood):
 
     Args:
         decoder: Maps z to the event of x; with scale="predicted", to (2, *event): mean and scale.
-        scale: A number, fixed, in the data's own units; "learned", one for all elements; "per-dimension", one for each
+        scale: A number, fixed, in the data's own units; "learned", one for all elements; "optimal", one for all
+            elements, after each epoch the root mean square error of training rows; "per-dimension", one for each
             element; or "predicted", by the decoder.
         floor: Least scale that is not fixed, as a share of the data's standard deviation; 0.001 unless given. A fixed
             scale has none.
@@ -80,7 +80,150 @@ class Gaussian(Likelihood):
     """
 
     measure = "density"
-    unit: Tensor
+    power = 2
+
+    @checked
+    def __init__(
+        self,
+        decoder: Network,
+        scale: Positive | Literal["learned", "optimal", "per-dimension", "predicted"] = "learned",
+        floor: NotNegative | None = None,
+        mean: Literal["identity", "sigmoid"] = "identity",
+    ) -> None:
+        super().__init__(decoder, scale, floor, mean)
+
+    @classmethod
+    def decoder_shape(cls, event_shape: tuple[int, ...], **settings: Any) -> tuple[int, ...]:
+        return (2, *event_shape) if settings.get("scale") == "predicted" else event_shape
+
+    @property
+    def deviation(self) -> float:
+        return 1.0
+
+    def forward(self, z: Tensor) -> dist.Distribution:
+        return dist.Normal(*self.loc_and_scale(z), validate_args=False).to_event(len(self.event_shape))
+
+    def initialise(self, x: Tensor) -> None:
+        self.start(x)
+
+    def check_support(self, x: Tensor) -> None:
+        self.check_finite(x, "a Gaussian")
+
+
+class Laplace(LocationScale):
+    """A density: independent Laplace elements, with the decoder's output as mean, which is their median too.
+
+    Args:
+        decoder: Maps z to the event of x; with scale="predicted", to (2, *event): mean and scale.
+        scale: A number, fixed, in the data's own units; "learned", one for all elements; "optimal", one for all
+            elements, after each epoch the mean absolute error of training rows; "per-dimension", one for each element;
+            or "predicted", by the decoder. The standard deviation is sqrt(2) times it.
+        floor: Least scale that is not fixed, as a share of the data's standard deviation; 0.001 unless given.
+        mean: "identity", the decoder's output in standard deviations of the data; or "sigmoid", its logistic function,
+            for data in [0, 1].
+    """
+
+    measure = "density"
+    power = 1
+
+    @checked
+    def __init__(
+        self,
+        decoder: Network,
+        scale: Positive | Literal["learned", "optimal", "per-dimension", "predicted"] = "learned",
+        floor: NotNegative | None = None,
+        mean: Literal["identity", "sigmoid"] = "identity",
+    ) -> None:
+        super().__init__(decoder, scale, floor, mean)
+
+    @classmethod
+    def decoder_shape(cls, event_shape: tuple[int, ...], **settings: Any) -> tuple[int, ...]:
+        return (2, *event_shape) if settings.get("scale") == "predicted" else event_shape
+
+    @property
+    def deviation(self) -> float:
+        return math.sqrt(2)
+
+    def forward(self, z: Tensor) -> dist.Distribution:
+        return dist.Laplace(*self.loc_and_scale(z), validate_args=False).to_event(len(self.event_shape))
+
+    def initialise(self, x: Tensor) -> None:
+        self.start(x)
+
+    def check_support(self, x: Tensor) -> None:
+        self.check_finite(x, "a Laplace")
+
+
+class StudentT(LocationScale):
+    """A density: independent Student-t elements, with the decoder's output as mean, for data with outliers.
+
+    Args:
+        decoder: Maps z to the event of x; with scale="predicted", to (2, *event): mean and scale.
+        df: Degrees of freedom: a number above 2, fixed, so that there are a mean and a variance; or "learned", one for
+            all elements, that starts at 5. More are nearer to a Gaussian.
+        scale: A number, fixed, in the data's own units; "learned", one for all elements; "per-dimension", one for each
+            element; or "predicted", by the decoder. The standard deviation is sqrt(df / (df - 2)) times it.
+        floor: Least scale that is not fixed, as a share of the data's standard deviation; 0.001 unless given.
+        mean: "identity", the decoder's output in standard deviations of the data; or "sigmoid", its logistic function,
+            for data in [0, 1].
+
+    References:
+        Takahashi et al. 2018, Student-t Variational Autoencoder for Robust Density Estimation,
+            https://www.ijcai.org/proceedings/2018/374
+    """
+
+    measure = "density"
+
+    @checked
+    def __init__(
+        self,
+        decoder: Network,
+        df: Annotated[float, Number(above=2)] | Literal["learned"] = 5.0,
+        scale: Positive | Literal["learned", "per-dimension", "predicted"] = "learned",
+        floor: NotNegative | None = None,
+        mean: Literal["identity", "sigmoid"] = "identity",
+    ) -> None:
+        super().__init__(decoder, scale, floor, mean)
+        self.df = df
+        if df == "learned":
+            self.raw_df = nn.Parameter(torch.tensor(inverse_softplus(3.0)))
+
+    @classmethod
+    def decoder_shape(cls, event_shape: tuple[int, ...], **settings: Any) -> tuple[int, ...]:
+        return (2, *event_shape) if settings.get("scale") == "predicted" else event_shape
+
+    @property
+    def deviation(self) -> float:
+        df = 5.0 if isinstance(self.df, str) else self.df
+        return math.sqrt(df / (df - 2))
+
+    def forward(self, z: Tensor) -> dist.Distribution:
+        loc, scale = self.loc_and_scale(z)
+        df = 2 + softplus(self.raw_df) if isinstance(self.df, str) else torch.full_like(self.unit, self.df)
+        return ScaledT(df, loc, scale).to_event(len(self.event_shape))
+
+    def initialise(self, x: Tensor) -> None:
+        self.start(x)
+
+    def check_support(self, x: Tensor) -> None:
+        self.check_finite(x, "a Student-t")
+
+
+class LogNormal(LocationScale):
+    """A density on (0, inf)^D: independent log-normal elements, with the decoder's output as mean of the logarithm.
+
+    For amounts, durations and sizes, whose errors are a share of their value. Of x that becomes c x, log p(x) falls by
+    D log c, and nothing else changes.
+
+    Args:
+        decoder: Maps z to the event of x; with scale="predicted", to (2, *event): mean and scale of log x.
+        scale: Standard deviation of log x: a number, fixed; "learned", one for all elements; "per-dimension", one for
+            each element; or "predicted", by the decoder.
+        floor: Least scale that is not fixed, as a share of the standard deviation of log x; 0.001 unless given.
+    """
+
+    measure = "density"
+    short = ("log-normal",)
 
     @checked
     def __init__(
@@ -88,110 +231,65 @@ class Gaussian(Likelihood):
         decoder: Network,
         scale: Positive | Literal["learned", "per-dimension", "predicted"] = "learned",
         floor: NotNegative | None = None,
-        mean: Literal["identity", "sigmoid"] = "identity",
     ) -> None:
-        out_shape = decoder.out_shape
-        if scale == "predicted":
-            if out_shape[:1] != (2,) or len(out_shape) < 2:
-                raise UsageError(
-                    f"decoder: scale='predicted' expects an output of shape (2, *event), got {out_shape}; "
-                    f"build the decoder with out_shape=(2, *event)"
-                )
-            out_shape = out_shape[1:]
-        super().__init__(decoder, out_shape)
-        if floor is not None and not isinstance(scale, str):
-            raise UsageError(f"floor: not used, since the scale is fixed to {scale}; leave it out")
-        self.floor = RELATIVE_FLOOR if floor is None else float(floor)
-        self.scale, self.mean = scale, mean
-        self.register_buffer("unit", torch.ones(()))
-        if scale in ("learned", "per-dimension"):
-            shape = out_shape if scale == "per-dimension" else ()
-            self.raw_scale = nn.Parameter(torch.full(shape, inverse_softplus(1.0)))
+        super().__init__(decoder, scale, floor, "identity")
 
     @classmethod
     def decoder_shape(cls, event_shape: tuple[int, ...], **settings: Any) -> tuple[int, ...]:
         return (2, *event_shape) if settings.get("scale") == "predicted" else event_shape
 
-    def loc_and_scale(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and scale of p(x|z), both of shape (*batch, *event)."""
-        out = self.decoder(z)
-        if self.scale == "predicted":
-            loc, raw_scale = out.unbind(-1 - len(self.event_shape))
-            return self.mean_of(loc), self.unit * (self.floor + softplus(raw_scale))
-        if isinstance(self.scale, str):
-            return self.mean_of(out), (self.unit * (self.floor + softplus(self.raw_scale))).expand_as(out)
-        return self.mean_of(out), torch.full_like(out, self.scale)
-
-    def mean_of(self, out: Tensor) -> Tensor:
-        """The mean of p(x|z), of the same shape as the decoder's output for it."""
-        return out.sigmoid() if self.mean == "sigmoid" else self.unit * out
+    @property
+    def deviation(self) -> float:
+        return 1.0
 
     def forward(self, z: Tensor) -> dist.Distribution:
-        return dist.Normal(*self.loc_and_scale(z), validate_args=False).to_event(len(self.event_shape))
+        return OpenLogNormal(*self.loc_and_scale(z), validate_args=False).to_event(len(self.event_shape))
 
     def initialise(self, x: Tensor) -> None:
-        """Start the mean at the mean of x, and a scale that is not fixed at half the standard deviation of x.
-
-        At the whole of it, noise would explain the data as they are, and training begins by collapsing the posterior.
-        A sigmoid starts at the mean of x clipped to [0.001, 0.999].
-
-        Raises:
-            DataError: the mean is a sigmoid, and x has values outside [0, 1].
-        """
-        wide = x.double()  # squares of small numbers vanish in single precision
-        spread = (wide - wide.mean(0)).square().mean(0).sqrt()
-        overall = spread.square().mean().sqrt()
-        self.unit.copy_(overall if overall > 0 else torch.ones(()))
-        unit = overall if overall > 0 else 1.0
-        if self.mean == "sigmoid":
-            self.check_unit_interval(x)
-            loc = torch.logit(wide.mean(0).clamp(1e-3, 1 - 1e-3)).to(x)
-        else:
-            loc = (wide.mean(0) / unit).to(x)
-        relative = (overall if self.scale == "learned" else spread) / unit
-        excess = (0.5 * relative - self.floor).clamp(min=0.1 * self.floor + 1e-6).to(x)
-        raw_scale = excess + torch.log(-torch.expm1(-excess))  # inverse softplus
-        if self.scale == "predicted":
-            set_output_bias(self.decoder, torch.stack([loc, raw_scale]))
-            return
-        set_output_bias(self.decoder, loc)
-        if isinstance(self.scale, str):
-            with torch.no_grad():
-                self.raw_scale.copy_(raw_scale)
+        """Start the mean of log x at that of training data, and its scale at half their standard deviation."""
+        self.start(x.clamp(min=torch.finfo(x.dtype).tiny).log())
 
     def check_support(self, x: Tensor) -> None:
-        if not x.isfinite().all():
-            raise DataError(
-                f"x: a Gaussian likelihood needs finite values, got {int((~x.isfinite()).sum())} that are not"
+        check_inside(x, 0.0, math.inf, "a log-normal")
+
+
+class Beta(Likelihood):
+    """A density on (0,1)^D: independent Beta elements, with both concentrations put out by the decoder.
+
+    For shares and probabilities. At 0 and 1 the density is 0 or infinite, so that data with such elements are refused,
+    but for the few that rounding has made.
+
+    Args:
+        decoder: Maps z to (2, *event): a and b are 0.01 + softplus of it, and the mean is a / (a + b).
+    """
+
+    measure = "density"
+
+    def __init__(self, decoder: Network) -> None:
+        if decoder.out_shape[:1] != (2,) or len(decoder.out_shape) < 2:
+            raise UsageError(
+                f"decoder: a Beta likelihood expects an output of shape (2, *event), got {decoder.out_shape}"
             )
+        super().__init__(decoder, decoder.out_shape[1:])
 
-    def check_unit_interval(self, x: Tensor) -> None:
-        """Refuse training data that a mean between 0 and 1 cannot follow."""
-        outside = int(((x < 0) | (x > 1)).sum())
-        if outside:
-            raise DataError(
-                f"x: mean='sigmoid' is for data in [0, 1], got values from {x.min():g} to {x.max():g} with {outside} "
-                "elements outside; rescale them or use mean='identity'",
-                settings=("likelihood.mean=identity",),
-            )
+    @classmethod
+    def decoder_shape(cls, event_shape: tuple[int, ...], **settings: Any) -> tuple[int, ...]:
+        return (2, *event_shape)
 
-    @torch.no_grad()
-    def remarks(self, z: Tensor) -> list[str]:
-        """That the scale is at its floor, where it is."""
-        share = self.scale_at_floor(z)
-        if share == 0:
-            return []
-        return [
-            f"the likelihood's scale is at its floor, {self.floor:g} standard deviations of the data, for "
-            f"{100 * share:.2g} % of the elements: the density there is set by the floor (likelihood.floor), not by "
-            "the data"
-        ]
+    def forward(self, z: Tensor) -> dist.Distribution:
+        a, b = (LEAST_CONCENTRATION + softplus(self.decoder(z))).unbind(-1 - len(self.event_shape))
+        return OpenBeta(a, b, validate_args=False).to_event(len(self.event_shape))
 
-    def scale_at_floor(self, z: Tensor) -> float:
-        """Share of elements whose scale is within 1 % of the floor, for z of shape (*batch, Z)."""
-        if not isinstance(self.scale, str) or self.floor == 0:
-            return 0.0
-        return (self.loc_and_scale(z)[1] < 1.01 * self.floor * self.unit).double().mean().item()
+    def initialise(self, x: Tensor) -> None:
+        """Start the mean at that of x, clipped to [0.001, 0.999], and a + b where half its standard deviation is."""
+        mean = x.double().mean(0).clamp(1e-3, 1 - 1e-3)
+        variance = (x.double().std(0, correction=0) / 2).square().clamp(min=1e-6)
+        total = (mean * (1 - mean) / variance - 1).clamp(0.5, 1e4)
+        excess = (total * torch.stack([mean, 1 - mean]) - LEAST_CONCENTRATION).clamp(min=1e-3)
+        set_output_bias(self.decoder, (excess + torch.log(-torch.expm1(-excess))).to(x))
+
+    def check_support(self, x: Tensor) -> None:
+        check_inside(x, 0.0, 1.0, "a Beta")
 
 
 class ContinuousBernoulli(Likelihood):
@@ -229,3 +327,35 @@ class ContinuousBernoulli(Likelihood):
                 f"x: a continuous Bernoulli likelihood has support [0, 1], got values from {low:g} to {high:g} with "
                 f"{int(wrong.sum())} elements outside; rescale them or use a Gaussian likelihood"
             )
+
+
+class OpenBeta(dist.Beta):
+    """A Beta distribution that reads 0 and 1 as numbers next to them.
+
+    Dequantised levels are 0 once in 2^24 dark pixels; the density may be infinite there, and no step is to fail by it.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(value.clamp(torch.finfo(value.dtype).eps ** 2, 1 - torch.finfo(value.dtype).eps / 2))
+
+
+class OpenLogNormal(dist.LogNormal):
+    """A log-normal distribution that reads 0 as the least number of full precision; see `OpenBeta`."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(value.clamp(min=torch.finfo(value.dtype).tiny))
+
+
+def check_inside(x: Tensor, low: float, high: float, name: str) -> None:
+    """Refuse elements outside (low, high), and such at its ends as are more than rounding makes.
+
+    Raises:
+        DataError: there are elements outside, or more than one in 1000 at an end.
+    """
+    inside, at_end = (x > low) & (x < high), ((x == low) | (x == high)) & x.isfinite()
+    if not (inside | at_end).all() or at_end.double().mean() > MOST_AT_ENDS:
+        raise DataError(
+            f"x: {name} likelihood has support ({low:g}, {high:g}), got values from {x.min():g} to {x.max():g} with "
+            f"{int((~inside).sum())} elements at an end or outside; bring them inside or use a Gaussian likelihood",
+            settings=("likelihood=gaussian",),
+        )

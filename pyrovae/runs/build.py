@@ -61,13 +61,16 @@ def build_rows(recipe: Recipe) -> "Rows":
 def settle(recipe: Recipe, rows: "Rows") -> Recipe:
     """The recipe with what its rows decide."""
     suits = next(name for name, choice in PARTS["likelihood"].items() if choice.measure == rows.measure.kind)
+    likelihood = recipe.likelihood or choose_likelihood(suits, recipe.model)
+    of_levels = "levels" in PARTS["likelihood"][likelihood.name].classes[0].takes
     return recipe.settled(
         model=exact(recipe, rows.measure.kind, len(rows.train)) if recipe.is_exact else recipe.model,
-        likelihood=recipe.likelihood or choose_likelihood(suits, recipe.model),
+        likelihood=likelihood,
         binarize=rows.binarize,
         data_hash=rows.hash,
         event_shape=tuple(rows.event_shape),
         classes=rows.given.columns,
+        levels=rows.measure.levels if of_levels else 0,
     )
 
 
@@ -113,10 +116,11 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
     latent, networks = recipe.latent_dim, Networks(recipe)
     conditions, parts = len(recipe.classes), PARTS["model"][recipe.model.name].classes[0]
     likelihood_class = PARTS["likelihood"][recipe.likelihood.name].classes[0].load()
-    out_shape = likelihood_class.decoder_shape(event_shape, **recipe.likelihood.settings)
+    out_shape = likelihood_class.decoder_shape(event_shape, levels=recipe.levels, **recipe.likelihood.settings)
     # With skip connections x is given all layers.
     code = sum(latent) if recipe.model.settings.get("skip") else latent[0]
-    likelihood = make("likelihood", recipe.likelihood, decoder=networks.decoder(code + conditions, out_shape))
+    decoder = networks.decoder(code + conditions, out_shape)
+    likelihood = make("likelihood", recipe.likelihood, decoder=decoder, levels=recipe.levels)
 
     in_shape = joined_shape(event_shape, conditions, networks.encoding.load().of_images) if conditions else event_shape
     encoder = networks.encoder(in_shape)
@@ -222,7 +226,7 @@ def of_auxiliary(recipe: Recipe, networks: Networks, encoder: "Network") -> dict
 
 def build_stages(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
     """A first stage as its own recipe says, and a prior or a second stage on its codes as this one does, joined."""
-    below = recipe.below
+    below = recipe.below.settled(levels=recipe.levels)
     trained: Any = build_model(below, event_shape)
     stages: dict[str, Any] = {"first": trained}
     if "second" in PARTS["model"][recipe.model.name].classes[0].takes:

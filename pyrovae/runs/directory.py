@@ -31,7 +31,7 @@ from pyrovae.inference.pair import Pair
 from pyrovae.inference.training import checkpoint as checkpoints
 from pyrovae.runs import build
 from pyrovae.runs.codes import read_codes
-from pyrovae.runs.options import DERIVED
+from pyrovae.runs.options import DERIVED, PARTS
 from pyrovae.runs.recipe import Recipe
 from pyrovae.seeding import seeded
 
@@ -60,6 +60,7 @@ WRITTEN = {
     r"tensorboard/events\.out\.tfevents\.[^/]+": b"",
     r"checkpoints/step-\d{9,18}/(weights\.safetensors|training\.safetensors|training\.json|manifest\.json)": b"",
 }
+MOST_LEVELS = 2**16  # of grey, that a configuration may claim
 FOLDERS = ("checkpoints", "scores", "plots", "tensorboard")
 # What a command that was killed left under a temporary name: .NAME.PID
 LEFTOVER = re.compile(r"(^|/)\.([^/]+)\.\d+(?=/|$)")
@@ -227,13 +228,18 @@ def read_recipe(directory: Path) -> Recipe:
     classes = content.get("classes", [])
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise CheckpointError(f"{file}: classes: expected a list of words, got {classes!r}")
+    levels = content.get("levels", 0)
+    if type(levels) is not int or not 0 <= levels <= MOST_LEVELS:
+        raise CheckpointError(f"{file}: levels: expected a whole number up to {MOST_LEVELS}, got {levels!r}")
     try:
         recipe = Recipe(**{k: v for k, v in content.items() if k not in DERIVED})
     except (UsageError, ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from error
     if bool(classes) != (recipe.condition is not None):
         raise CheckpointError(f"{file}: classes: expected those of the condition, {recipe.condition}, got {classes!r}")
-    return recipe.settled(data_hash=digest, event_shape=tuple(shape), classes=tuple(classes))
+    if bool(levels) != ("levels" in PARTS["likelihood"][recipe.likelihood.name].classes[0].takes):
+        raise CheckpointError(f"{file}: levels: expected those of a {recipe.likelihood.name}, got {levels}")
+    return recipe.settled(data_hash=digest, event_shape=tuple(shape), classes=tuple(classes), levels=levels)
 
 
 def load(directory: str | Path) -> "Model":

@@ -198,7 +198,7 @@ OPTIONS: dict[str, dict[str, Setting]] = {
 }
 SETTINGS = {name: setting for group in OPTIONS.values() for name, setting in group.items()}
 # What a run adds to the options in its config.yaml.
-DERIVED = ("data_hash", "event_shape", "classes", "version")
+DERIVED = ("data_hash", "event_shape", "classes", "levels", "version")
 # What may differ between a run and its resumption.
 RESUMABLE = ("epochs", "patience", "eval_K", "eval_rows", "device", "compile", "particle_chunk", "threads", "stream")
 # Of evaluate and compare alike.

@@ -142,9 +142,10 @@ class Choice:
         """
         found = [cls for cls in self.classes if cls.constants.get("measure") in (None, measure)]
         if not found:
+            of = " or ".join(dict.fromkeys(str(cls.constants["measure"]) for cls in self.classes))
             raise UsageError(
-                f"model={self.name}: is for a {self.measure}, and the rows are of a {measure}; choose a `likelihood` "
-                f"that is a {self.measure}, or another model",
+                f"model={self.name}: is for a {of}, and the rows are for one of {measure}; choose a `likelihood` "
+                f"that is a {of}, or another model",
                 settings=(f"model={self.name}", "likelihood"),
             )
         return found[0]

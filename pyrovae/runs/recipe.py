@@ -51,6 +51,7 @@ class Recipe:
         likelihood, binarize: Left to the data, where they were not given, until `settled`.
         K, M, eval_K: Numbers of particles; 0 for a model with an exact log p(x).
         data_hash, event_shape: Of the rows, once they are known.
+        levels: Number of grey levels, once the rows are known, where the likelihood is of levels; else 0.
         classes: Names of the columns of what everything is given, such as the classes of the labels, once they are
             known; none, unless `condition` says so.
         given: The options as they were given.
@@ -97,10 +98,11 @@ class Recipe:
     data_hash: str = ""
     event_shape: tuple[int, ...] = ()
     classes: tuple[str, ...] = ()
+    levels: int = 0
     given: Mapping[str, Any] = field(repr=False, compare=False)
 
     def __init__(self, /, **options: Any) -> None:
-        unknown = {"data_hash": "", "event_shape": (), "classes": ()}
+        unknown = {"data_hash": "", "event_shape": (), "classes": (), "levels": 0}
         for key, value in {**completed(options), **unknown, "given": options}.items():
             object.__setattr__(self, key, value)
 
@@ -145,7 +147,7 @@ class Recipe:
 
     @property
     def measure(self) -> str | None:
-        """Of log p(x), a "mass" or a "density"; None while the likelihood is left to the data."""
+        """Of log p(x), such as "mass" or "density"; None while the likelihood is left to the data."""
         return PARTS["likelihood"][self.likelihood.name].measure if self.likelihood else None
 
     def options(self) -> Options:
@@ -161,7 +163,7 @@ class Recipe:
         return Recipe(**overlaid(self.plain(), options))
 
     def settled(self, **known: Any) -> "Recipe":
-        """The recipe with what its rows decide: `likelihood`, `binarize`, `data_hash`, `event_shape`, `classes`."""
+        """The recipe with what its rows decide: `likelihood`, `binarize`, `data_hash`, `event_shape`, ..."""
         made = copy.copy(self)
         for key, value in known.items():
             object.__setattr__(made, key, value)

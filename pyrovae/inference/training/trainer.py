@@ -29,6 +29,7 @@ from pyrovae.inference.precision import arithmetic, check_precision, flushing
 from pyrovae.inference.tracing.checked import Before
 from pyrovae.inference.training import checkpoint as checkpoints
 from pyrovae.inference.training.batches import Data, RowSource, Source, unchanged
+from pyrovae.inference.training.closed_form import set_closed_forms
 from pyrovae.inference.training.counts import worth_compiling
 from pyrovae.inference.training.diagnosis import Diagnosis, look_at_constraint, look_for_divergence
 from pyrovae.inference.training.gradients import check_chunk
@@ -417,12 +418,14 @@ class Trainer:
             "step": state.step,
             "train_bound": state.total / max(1, state.rows),
         }
+        closed = set_closed_forms(self.pair, self.objective, self.source, self.settings, state.epoch)
         if self.validation is not None:
             if not self.processes.alone and any(True for _ in self.pair.buffers()):
                 self.processes.spread(
                     self.pair.tensors().values()
                 )  # moments of batch normalisation are each process's own
             metrics |= self.validate()
+        metrics |= closed
         metrics |= {name: float(value) for name, value in self.step.values(state.step).items()}
         metrics["learning_rate"] = float(self.keeper.optimizer.param_groups[0]["lr"])
         metrics["rows_per_second"] = state.rows / max(state.seconds, 1e-9)

@@ -1,0 +1,176 @@
+"""Masses on grey levels: normalised whatever their parameters, in bits that a density's can be held against."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import EXACT
+from scipy import stats
+from torch import Tensor
+from torch.testing import assert_close
+
+from pyrovae.data import load_data
+from pyrovae.data.measure import Measure
+from pyrovae.errors import DataError, UsageError
+from pyrovae.models import MLP, Categorical, DiscretizedLogistic, DiscretizedLogisticMixture
+from pyrovae.models.levels import CategoricalLevels, LogisticLevels, LogisticMixture
+
+L = 256
+LEVELS = torch.arange(float(L))
+# Locations within, at the ends and far outside; scales from a hundredth of a level to forty times the range.
+LOCATIONS = (-1e5, -300.0, -0.5, 0.0, 0.5, 3.2, 100.0, 100.3, 100.5, 127.5, 254.6, 255.0, 600.0, 1e6)
+SCALES = (0.01, 0.1, 0.5, 1.0, 7.0, 60.0, 1e4)
+
+
+def parameters(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """All pairs of these, each of shape (P, 1), with gradients."""
+    pairs = torch.tensor(list(itertools.product(LOCATIONS, SCALES)), dtype=dtype)
+    return pairs[:, :1].clone().requires_grad_(), pairs[:, 1:].clone().requires_grad_()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_discretised_logistic_sums_to_1_whatever_its_parameters(dtype: torch.dtype) -> None:
+    """To 1e-6 in single precision, with every log mass and its gradients finite, a mass of e^-10,000,000 too."""
+    loc, scale = parameters(dtype)
+    log_mass = LogisticLevels(loc, scale, L).log_prob(LEVELS.to(dtype))
+    total = log_mass.double().exp().sum(1)
+    assert (total - 1).abs().max() < (1e-6 if dtype == torch.float32 else 1e-11)
+    gradients = torch.autograd.grad(log_mass.sum(), (loc, scale))
+    for value in (log_mass, *gradients):
+        assert value.isfinite().all()
+    assert log_mass.min() < -1e7
+
+
+def test_a_discretised_logistic_is_the_difference_of_the_logistic_function() -> None:
+    """In double precision, where that difference has digits; the same in single precision, relative to log P."""
+    loc, scale = (value.detach() for value in parameters(torch.float64))
+    edges = torch.cat([torch.tensor([-math.inf]), LEVELS[1:] - 0.5, torch.tensor([math.inf])]).double()
+    upper = ((edges - loc) / scale).sigmoid()
+    difference = upper[:, 1:] - upper[:, :-1]
+    found = LogisticLevels(loc, scale, L).log_prob(LEVELS.double())
+    seen = (difference > 1e-6) & (upper[:, :-1] < 0.99)
+    assert seen.double().mean() > 0.2
+    assert_close(found[seen].exp(), difference[seen], rtol=1e-9, atol=0)
+    single = LogisticLevels(loc.float(), scale.float(), L).log_prob(LEVELS)
+    likely = seen & (scale > 0.3).expand_as(seen)  # where a level's edge is well told from the location
+    assert_close(single.double()[likely], found[likely], rtol=1e-5, atol=1e-5)
+
+
+def test_draws_are_those_of_the_mass() -> None:
+    """Frequencies of 17 levels by a chi-squared test, for a logistic, a mixture of them and a softmax."""
+    torch.manual_seed(3)
+    logistic = LogisticLevels(torch.tensor(15.2), torch.tensor(2.0), 17)
+    pair = LogisticLevels(torch.tensor([3.1, 11.7]), torch.tensor([0.4, 2.0]), 17)
+    mixture = LogisticMixture(torch.tensor([0.3, 1.0]), pair)
+    softmax = CategoricalLevels(2 * torch.randn(17))
+    for p in (logistic, mixture, softmax):
+        counts = p.sample((50_000,)).long().bincount(minlength=17)
+        wanted = 50_000 * p.log_prob(torch.arange(17.0)).double().exp()
+        often = wanted > 5
+        observed, expected = counts[often].double(), wanted[often]
+        assert counts[~often].sum() < 100
+        assert stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > 1e-4
+        assert_close(p.mean, (torch.arange(17.0) * p.log_prob(torch.arange(17.0)).exp()).sum(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_mixture_is_the_sum_of_its_components() -> None:
+    torch.manual_seed(0)
+    part = DiscretizedLogisticMixture(MLP(2, (3, 4, 1, 2), hidden=(5,)), L, components=4).double()
+    part.initialise(torch.randint(0, L, (60, 1, 2)).double())
+    z, x = torch.randn(7, 2, dtype=torch.float64), torch.randint(0, L, (7, 1, 2)).double()
+    logits, loc, raw = part.decoder(z).unbind(1)
+    total = torch.zeros(7, 1, 2, dtype=torch.float64)
+    for c in range(4):
+        scale = part.unit * (1e-3 + torch.nn.functional.softplus(raw[:, c]))
+        total += logits.softmax(1)[:, c] * LogisticLevels(part.unit * loc[:, c], scale, L).log_prob(x).exp()
+    assert_close(part(z).log_prob(x), total.log().sum((1, 2)), **EXACT)
+
+
+def test_a_density_has_more_bits_than_the_mass_that_it_gives_to_levels() -> None:
+    """E_u -log2 p((l + u)/L) + log2 L >= -log2 int p, by quadrature, and equal where p is flat within levels."""
+    points, weights = np.polynomial.legendre.leggauss(200)
+    u, w = torch.from_numpy((points + 1) / 2), torch.from_numpy(weights / 2)
+    density, mass = Measure("density", "", 16, 1), Measure("levels", "", 16, 1)
+    for loc, scale, excess in ((0.4, 0.05, 1e-3), (0.4, 0.01, 1.0), (0.4, 10.0, 0.0)):
+        p = torch.distributions.Normal(torch.tensor(loc).double(), scale)
+        for level in (5, 6, 7):
+            log_p = p.log_prob((level + u) / 16)
+            bits = density.bits_per_dimension((w * log_p).sum().item())
+            least = mass.bits_per_dimension((w * log_p.exp()).sum().log().item() - math.log(16))
+            assert bits >= least - 1e-12
+            assert (bits - least > excess) if excess else bits == pytest.approx(least, abs=1e-6)
+
+
+def test_levels_are_read_as_they_are() -> None:
+    """x is the level; rows, scores and bits are of L levels; binarised and dequantised rows stay what they are."""
+    data = load_data("digits")
+    rows = data.rows("levels")
+    assert rows.measure == Measure("levels", "mass on {0,...,16}^64", 17, 64)
+    assert torch.equal(rows.transform(rows.train), data.train.float())
+    assert torch.equal(rows.test, data.test.float())
+    assert (rows.binarize, rows.data_range) == (None, 16.0)
+    assert len({rows.hash, data.rows("mass").hash, data.rows("density").hash}) == 3
+    uniform = -64 * math.log(17)
+    assert rows.measure.bits_per_dimension(uniform) == pytest.approx(math.log2(17))
+    assert data.rows("density").measure.bits_per_dimension(0.0) == pytest.approx(math.log2(17))
+    with pytest.raises(UsageError, match="binarize is not used by a mass on grey levels; leave it out"):
+        data.rows("levels", "dynamic")
+
+
+def test_what_has_no_levels_is_refused(tmp_path) -> None:
+    np.save(tmp_path / "heights.npy", np.random.default_rng(0).normal(size=(60, 3)))
+    np.save(tmp_path / "bits.npy", np.random.default_rng(0).integers(0, 2, (60, 3)).astype(np.uint8))
+    for name, found, remedy in (
+        ("heights", "continuous values", "Gaussian"),
+        ("bits", "zeros and ones", "Bernoulli"),
+    ):
+        with pytest.raises(DataError, match=f"holds {found} and no grey levels.* or choose a {remedy} likelihood"):
+            load_data(str(tmp_path / f"{name}.npy")).rows("levels")
+
+
+LIKELIHOODS = {
+    "a discretised logistic": lambda: DiscretizedLogistic(MLP(2, 3), 17),
+    "a mixture of discretised logistics": lambda: DiscretizedLogisticMixture(MLP(2, (3, 5, 3)), 17),
+    "a categorical": lambda: Categorical(MLP(2, (17, 3)), 17),
+}
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_support_is_whole_numbers_below_the_number_of_levels(name: str) -> None:
+    part = LIKELIHOODS[name]()
+    part.check_support(torch.tensor([[0.0, 16.0, 3.0]]))
+    for wrong in (17.0, -1.0, 0.5, math.nan):
+        with pytest.raises(DataError, match=rf"^x: {name} likelihood has support {{0, ..., 16}}, got .* 1 elements"):
+            part.check_support(torch.tensor([[0.0, wrong, 3.0]]))
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_they_start_near_what_they_are_to_learn(name: str) -> None:
+    """Without weights, each pixel's mean is that of x to 0.7 levels, and a constant pixel's mass is where it is."""
+    x = load_data("digits").rows("levels").validation.flatten(1)[:, 16:19].contiguous()
+    x[:, 2] = 4.0
+    part = LIKELIHOODS[name]()
+    with torch.no_grad():
+        for parameter in part.decoder.parameters():
+            parameter.zero_()
+    part.initialise(x)
+    p = part(torch.zeros(2))
+    assert_close(p.mean, x.mean(0), rtol=0, atol=0.7)
+    bits = -p.log_prob(x).mean().item() / 3 / math.log(2)
+    assert 0 < bits < 3 < math.log2(17)
+    assert p.base_dist.log_prob(x)[:, 2].exp().mean() > 0.2
+
+
+def test_a_softmax_starts_at_the_shares_of_levels() -> None:
+    x = torch.tensor([[0.0, 2.0], [0.0, 1.0], [0.0, 2.0], [3.0, 2.0]], dtype=torch.float64)
+    part = Categorical(MLP(2, (4, 2), hidden=(3,)).double(), 4)
+    with torch.no_grad():
+        for parameter in part.decoder.parameters():
+            parameter.zero_()
+    part.initialise(x)
+    mass = part.decoder(torch.zeros(2, dtype=torch.float64)).softmax(0)
+    overall = torch.tensor([3 + 1, 1 + 1, 3 + 1, 1 + 1]).double() / 12
+    counts = torch.tensor([[3, 0], [0, 1], [0, 3], [1, 0]]).double()
+    assert_close(mass, (counts + overall[:, None]) / 5, rtol=1e-6, atol=1e-8)
