@@ -226,8 +226,8 @@ def test_gradients_reach_every_parameter(name: str) -> None:
         assert parameter.grad.abs().max() > 0, parameter_name
 
 
-# Coordinates in which densities that are not on all of the line, fall slowly or have an edge at their mean are smooth and
-# end: x, t and dx/dt.
+# Coordinates in which densities that are not on all of the line, fall slowly or have an edge at their mean are smooth
+# and end: x, t and dx/dt.
 COORDINATES: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
     "Beta": (torch.sigmoid, torch.logit, lambda t: t.sigmoid() * (-t).sigmoid()),
     "LogNormal": (torch.exp, torch.log, torch.exp),
