@@ -52,7 +52,7 @@ LAYERS = (
     Layer("plots", ("plots", "plots.*"), "plots"),
     Layer("runs", ("runs", "runs.*")),
     Layer("command", ("command",)),
-    Layer("commands", ("fit", "evaluate", "gaps", "compare", "sample", "encode")),
+    Layer("commands", ("fit", "evaluate", "gaps", "gradients", "compare", "sample", "encode")),
     Layer("pyrovae, its names", ("pyrovae",)),
 )
 

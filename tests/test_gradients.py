@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -24,6 +25,7 @@ from torch.distributions import Bernoulli, Independent
 from torch.testing import assert_close
 
 from pyrovae.errors import CheckpointError, PairError, UsageError
+from pyrovae.gradients import command
 from pyrovae.inference import (
     ELBO,
     IWAE,
@@ -46,8 +48,11 @@ from pyrovae.inference import (
 )
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.estimators import GRADIENTS
+from pyrovae.inference.noise import elements, noise_of, sides
+from pyrovae.inference.noise import gradients as sampled_gradients
 from pyrovae.inference.objectives import OBJECTIVES
 from pyrovae.inference.pair import Pair
+from pyrovae.runs.training import train
 
 uncompiled = test_steps.uncompiled  # the fixture
 R = 20_000
@@ -621,3 +626,61 @@ def test_resumed_is_never_stopped(tmp_path: Path, bound: OfParticles) -> None:
     other = ELBO(gradient=ScoreFunction())
     with pytest.raises(CheckpointError, match="gradient=ScoreFunction"):
         trained(other, directory=tmp_path, resume=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+def test_noise_is_that_of_known_draws() -> None:
+    """Gaussian draws of known mean and sd, and a reference beside them that is off by a known vector, or is not."""
+    torch.manual_seed(0)
+    draws, sd = 4000, torch.tensor([1.0, 2.0, 0.5]).double()
+    mean = torch.tensor([0.1, 0.0, -0.1]).double()
+    reference = mean + sd * torch.randn(draws, 3, dtype=torch.float64)
+    shift = torch.tensor([0.03, 0.04, 0.0]).double()
+    off = noise_of(reference + shift + 0.1 * torch.randn(draws, 3), reference)
+    right = noise_of(reference + 0.1 * torch.randn(draws, 3), reference)
+    wanted = (((mean + shift) / (sd.square() + 0.01).sqrt()) ** 2).mean().sqrt().item()
+    assert off.snr.low < wanted < off.snr.high
+    assert off.variance.low < (sd.square() + 0.01).mean().item() < off.variance.high
+    assert off.bias_t > 10
+    assert off.bias == pytest.approx((shift.norm() / mean.norm()).item(), rel=0.5)
+    assert abs(right.bias_t) < 4
+    silent = noise_of(torch.randn(200, 50, dtype=torch.float64), torch.randn(200, 50, dtype=torch.float64))
+    assert silent.snr.value < 0.03  # plugged in, it would be 1 / sqrt(200) = 0.07
+    assert silent.snr.high < 0.06
+
+
+def test_sides_are_told_apart_and_draws_depend_on_their_number_alone() -> None:
+    pair, x = Network(), ROWS[:4]
+    whole, batch = Pair(pair.model, pair.guide), Batch(x)
+    of = sides(whole, batch)
+    assert all("encoder" in name for name in of["guide"])
+    assert len(of["guide"]) == 2
+    assert len(of["model"]) == 3
+    places = elements(whole, batch)
+    few, many = (sampled_gradients(whole, batch, IWAE(3, gradient=L), places, d) for d in (10, 12))
+    for side in ("model", "guide"):
+        assert torch.equal(few[side], many[side][:10])
+    assert {side: found.shape[1] for side, found in many.items()} == {"model": 4 + 4 * 3 + 3, "guide": 3 * 4 + 4}
+
+
+def test_the_command_says_which_estimators_are_biased(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a run of digits: VR-max's and sticking the landing's bias is seen, the others' is not."""
+    run = train(
+        {"data": "digits", "elbo": "iwae", "K": 8, "epochs": 8, "latent_dim": [4], "network": {"hidden": [20]},
+         "seed": 1, "eval_rows": 20, "eval_K": 20, "compile": "off", "device": "cpu"},
+        tmp_path / "run", plots=False,
+    )  # fmt: skip
+    words = "reparameterised,doubly-reparameterised,sticking-the-landing,vr-max"
+    command([str(run.directory), "--K", "8", "--draws", "120", "--rows", "10", "--gradients", words])
+    said = capsys.readouterr().out
+    table = pd.read_csv(run.directory / "gradients.csv").set_index(["gradient", "parameters"])
+    biased = {word for word, side in table.index if side == "guide" and abs(table.bias_t[word, side]) > 4}
+    assert biased == {"sticking-the-landing", "vr-max"}
+    assert table.variance["doubly-reparameterised", "guide"] < 0.5 * table.variance["reparameterised", "guide"]
+    assert table.snr_low["doubly-reparameterised", "guide"] > table.snr["reparameterised", "guide"]
+    assert "sticking-the-landing is biased: what it leaves out has expectation 0 for K = 1 alone" in said
+    assert (run.directory / "plots" / "gradients.png").stat().st_size > 10_000
+    with pytest.raises(UsageError, match="gradients: enumerated is not of iwae"):
+        command([str(run.directory), "--gradients", "enumerated"])

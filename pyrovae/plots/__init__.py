@@ -11,6 +11,7 @@ from pyrovae.plots.comparisons import gaps as gaps
 from pyrovae.plots.comparisons import k_curve as k_curve
 from pyrovae.plots.densities import densities as densities
 from pyrovae.plots.films import film as film
+from pyrovae.plots.gradients import gradient_noise as gradient_noise
 from pyrovae.plots.images import conditional_samples as conditional_samples
 from pyrovae.plots.images import grid as grid
 from pyrovae.plots.images import named_rows as named_rows
