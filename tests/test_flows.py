@@ -406,6 +406,20 @@ def test_compiled_steps_are_those_of_the_pair() -> None:
     assert bounds[1] == pytest.approx(bounds[0], rel=1e-5)
 
 
+@pytest.mark.parametrize("name", [*(f"guide {word}" for word in GUIDES), *(f"prior {word}" for word in PRIORS)])
+def test_a_pair_is_declared_without_memory(name: str) -> None:
+    """As a run is looked at before its weights are read: the same names and shapes, on the device without values."""
+    torch.manual_seed(0)
+    wanted = {key: value.shape for key, value in pair_of(name).state_dict().items()}
+    with torch.device("meta"):
+        of_guide, word = name.split()
+        part = GUIDES[word](MLP(6, hidden=(5,)), 3) if of_guide == "guide" else PRIORS[word](3)
+    prefix = "guides.0." if of_guide == "guide" else "prior."
+    assert {key: wanted[prefix + key] for key in part.state_dict()} == {
+        key: value.shape for key, value in part.state_dict().items()
+    }
+
+
 @pytest.mark.parametrize("make", [MaskedAutoregressivePrior, NeuralSplinePrior, AutoregressivePrior])
 def test_one_element_is_refused_by_priors(make: type[Prior]) -> None:
     with pytest.raises(UsageError, match=r"latent_dim: .* at least 2, got 1; use MixtureOfGaussians"):

@@ -19,6 +19,7 @@ References:
     https://arxiv.org/abs/1502.03509
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -46,9 +47,9 @@ class MADE(nn.Module):
         self.size, self.outputs, self.groups = size, outputs, groups
         # Without features a unit of degree 0 would see nothing.
         lowest = 0 if features else 1
-        of_inputs = (torch.arange(size) * groups).div(size, rounding_mode="floor") + 1
-        spread = [(torch.arange(h) * (groups - lowest)).div(h, rounding_mode="floor") + lowest for h in hidden]
-        of_outputs = (of_inputs - 1).repeat_interleave(outputs)
+        of_inputs = [d * groups // size + 1 for d in range(size)]
+        spread = [[i * (groups - lowest) // h + lowest for i in range(h)] for h in hidden]
+        of_outputs = [degree - 1 for degree in of_inputs for _ in range(outputs)]
         degrees = [of_inputs, *spread, of_outputs]
         self.layers: Sequence[nn.Linear] = nn.ModuleList(  # type: ignore[assignment]
             nn.Linear(len(a), len(b)) for a, b in pairwise(degrees)
@@ -56,9 +57,10 @@ class MADE(nn.Module):
         self.features = nn.Linear(features, hidden[0], bias=False) if features else None
         # Entry (i, j): unit i may see unit j of the layer before.
         for i, (a, b) in enumerate(pairwise(degrees)):
-            self.register_buffer(f"mask{i}", (b[:, None] >= a).float(), persistent=False)
+            seen = torch.tensor(b).unsqueeze(1) >= torch.tensor(a)
+            self.register_buffer(f"mask{i}", seen.float(), persistent=False)
         # Where the units of degree g, and the elements of group g, end in each layer.
-        self.ends = [[int((d <= g).sum()) for g in range(groups)] for d in degrees]
+        self.ends = [[bisect_right(d, g) for g in range(groups)] for d in degrees]
 
     def forward(self, u: Tensor, features: Tensor | None = None) -> Tensor:
         """The parameters of all elements of u (*batch, Z), shape (*batch, Z, outputs)."""
