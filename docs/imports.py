@@ -40,7 +40,9 @@ class Layer:
 
 # From the ground up. A package's own `__init__`, which only gives names to what is in it, is on top of its folders.
 LAYERS = (
-    Layer("ground", ("errors", "settings", "version", "checks", "files", "seeding", "processors", "processes")),
+    Layer(
+        "ground", ("errors", "settings", "columns", "version", "checks", "files", "seeding", "processors", "processes")
+    ),
     Layer("models", ("models", "models.*"), "models"),
     Layer("data", ("data", "data.*"), "data"),
     Layer("inference", ("inference.*",), "inference"),

@@ -54,7 +54,8 @@ def options_parser() -> Any:
         p,
         "--impute",
         "hide a half of pictures (lower, upper, left or right), a share of the elements at random, or what a .npy file "
-        "of a boolean mask says is not seen; and draw it given the rest",
+        "of a boolean mask says is not seen, or nothing but what is missing already (missing); and draw it given the "
+        "rest",
         "WHAT",
     )
     add_option(p, "--K", "weighted draws of z behind imputations of a row (default 1000)", "INT")

@@ -120,7 +120,7 @@ HOOKS = {
     *("Objective.__post_init__", "Objective.constraint", "OfParticles.__post_init__", "OfParticles.order"),
     *("GradientEstimator.bias",),
     *("Proposal.of_guide", "Proposal.as_guide", "Proposal.computation"),
-    *("Likelihood.remarks", "LatentLayers.extend"),
+    *("Likelihood.remarks", "Likelihood.view", "Likelihood.view", "LatentLayers.extend"),
 }
 
 

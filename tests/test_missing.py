@@ -18,7 +18,6 @@ from pyrovae.models import (
     ConditionalVAE,
     ConvDecoder,
     ConvEncoder,
-    FullCovarianceNormal,
     Gaussian,
     GaussianMixture,
     Masked,
@@ -46,7 +45,7 @@ def linear(columns: int = 4) -> VAE:
     torch.manual_seed(0)
     part = PartlySeen(Gaussian(MLP(2, columns, hidden=()), 0.5))
     view = WithMask((columns,))
-    return VAE(StandardNormal(2), part, FullCovarianceNormal(MLP(view.out_shape, hidden=(20,)).seeing(view), 2))
+    return VAE(StandardNormal(2), part, MeanFieldNormal(MLP(view.out_shape, hidden=(20,)).seeing(view), 2))
 
 
 def exact(vae: VAE) -> GaussianMixture:

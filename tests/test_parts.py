@@ -21,6 +21,7 @@ from torch.nn.functional import softplus
 from torch.testing import assert_close
 
 import pyrovae
+from pyrovae.columns import parse
 from pyrovae.errors import DataError, UsageError
 from pyrovae.models import (
     MLP,
@@ -92,7 +93,8 @@ def named(cls: type, settings: dict[str, object], kind: str) -> str:
 
 
 def likelihood(cls: type[Likelihood], settings: dict[str, object], event: tuple[int, ...]) -> Likelihood:
-    offered = {"levels": LEVELS} if "levels" in inspect.signature(cls).parameters else {}
+    taken = inspect.signature(cls).parameters
+    offered = {name: value for name, value in (("levels", LEVELS), ("columns", TABLE)) if name in taken}
     return cls(decoder(cls.decoder_shape(event, **offered, **settings)), **offered, **settings)
 
 
@@ -133,7 +135,9 @@ EVENTS = {
     "mass": {"MLP": (4,), "Conv": (1, 2, 3)},
     "levels": {"MLP": (3,), "Conv": (1, 2, 2)},
     "counts": {"MLP": (2,), "Conv": (1, 2, 1)},
+    "columns": {"MLP": (5,)},
 }
+TABLE = parse("a=continuous,b=count,c=binary,d=categorical:3,e=continuous")
 LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {
     named(cls, settings, kind): lambda cls=cls, settings=settings, event=event: likelihood(cls, settings, event)
     for cls, settings, _ in classes("likelihood")
@@ -142,6 +146,7 @@ LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {
 # The values of an element that a mass of each measure is on.
 POINTS = {"mass": [0.0, 1.0], "levels": [float(level) for level in range(LEVELS)]}
 MASSES = [name for name, make in LIKELIHOODS.items() if make().measure in POINTS]
+TABLES = [name for name, make in LIKELIHOODS.items() if make().measure == "columns"]
 COUNTS = [name for name, make in LIKELIHOODS.items() if make().measure == "counts"]
 PARTS = {**GUIDES, **LIKELIHOODS, **PRIORS}
 
@@ -183,6 +188,9 @@ def values(part: nn.Module, batch: tuple[int, ...]) -> Tensor:
         "mass": (out > 0).double(),
         "levels": (LEVELS * out.sigmoid()).floor(),
         "counts": (3 * out.abs()).floor(),
+        "columns": torch.cat(
+            [out[..., :1], out[..., 1:2].abs().round(), (out[..., 2:4] > 0).double(), out[..., 4:]], -1
+        ),
         "density": out.sigmoid(),
     }[part.measure]
 
@@ -252,7 +260,7 @@ def density_on_a_grid(p: dist.Distribution, shape: tuple[int, ...], name: str = 
 
 
 # The density of a continuous Bernoulli jumps at 0 and 1: tests/test_continuous_bernoulli.py integrates between them.
-CONTINUOUS = [n for n in PARTS if n not in (*MASSES, *COUNTS) and not n.startswith("ContinuousBernoulli")]
+CONTINUOUS = [n for n in PARTS if n not in (*MASSES, *COUNTS, *TABLES) and not n.startswith("ContinuousBernoulli")]
 
 
 @every(CONTINUOUS)
@@ -880,6 +888,7 @@ def test_a_value_that_is_not_allowed_is_refused_by_name(cls: Class) -> None:
         "encoder": encoder((4,)),
         "decoder": decoder((4,)),
         "levels": LEVELS,
+        "columns": TABLE,
         "in_shape": (1, 4, 4),
         "out_shape": (1, 4, 4),
     }

@@ -13,6 +13,8 @@ and is scored on, for one measure:
 
 - **counts**: p(x) is a probability, x in {0, 1, 2, ...}^D.
 
+- **columns**: of a table whose columns are of several kinds, a density of some columns times a mass of the others.
+
 Nats of different measures are not comparable, so every `Rows` carries its `Measure`, and a `hash` that two runs share
 only if they are scored on identical rows. Training rows may be drawn anew in every epoch; validation and test rows
 never are, and neither they nor the splits depend on a global seed.
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from pyrovae.data.spaces import Binary as Binary
     from pyrovae.data.spaces import Continuous as Continuous
     from pyrovae.data.spaces import Counts as Counts
+    from pyrovae.data.spaces import OfColumns as OfColumns
     from pyrovae.data.spaces import Reading as Reading
     from pyrovae.data.spaces import Space as Space
     from pyrovae.data.spaces import default_measure as default_measure
@@ -58,7 +61,7 @@ _HOME = {
     **dict.fromkeys(("Data", "Rows"), "rows"),
     **dict.fromkeys(("NAMES", "SOURCES", "find_source"), "sources"),
     "SPLITS": "found",
-    **dict.fromkeys(("Binary", "Continuous", "Counts", "Reading", "Space", "default_measure"), "spaces"),
+    **dict.fromkeys(("Binary", "Continuous", "Counts", "OfColumns", "Reading", "Space", "default_measure"), "spaces"),
     "MappedRows": "streaming",
     "Standardize": "transforms",
 }

@@ -1,7 +1,8 @@
 """Files and folders of the user's own: which reader reads which, tables, folders of images, and IDX files.
 
     .npz, .npy      `pyrovae.data.arrays`
-    .csv            numbers, with or without a header; a column named `y` or `label` holds the labels
+    .csv            numbers, with or without a header; a column named `y` or `label` holds the labels; or columns of
+                    several kinds, see `tables`
     a folder        8-bit images of one size; subfolders `train` and `test` (and `validation`) are the splits, others
                     the labels
     IDX             the files behind torchvision's data sets of handwriting, compared with their headers before use
@@ -20,26 +21,33 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyrovae.columns import GUESSED, Column, parse
 from pyrovae.data.arrays import read_npy, read_npz
 from pyrovae.data.found import SPLITS, Found, in_short, require_memory, shown_path
-from pyrovae.errors import DataError
+from pyrovae.data.tables import numbers_as, numbers_of
+from pyrovae.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    import pandas
 
 FORMATS = ".npz, .npy, .csv, or a folder of images"
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
 OTHERS = 10_000  # files without pixels in a folder of images
 
 
-def read_path(path: Path, where: str, stream: str) -> Found:
+def read_path(path: Path, where: str, stream: str, columns: "str | Sequence[Column] | None" = None) -> Found:
     """What a file or folder holds.
 
     Args:
         path: Of the file or folder, which exists.
         where: It in words, for messages.
         stream: Whether training rows stay in the file: "auto", "on" or "off".
+        columns: Kinds of the columns of a table, or "auto"; or columns that are known, with their classes; None: all
+            are numbers of one kind.
 
     Raises:
         DataError: its kind is unknown, or it is damaged, not of numbers, or too large for the memory.
@@ -47,8 +55,10 @@ def read_path(path: Path, where: str, stream: str) -> Found:
     readers: dict[str, Callable[[Path, str], Found]] = {
         ".npz": read_npz,
         ".npy": partial(read_npy, stream=stream),
-        ".csv": _read_csv,
+        ".csv": partial(_read_csv, columns=columns),
     }
+    if columns is not None and path.suffix.lower() != ".csv":
+        raise UsageError(f"columns: is for a .csv, got {where}; leave it out", settings=("columns",))
     if path.is_dir():
         return _read_folder(path, where)
     reader = readers.get(path.suffix.lower())
@@ -60,8 +70,8 @@ def read_path(path: Path, where: str, stream: str) -> Found:
         raise DataError(f"{where}: cannot be read ({in_short(error)})") from error
 
 
-def _read_csv(path: Path, where: str) -> Found:
-    """A table. Its first line is a header unless all its cells are numbers."""
+def _read_csv(path: Path, where: str, columns: "str | Sequence[Column] | None" = None) -> Found:
+    """A table, see `read_frame`. Its first line is a header unless all its cells are numbers."""
     import pandas
 
     require_memory(10 * path.stat().st_size, where)
@@ -77,23 +87,56 @@ def _read_csv(path: Path, where: str) -> Found:
         raise DataError(f"{where}: empty, no rows below its header; give at least three rows")
     if not isinstance(table.index, pandas.RangeIndex):
         raise DataError(f"{where}: rows have more fields than the {len(first)} of the header; name every column")
+    if columns is not None and header is None:
+        raise DataError(f"{where}: has no header, and columns of several kinds need names; add a first line of them")
+    found = read_frame(table, where, columns)
+    return found if header is not None else found._replace(columns=None)
 
+
+def read_frame(table: "pandas.DataFrame", where: str, columns: "str | Sequence[Column] | None" = None) -> Found:
+    """What a data frame holds; a column `y` or `label` of names or whole numbers is labels, unless `columns` has it.
+
+    Args:
+        table: The frame; its index is not looked at.
+        where: It in words, for messages.
+        columns: As for `read_path`.
+
+    Raises:
+        DataError: a column is not of its kind.
+    """
+    import pandas
+
+    known = columns if columns is not None and not isinstance(columns, str) else ()
+    said = known or (parse(columns) if isinstance(columns, str) and columns != GUESSED else ())
+    table = table.reset_index(drop=True).infer_objects()  # numbers beside empty cells may be objects
     named = [column for column in table.columns if str(column).strip().lower() in ("y", "label")]
+    named = [column for column in named if str(column).strip() not in [of.name for of in said]]
     labels = {column: table.pop(column) for column in named if _are_labels(table[column])}
     if len(labels) > 1:
         raise DataError(f"{where}: two columns of labels, {' and '.join(map(repr, labels))}; keep one")
+    notices = tuple(f"{where}: column {column!r} is read as labels" for column in labels)
+    y = dict(zip(["train"], (column.to_numpy() for column in labels.values()), strict=False))
+    if known:
+        return Found(
+            {"train": numbers_as(table, known, where)}, y, None, notices, [of.name for of in known], table=(*known,)
+        )
+    if isinstance(columns, str):
+        values, kinds, guesses = numbers_of(table, columns, where)
+        names = [column.name for column in kinds]
+        return Found({"train": values}, y, None, notices=(*notices, *guesses), columns=names, table=kinds)
     for column in table.columns:
         if not pandas.api.types.is_numeric_dtype(table[column]):
             # As words: a whole number may be larger than any float.
             numbers = pandas.to_numeric(table[column].astype(str), errors="coerce")
             words = table[column][numbers.isna() & table[column].notna()]
             value = f": {words.iloc[0]!r} in row {words.index[0]}" if len(words) else ""
-            raise DataError(f"{where}: column {column!r} is not numeric{value}; leave it out or encode it")
-    rows = table.to_numpy()
-    notices = tuple(f"{where}: column {column!r} is read as labels" for column in labels)
-    y = dict(zip(["train"], (column.to_numpy() for column in labels.values()), strict=False))
-    columns = None if header is None else [str(column) for column in table.columns]
-    return Found({"train": rows}, y, notices=notices, columns=columns)
+            raise DataError(
+                f"{where}: column {column!r} is not numeric{value}; leave it out or encode it, or say that columns "
+                "are of several kinds: `columns=auto`",
+                settings=("columns=auto",),
+            )
+    names = [str(column) for column in table.columns]
+    return Found({"train": table.to_numpy()}, y, notices=notices, columns=names)
 
 
 def _is_number(cell: str) -> bool:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pyrovae.columns import Column
 from pyrovae.errors import DataError
 
 SPLITS = ("train", "validation", "test")
@@ -32,6 +33,7 @@ class Found(NamedTuple):
         columns: Names of the columns of a table, for messages and figures.
         classes: Names of labels that are numbers.
         stream: Whether the training rows stay where they are.
+        table: Of a table with columns of several kinds, the columns; None of all else.
     """
 
     x: dict[str, np.ndarray]
@@ -41,6 +43,7 @@ class Found(NamedTuple):
     columns: Sequence[str] | None = None
     classes: tuple[str, ...] | None = None
     stream: bool = False
+    table: tuple[Column, ...] | None = None
 
 
 def check_shape(rows: np.ndarray, where: str) -> None:

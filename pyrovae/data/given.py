@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from pyrovae.columns import CATEGORICAL
 from pyrovae.data.found import SPLITS, require_memory
 from pyrovae.data.raw import Raw
 from pyrovae.errors import DataError, UsageError
@@ -99,8 +100,16 @@ def examples(parts: Sequence[_Part]) -> Iterator[tuple[str, Tensor]]:
 
 
 def covariate(data: Raw, name: str) -> _Part:
-    """A column of a table as y, shape (N, 1)."""
+    """A column of a table as y, shape (N, 1).
+
+    Raises:
+        DataError: it is constant, categorical, or has values that are missing.
+    """
     at = named_columns(data).index(name)
+    if data.table is not None and data.table[at].kind == CATEGORICAL:
+        raise DataError(f"{data.name}: column {name!r} is categorical; name it `label` in the file to condition on it")
+    if any(getattr(data, split)[:, at].isnan().any() for split in SPLITS):
+        raise DataError(f"{data.name}: column {name!r} has values that are missing, and so nothing to condition on")
     raw = {split: getattr(data, split)[:, at : at + 1].float() for split in SPLITS}
     if all(((column == 0) | (column == 1)).all() for column in raw.values()):
         return _Part(name, raw, (name,), {f"{name} = {i}": torch.tensor([float(i)]) for i in (0, 1)})
@@ -127,10 +136,12 @@ def without(data: Raw, names: Sequence[str]) -> Raw:
     if moments is not None:
         every = torch.cat(list(rows.values()))
         per_column = {name: getattr(moments, name)[keep] for name in ("mean", "sd", "constant", "whole")}
-        moments = replace(moments, low=every.min().item(), high=every.max().item(), **per_column)
+        seen = every[~every.isnan()]
+        moments = replace(moments, low=seen.min().item(), high=seen.max().item(), **per_column)
         if ((every == 0) | (every == 1)).all():
             rows, moments = {split: x.to(torch.uint8) for split, x in rows.items()}, None
-    return replace(data, **rows, moments=moments, columns=tuple(columns[i] for i in keep))
+    table = None if data.table is None else tuple(data.table[i] for i in keep)
+    return replace(data, **rows, moments=moments, columns=tuple(columns[i] for i in keep), table=table)
 
 
 def labels_as_given(labels: Mapping[str, Tensor | None], classes: Sequence[str] | None, where: str) -> _Part:

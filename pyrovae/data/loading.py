@@ -2,16 +2,17 @@
 
 import difflib
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyrovae.checks import check_choice
-from pyrovae.data.files import FORMATS, read_path
+from pyrovae.data.files import FORMATS, read_frame, read_path
 from pyrovae.data.found import (
     HELD_OUT,
     SEED,
@@ -31,14 +32,19 @@ from pyrovae.data.summary import Part, summarise
 from pyrovae.errors import DataError, UsageError
 from pyrovae.files import user_cache
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 STREAM = ("auto", "on", "off")
 
 
 def load_data(
-    source: str | Path = "digits",
+    source: "str | Path | pd.DataFrame" = "digits",
     root: str | Path | None = None,
     download: bool = True,
     stream: Literal["auto", "on", "off"] = "auto",
+    columns: str | None = None,
+    missing: bool = False,
 ) -> Data:
     """Load a named data set or the user's own file, in splits that are the same in every run.
 
@@ -58,12 +64,15 @@ def load_data(
 
             uint8 is read as 256 grey levels; (N, H, W) gets a channel axis, and (N, H, W, C) with C in 1, 3, 4 has it
             moved first unless axis 1 can be one already. Data of zeros and ones only is binary. Everything else is
-            continuous, in float32.
+            continuous, in float32. Or a `pandas.DataFrame`, which is read as a .csv is.
         root: Directory of torchvision's data sets; by default `pyrovae` in the user's cache, `~/.cache`.
         download: Let torchvision fetch what is not under `root`.
         stream: Whether training rows stay in their file and are read when used: "auto", if they do not fit in memory
             and are in a .npy file; "on", always; "off", never. Splits, rows and hash are the same either way. The
             file has to stay as it is meanwhile: one that is cut short ends the process (SIGBUS).
+        columns: Of a table, the kind of each column, as "age=continuous,job=categorical": continuous, binary, count or
+            categorical. Those not named are guessed from their values, all of them with "auto"; which, is said.
+        missing: Whether NaN, such as an empty cell of a table, is a value that is missing; else it is refused.
     Returns:
         The rows as they are. EMNIST is turned upright; Omniglot is 28x28, strokes bright, labels counted through
         from training to test alphabets; CelebA is the central 148x148 pixels at 64x64, without labels.
@@ -75,6 +84,8 @@ def load_data(
     >>> load_data("digits").event_shape
     (1, 8, 8)
     """
+    if is_frame(source):
+        return _assembled(read_frame(source, "the data frame", columns), "the data frame", "the data frame", missing)
     if not isinstance(source, str | Path):
         raise UsageError(
             f"source: expected the name of a data set or the path of a file, got {type(source).__name__}; fit and "
@@ -87,12 +98,14 @@ def load_data(
     if stream == "on" and (named or path.suffix.lower() != ".npy"):
         raise UsageError(f"stream: only the rows of a .npy file can stay in it, got {where}; save them with np.save")
     if named is None:
-        return _assembled(read_path(path, where, stream), path.name, where, foreign=not path.is_dir())
+        return _assembled(read_path(path, where, stream, columns), path.name, where, missing, foreign=not path.is_dir())
+    if columns is not None:
+        raise UsageError(f"columns: is for a .csv, got {where}; leave it out", settings=("columns",))
     directory = Path(user_cache() if root is None else root).expanduser().absolute()
-    return _assembled(named.read(directory, download), named.name, where)
+    return _assembled(named.read(directory, download), named.name, where, missing)
 
 
-def _assembled(found: Found, name: str, where: str, foreign: bool = False) -> Data:
+def _assembled(found: Found, name: str, where: str, missing: bool, foreign: bool = False) -> Data:
     """Check what a source holds, split it, and find out what there is to know of all rows.
 
     Args:
@@ -105,7 +118,7 @@ def _assembled(found: Found, name: str, where: str, foreign: bool = False) -> Da
     y, classes = encode_labels(found.y, x, where, notices)
     parts = _split({split: len(array) for split, array in x.items()}, where, notices)
     conversion = Conversion.of(x["train"])
-    summary = summarise(x, parts, conversion, where, found.columns)
+    summary = summarise(x, parts, conversion, where, found.columns, missing)
     levels = found.levels if of_levels(x["train"]) and not summary.binary else None
     if summary.binary:
         conversion = conversion.binary()
@@ -129,7 +142,15 @@ def _assembled(found: Found, name: str, where: str, foreign: bool = False) -> Da
         notices=(*notices, *summary.notices),
         columns=found.columns if found.columns is None else tuple(found.columns),
         classes=classes or found.classes,
+        table=found.table,
+        missing=missing,
     )
+
+
+def is_frame(source: object) -> TypeGuard["pd.DataFrame"]:
+    """Whether it is a pandas data frame; where pandas has not been imported yet, nothing is."""
+    pandas = sys.modules.get("pandas")
+    return pandas is not None and isinstance(source, pandas.DataFrame)
 
 
 def _existing(source: str | Path) -> Path:

@@ -13,7 +13,8 @@ class Measure:
         description: The space in words, for tables.
         levels: Number of grey levels L if the rows are levels, or dequantised ones; else None.
         dimensions: D, the number of elements of one event.
-        coded: Whether points of the space can be coded, so that there are bits; not where it has a density.
+        coded: Whether points of the space can be coded, so that there are bits; not where it has a density, as in part
+            columns of several kinds have, nor of rows with gaps, each of which has dimensions of its own.
     """
 
     kind: str
@@ -30,7 +31,9 @@ class Measure:
         >>> Measure("mass", "mass on {0,1}^2", None, 2).bits_per_dimension(-2 * math.log(2))
         1.0
         """
+        if not self.coded:
+            return None
         bits = -nats / (self.dimensions * math.log(2))
         if self.kind == "density":
             return None if self.levels is None else bits + math.log2(self.levels)
-        return bits if self.coded else None
+        return bits

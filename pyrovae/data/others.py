@@ -54,7 +54,7 @@ def other_rows(rows: Rows, source: str | Path, split: str = "test") -> Others:
     where = shown_path(source, path)
     if not path.exists():
         raise DataError(f"{where}: no such file or folder; give {FORMATS}")
-    found = read_path(path, where, "off")
+    found = read_path(path, where, "off", rows.table)
     part = "train" if set(found.x) == {"train"} else split
     if part not in found.x:
         raise DataError(f"{where}: has no rows of {split}, but of {', '.join(found.x)}; choose one of these splits")
@@ -64,15 +64,16 @@ def other_rows(rows: Rows, source: str | Path, split: str = "test") -> Others:
             f"{where}: columns {', '.join(found.columns[:5])}, ..., where the model was trained on "
             f"{', '.join(rows.columns[:5])}, ...; give the same in the same order"
         )
-    raw = _raw(found.x[part], rows.event_shape, where)
+    raw = _raw(found.x[part], rows, where)
     notices = list(found.notices)
     numbers, classes = encode_labels({part: found.y[part]} if part in found.y else {}, found.x, where, notices)
     labels = None if part not in numbers else _names(numbers[part], classes or rows.classes)
     return Others(_points(raw, rows, where), _given(labels, rows, where), labels, tuple(notices))
 
 
-def _raw(array: np.ndarray, event_shape: tuple[int, ...], where: str) -> Tensor:
-    """Rows as uint8 or float32, channels first, of that shape and finite."""
+def _raw(array: np.ndarray, of: Rows, where: str) -> Tensor:
+    """Rows as uint8 or float32, channels first, of the shape of others and finite, but for what may be missing."""
+    event_shape = of.event_shape
     rows = torch.from_numpy(np.array(Conversion.of(array)(array)))
     if (1, *rows.shape[1:]) == event_shape:
         rows = rows.unsqueeze(1)  # grey images without their channel axis
@@ -80,8 +81,9 @@ def _raw(array: np.ndarray, event_shape: tuple[int, ...], where: str) -> Tensor:
         rows = rows.unflatten(1, event_shape)  # images as lines of a table, as draws are saved
     if tuple(rows.shape[1:]) != event_shape:
         raise DataError(f"{where}: rows of shape {tuple(rows.shape[1:])}, where the model has {event_shape}")
-    if not rows.isfinite().all():
-        bad = (~rows.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    wrong = ~rows.isfinite() & ~rows.isnan() if of.missing else ~rows.isfinite()
+    if wrong.any():
+        bad = wrong.flatten(1).any(1).nonzero().flatten().tolist()
         raise DataError(
             f"{where}: {counted(len(bad), 'row')} with values NaN, infinite or beyond float32, the first being row "
             f"{bad[0]}; remove or fill such rows"

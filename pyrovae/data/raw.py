@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pyrovae.columns import Column
 from pyrovae.data.streaming import MappedRows
 from pyrovae.data.summary import Moments
 
@@ -27,6 +28,8 @@ class Raw:
         notices: Sentences for the user: rows found in train and test, columns not used, ...
         columns: Names of the columns of a table; None where there are none.
         classes: Names of the labels 0, 1, ...; None where labels are numbers.
+        table: The columns of a table of several kinds; None of all else.
+        missing: Whether NaN stands for what is missing.
     """
 
     name: str
@@ -41,6 +44,8 @@ class Raw:
     notices: tuple[str, ...]
     columns: tuple[str, ...] | None = None
     classes: tuple[str, ...] | None = None
+    table: tuple[Column, ...] | None = None
+    missing: bool = False
 
     @property
     def event_shape(self) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.checks import check_choice
+from pyrovae.columns import Column, written
 from pyrovae.data.given import Given, conditioned
 from pyrovae.data.measure import Measure
 from pyrovae.data.raw import Raw
@@ -41,6 +42,8 @@ class Rows:
         data_range: The greatest less the least value that an element can have, which SSIM and PSNR need: 1 for binary
             rows and dequantised levels, L - 1 for levels; else that of the validation rows.
         of_raw: From a raw row of the source to x, whether or not training rows are drawn once: see `others`.
+        table: The columns of a table of several kinds; None of all else.
+        missing: Whether NaN stands for what is missing, and log p is that of what is seen.
     """
 
     train: Tensor | MappedRows = field(repr=False)
@@ -57,11 +60,18 @@ class Rows:
     given: Given = field(default_factory=Given)
     data_range: float = 1.0
     of_raw: Transform = field(default_factory=AsFloat)
+    table: tuple[Column, ...] | None = None
+    missing: bool = False
 
     @property
     def event_shape(self) -> tuple[int, ...]:
         """Shape of one row."""
         return tuple(self.test.shape[1:])
+
+    @property
+    def of_one_unit(self) -> bool:
+        """Whether errors of all elements are of one unit and known: not of several kinds of columns, nor with gaps."""
+        return self.table is None and not self.missing
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +104,8 @@ class Data(Raw):
         data, given = (self, Given()) if condition is None else conditioned(self, condition)
         reading = space.read(data)
         scored = reading.measure
+        if data.missing:
+            scored = replace(scored, description=f"{scored.description}, of what is seen", coded=False)
         if condition is not None:
             scored = replace(scored, description=f"{scored.description}, given {given.words}")
         train, transform = data.train, reading.transform
@@ -104,6 +116,8 @@ class Data(Raw):
         words = f"{self.hash} {scored} {reading.binarize}"
         if given.name is not None:
             words += f" {' '.join(given.columns)}"
+        if data.table is not None:
+            words += f" {written(data.table)} {[column.classes for column in data.table]}"
         return Rows(
             train=train,
             transform=transform,
@@ -119,6 +133,8 @@ class Data(Raw):
             given=given,
             data_range=spread(validation) if reading.data_range is None else reading.data_range,
             of_raw=reading.transform,
+            table=data.table,
+            missing=data.missing,
         )
 
     def _space(self, measure: str, binarize: str | None, standardize: bool) -> Space:
@@ -139,7 +155,8 @@ class Data(Raw):
 
 def spread(rows: Tensor) -> float:
     """The greatest less the least value of any element."""
-    return (rows.max() - rows.min()).item()
+    seen = rows[~rows.isnan()]
+    return (seen.max() - seen.min()).item()
 
 
 def sha256(tensors: Iterable[Tensor], words: str = "") -> str:

@@ -7,6 +7,7 @@ new one, subclass `Space`: its fields are the user's settings, and `read` gives 
     Continuous    R^D          grey levels are dequantised to [0,1]^D; all else stays in its units, or is standardised
     GreyLevels    {0,...,L-1}^D   grey levels as they are
     Counts        {0, 1, ...}^D   whole numbers as they are
+    OfColumns     each column of a table in a space of its own
 """
 
 import math
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from pyrovae.checks import check_choice
+from pyrovae.columns import measure_of
 from pyrovae.data.found import counted, require_memory
 from pyrovae.data.measure import Measure
 from pyrovae.data.raw import Raw
@@ -90,7 +92,7 @@ class Binary(Space):
     def read(self, data: Raw) -> Reading:
         dimensions = math.prod(data.event_shape)
         measure = Measure("mass", f"mass on {{0,1}}^{dimensions}", None, dimensions)
-        if data.binary:
+        if data.binary or of_bits(data):
             if self.binarize is not None:
                 raise UsageError(
                     f"{data.name}: binary data has nothing to binarise; leave the binarisation out",
@@ -223,7 +225,26 @@ class Counts(Space):
         return Reading(measure, AsFloat(), notices=notices)
 
 
-SPACES: tuple[type[Space], ...] = (Binary, Continuous, GreyLevels, Counts)
+@dataclass(frozen=True)
+class OfColumns(Space):
+    """Columns of several kinds, each in a space of its own: log p(x) is of a density of some times a mass of others.
+
+    A continuous column is in its own units; one that is binary or categorical has the numbers of its classes.
+    """
+
+    name = "columns"
+    words = "a density of some columns times a mass of others"
+
+    def read(self, data: Raw) -> Reading:
+        if data.table is None:
+            raise DataError(
+                f"{data.name}: its columns are of one kind; say of which kind each is, or `columns=auto`",
+                settings=("columns=auto",),
+            )
+        return Reading(Measure("columns", measure_of(data.table), None, len(data.table), coded=False), AsFloat())
+
+
+SPACES: tuple[type[Space], ...] = (Binary, Continuous, GreyLevels, Counts, OfColumns)
 
 
 def as_grey_levels(data: Raw, how: str) -> tuple[str, ...]:
@@ -257,11 +278,19 @@ def without_bound(name: str, moments: Moments, dimensions: int) -> tuple[str, ..
     return notices
 
 
-def default_measure(data: Raw) -> Literal["mass", "density"]:
+def default_measure(data: Raw) -> Literal["mass", "density", "columns"]:
     """The measure that suits the data.
 
     Mass for binary data and for grey levels in one channel (or in rows without a channel axis); density for colour
-    and for continuous data.
+    and for continuous data; columns for a table whose columns are of several kinds.
     """
+    if data.table is not None:
+        return "columns"
     grey = data.levels is not None and (len(data.event_shape) != 3 or data.event_shape[0] == 1)
-    return "mass" if data.binary or grey else "density"
+    return "mass" if data.binary or grey or of_bits(data) else "density"
+
+
+def of_bits(data: Raw) -> bool:
+    """Whether all values that are not missing are 0 or 1, where some may be missing."""
+    seen = data.moments
+    return data.missing and seen is not None and seen.low >= 0 and seen.high <= 1 and bool(seen.whole.all())

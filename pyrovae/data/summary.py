@@ -73,6 +73,7 @@ def summarise(
     conversion: Conversion,
     where: str,
     columns: Sequence[str] | None = None,
+    missing: bool = False,
 ) -> Summary:
     """Pass once over every row of a source.
 
@@ -82,17 +83,19 @@ def summarise(
         conversion: From rows of the source to uint8 or float32, which is what is summarised.
         where: The source in words, for messages.
         columns: Names of the columns, for messages.
+        missing: Whether NaN is what is missing of a row, and in order.
     Raises:
         DataError: a value is NaN, infinite or beyond float32, or a boolean that is neither.
     """
     digests = {split: _Digest() for split in arrays}
-    moments = _Moments() if conversion.dtype == torch.float32 else None
+    of_seen = _SeenMoments() if missing else _Moments()
+    moments = of_seen if conversion.dtype == torch.float32 else None
     train, test = parts["train"], parts["test"]
     overlap = _Overlap(read(arrays[test.source], test.positions, conversion).numpy())
     highest = 0
     for split, array in arrays.items():
         advise(array, "MADV_SEQUENTIAL")
-        finite = _Finite(f"{where}, {split}", columns)
+        finite = _Finite(f"{where}, {split}", columns, missing)
         trained = np.full(len(array), split == "train" and train.positions is None)
         if split == "train" and train.positions is not None:
             trained[train.positions] = True
@@ -118,12 +121,13 @@ def summarise(
     dtype = torch.uint8 if binary else conversion.dtype
     shapes = {split: conversion.event_shape(array.shape[1:]) for split, array in arrays.items()}
     lines = [f"{split} {dtype} {len(arrays[split])} {shapes[split]} {digests[split].hex(binary)}" for split in arrays]
+    of_gaps = of_seen.notices(where) if isinstance(of_seen, _SeenMoments) and moments is not None else ()
     return Summary(
         hash=hashlib.sha256("\n".join(lines).encode()).hexdigest(),
         binary=binary,
         moments=None if binary or moments is None else moments.result(),
         highest=highest,
-        notices=overlap.notices(where),
+        notices=(*overlap.notices(where), *of_gaps),
     )
 
 
@@ -146,13 +150,13 @@ class _Digest:
 class _Finite:
     """Counts what is not finite in float32, and remembers the first such value."""
 
-    def __init__(self, where: str, columns: Sequence[str] | None) -> None:
-        self.where, self.columns = where, columns
+    def __init__(self, where: str, columns: Sequence[str] | None, missing: bool) -> None:
+        self.where, self.columns, self.missing = where, columns, missing
         self.count, self.first = 0, ""
 
     def check(self, rows: np.ndarray, array: np.ndarray, start: int) -> bool:
         """Look at the rows that begin at `start` of the array; whether all values are finite."""
-        finite = np.isfinite(rows)
+        finite = np.isfinite(rows) | np.isnan(rows) if self.missing else np.isfinite(rows)
         if finite.all():
             return True
         if not self.count:
@@ -168,7 +172,8 @@ class _Finite:
         if self.count:
             raise DataError(
                 f"{self.where}: {self.count} value{'s' * (self.count != 1)} NaN, infinite or beyond float32, the first "
-                f"{self.first}; remove or fill such rows"
+                f"{self.first}; remove or fill such rows, or say that NaN is what is missing (`missing`)",
+                settings=("missing",),
             )
 
 
@@ -205,6 +210,52 @@ class _Moments:
         mean, constant = self.mean.astype(np.float32), torch.from_numpy(self.constant)
         whole = torch.from_numpy(np.broadcast_to(self.whole, mean.shape).copy())
         return Moments(self.low, self.high, torch.from_numpy(mean), torch.from_numpy(sd), constant, whole)
+
+
+class _SeenMoments:
+    """The same of rows with gaps: of each element by the rows in which it is seen, of which there may be none."""
+
+    def __init__(self) -> None:
+        self.low, self.high = math.inf, -math.inf
+        self.seen = self.gaps = 0
+        self.count = self.mean = self.squares = np.zeros(())
+        self.least, self.most = np.array(np.inf), np.array(-np.inf)  # of training rows
+        self.whole = np.array(True)
+
+    def update(self, rows: np.ndarray, train: np.ndarray) -> None:
+        there = ~np.isnan(rows)
+        self.seen, self.gaps = self.seen + int(there.sum()), self.gaps + int((~there).sum())
+        self.low = min(self.low, float(np.min(rows, initial=np.inf, where=there)))
+        self.high = max(self.high, float(np.max(rows, initial=-np.inf, where=there)))
+        self.whole = self.whole & ((rows == np.floor(rows)) | ~there).all(0)
+        there, values = ~np.isnan(train), np.nan_to_num(train.astype(np.float64))
+        count = there.sum(0)
+        mean = values.sum(0) / np.maximum(count, 1)
+        squares = ((values - mean) ** 2 * there).sum(0)
+        total = self.count + count
+        shift = (mean - self.mean) * (count > 0)
+        self.squares = self.squares + squares + shift**2 * (self.count * count / np.maximum(total, 1))
+        self.mean, self.count = self.mean + shift * (count / np.maximum(total, 1)), total
+        self.least = np.minimum(self.least, np.min(train, 0, initial=np.inf, where=there))
+        self.most = np.maximum(self.most, np.max(train, 0, initial=-np.inf, where=there))
+
+    def result(self) -> Moments:
+        constant = self.least >= self.most
+        sd = np.sqrt(self.squares / np.maximum(self.count, 1)).astype(np.float32)
+        sd[constant | (sd == 0)] = 1
+        parts = (self.mean.astype(np.float32), sd, constant, np.broadcast_to(self.whole, sd.shape).copy())
+        return Moments(self.low, self.high, *map(torch.from_numpy, parts))
+
+    def notices(self, where: str) -> tuple[str, ...]:
+        """How much is missing.
+
+        Raises:
+            DataError: all values are.
+        """
+        if not self.seen:
+            raise DataError(f"{where}: every value is missing; give some")
+        share = 100 * self.gaps / (self.seen + self.gaps)
+        return (f"{where}: {self.gaps} values are missing, {share:.3g} % of all; log p is that of what is seen",)
 
 
 class _Overlap:

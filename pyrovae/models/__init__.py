@@ -62,6 +62,7 @@ from pyrovae.models.priors import Prior as Prior
 from pyrovae.models.priors import StandardNormal as StandardNormal
 from pyrovae.models.priors import VampPrior as VampPrior
 from pyrovae.models.semi_amortised import SemiAmortised as SemiAmortised
+from pyrovae.models.tables import Columns as Columns
 from pyrovae.models.two_stage import ExPostVAE as ExPostVAE
 from pyrovae.models.two_stage import TwoStageVAE as TwoStageVAE
 from pyrovae.models.vae import VAE as VAE

@@ -9,6 +9,7 @@ from pyrovae.models.likelihoods import Bernoulli, Beta, ContinuousBernoulli, Gau
 from pyrovae.models.mixture_guide import MixtureOfNormals
 from pyrovae.models.priors import FlowPrior, IsotropicNormal, MixtureOfGaussians, StandardNormal, VampPrior
 from pyrovae.models.semi_amortised import SemiAmortised
+from pyrovae.models.tables import Columns
 
 PRIORS = (
     StandardNormal,
@@ -48,4 +49,5 @@ LIKELIHOODS = (
     NegativeBinomial,
     Poisson,
     ZeroInflatedNegativeBinomial,
+    Columns,
 )

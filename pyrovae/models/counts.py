@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from pyrovae.errors import DataError, UsageError
 from pyrovae.models.likelihood import Likelihood, set_output_bias
 from pyrovae.models.networks import Network
-from pyrovae.models.views import LogCounts
+from pyrovae.models.views import LogCounts, View
 from pyrovae.settings import checked
 
 Library = Literal["none", "given"]
@@ -52,7 +52,6 @@ class Poisson(Likelihood):
     """
 
     measure = "counts"
-    view = LogCounts
 
     @checked
     def __init__(self, decoder: Network, library: Library = "none") -> None:
@@ -74,6 +73,9 @@ class Poisson(Likelihood):
     def check_support(self, x: Tensor) -> None:
         check_counts(x)
 
+    def view(self, event_shape: tuple[int, ...]) -> View:
+        return LogCounts(event_shape)
+
 
 class NegativeBinomial(Likelihood):
     """A mass on counts that vary more than a Poisson's: independent negative binomial elements.
@@ -89,7 +91,6 @@ class NegativeBinomial(Likelihood):
     """
 
     measure = "counts"
-    view = LogCounts
     short = ("negative-binomial",)
 
     @checked
@@ -127,6 +128,9 @@ class NegativeBinomial(Likelihood):
     def check_support(self, x: Tensor) -> None:
         check_counts(x)
 
+    def view(self, event_shape: tuple[int, ...]) -> View:
+        return LogCounts(event_shape)
+
 
 class ZeroInflatedNegativeBinomial(Likelihood):
     """A mass on counts with more zeros than their mean explains: a negative binomial, or 0 with a probability pi.
@@ -141,7 +145,6 @@ class ZeroInflatedNegativeBinomial(Likelihood):
     """
 
     measure = "counts"
-    view = LogCounts
     short = ("zinb", "zero-inflated-negative-binomial")
 
     @checked
@@ -177,6 +180,9 @@ class ZeroInflatedNegativeBinomial(Likelihood):
 
     def check_support(self, x: Tensor) -> None:
         check_counts(x)
+
+    def view(self, event_shape: tuple[int, ...]) -> View:
+        return LogCounts(event_shape)
 
 
 def log_mean_of(out: Tensor, z: Tensor, library: Library, event_shape: tuple[int, ...]) -> Tensor:

@@ -127,6 +127,9 @@ class PartlySeen(Likelihood):
     def remarks(self, z: Tensor) -> list[str]:
         return self.whole.remarks(z)
 
+    def view(self, event_shape: tuple[int, ...]) -> View:
+        return WithMask(event_shape, self.whole.view(event_shape))
+
 
 class WithMask(View):
     """Rows with gaps as an encoder sees them: medians in the gaps, and beside them which elements are seen.

@@ -23,12 +23,10 @@ class Likelihood(nn.Module, ABC):
 
     Attributes:
         measure: Of p(x), by the name of the space of x: "mass", "density", "counts".
-        view: What an encoder should see of such x; None: x.
         short: Other names that the class goes by where it is chosen by name.
     """
 
     measure: ClassVar[str]
-    view: ClassVar[type[View] | None] = None
     short: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, decoder: Network, event_shape: tuple[int, ...]) -> None:
@@ -65,6 +63,10 @@ class Likelihood(nn.Module, ABC):
     def remarks(self, z: Tensor) -> list[str]:
         """What a user should know of p(x|z) at trained codes z of shape (*batch, Z), in sentences. Here: nothing."""
         return []
+
+    def view(self, event_shape: tuple[int, ...]) -> View | None:
+        """What an encoder should see of x, or of (x, y) as one event, of that shape; None, as here: it as it is."""
+        return None
 
 
 def set_output_bias(network: Network, value: Tensor) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from pyrovae.columns import parse, written
 from pyrovae.errors import UsageError
 from pyrovae.runs.options import BASELINES, GRADIENTS, OBJECTIVES, PARTS, PROPOSALS
 from pyrovae.runs.parts import Part, choose, fill
@@ -45,7 +46,7 @@ def build_rows(recipe: Recipe) -> "Rows":
         having = ", ".join(source.name for source in SOURCES if source.downloaded)
         named = f"data={recipe.data}"
         raise UsageError(f"data_root: not used by `{named}`; it is for {having}", settings=("data_root", named))
-    data = load_data(recipe.data, recipe.data_root, not recipe.data_hash, stream=recipe.stream)
+    data = load_data(recipe.data, recipe.data_root, not recipe.data_hash, recipe.stream, recipe.columns, recipe.missing)
     measure: Any = recipe.measure or ("mass" if recipe.binarize is not None else default_measure(data))
     if recipe.is_exact:
         exact(recipe, measure)
@@ -66,6 +67,7 @@ def settle(recipe: Recipe, rows: "Rows") -> Recipe:
     return recipe.settled(
         model=exact(recipe, rows.measure.kind, len(rows.train)) if recipe.is_exact else recipe.model,
         likelihood=likelihood,
+        columns=None if rows.table is None else written(rows.table),
         binarize=rows.binarize,
         data_hash=rows.hash,
         event_shape=tuple(rows.event_shape),
@@ -98,7 +100,7 @@ def make(part: str, chosen: Part, **offered: Any) -> Any:
 
 def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
     """The pair that a recipe declares; its parameters are drawn from torch's random state."""
-    from pyrovae.models import ConditionalVAE, MeanFieldNormal, UnconditionalPrior
+    from pyrovae.models import ConditionalVAE, MeanFieldNormal, PartlySeen, UnconditionalPrior
     from pyrovae.models.conditional import joined_shape
 
     model: Model
@@ -116,21 +118,22 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
     latent, networks = recipe.latent_dim, Networks(recipe)
     conditions, parts = len(recipe.classes), PARTS["model"][recipe.model.name].classes[0]
     likelihood_class = PARTS["likelihood"][recipe.likelihood.name].classes[0].load()
-    out_shape = likelihood_class.decoder_shape(event_shape, levels=recipe.levels, **recipe.likelihood.settings)
+    known = {"levels": recipe.levels, "columns": parse(recipe.columns) if recipe.columns else ()}
+    out_shape = likelihood_class.decoder_shape(event_shape, **known, **recipe.likelihood.settings)
     # With skip connections x is given all layers.
     code = sum(latent) if recipe.model.settings.get("skip") else latent[0]
     decoder = networks.decoder(code + conditions, out_shape)
-    likelihood = make("likelihood", recipe.likelihood, decoder=decoder, levels=recipe.levels)
+    likelihood = make("likelihood", recipe.likelihood, decoder=decoder, **known)
+    likelihood = PartlySeen(likelihood) if recipe.missing else likelihood
 
     in_shape = joined_shape(event_shape, conditions, networks.encoding.load().of_images) if conditions else event_shape
-    encoder = networks.encoder(in_shape)
+    view = None if recipe.is_reconstruction else likelihood.view(in_shape)
+    encoder = networks.encoder(in_shape) if view is None else networks.encoder(view.out_shape).seeing(view)
     corruption = make("corruption", recipe.corruption)
     offered: dict[str, Any] = {"likelihood": likelihood, "corruption": corruption, "latent_dim": latent[0]}
     if recipe.is_reconstruction:
         model = make("model", recipe.model, **offered, encoder=encoder)
         return model
-    if likelihood_class.view is not None:
-        encoder.seeing(likelihood_class.view(in_shape))
     layers = of_ladder if "merge" in parts.settings else of_auxiliary if "reverse" in parts.takes else of_bottom_up
     offered |= layers(recipe, networks, encoder)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyrovae.columns import BINARY, CATEGORICAL
 from pyrovae.errors import CheckpointError, DataError, UsageError
 from pyrovae.runs.looking import Looked
 from pyrovae.runs.made import Made, Way, in_units_of_the_data, is_picture
@@ -15,11 +16,13 @@ from pyrovae.runs.made import Made, Way, in_units_of_the_data, is_picture
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pyrovae.data import Rows
     from pyrovae.inference.proposals import Proposal
     from pyrovae.models.corruptions import Corruption
     from pyrovae.models.exact import Exact
 
 HALVES = ("lower", "upper", "left", "right")
+MISSING = "missing"  # what is hidden already: the gaps of the rows
 PATHS = ("line", "circle", "both")
 REACH = 2.5  # standard deviations of the codes, to either side, of a traversal
 MOST_DIMS = 10  # of a traversal, unless they are named
@@ -243,8 +246,8 @@ class Impute(Way):
     """What is missing of rows, drawn given what is seen of them: by weighted draws, or exactly where the model is.
 
     Attributes:
-        hidden: A half ("lower", "upper", "left", "right"), a share of elements at random, or a .npy file of a boolean
-            mask, True where x is seen, of the shape of a row or of all of them.
+        hidden: A half ("lower", "upper", "left", "right"), a share of elements at random, a .npy file of a boolean
+            mask, True where x is seen, of the shape of a row or of all of them; or "missing", what rows with gaps lack.
         rows: The first so many.
         number: Draws of each.
         num_particles: K, of weighted draws; None: 1000.
@@ -266,7 +269,7 @@ class Impute(Way):
         from pyrovae.models.exact import Exact
 
         batch = looked.first(self.rows)
-        seen = mask_of(self.hidden, batch.x)
+        seen = mask_of(self.hidden, batch.x) & ~batch.x.isnan()
         if seen.all():
             raise UsageError("impute: nothing is hidden of these rows; hide more", settings=("impute",))
         model = looked.model
@@ -288,6 +291,7 @@ class Impute(Way):
             {
                 "x": (("row", "draw", "event"), draws.movedim(0, 1)),
                 "mean": (("row", "event"), mean),
+                **imputed_of(looked.rows, mean, draws),
                 "original": (("row", "event"), batch.x),
                 "seen": (("row", "event"), seen),
                 **beside,
@@ -321,23 +325,32 @@ class Impute(Way):
 
     def weighted(self, looked: Looked, batch: Any, seen: "Tensor", seed: int) -> Any:
         """Draws, mean, the ESS and log p(x_missing | x_seen) of each row, and lines, by importance sampling."""
+        import torch
+
         from pyrovae.inference import Individual, impute, log_marginal, log_prob_missing, verdict
+        from pyrovae.inference.proposals import FROM_GUIDE
         from pyrovae.models.masked import Masked
 
         model, k = looked.inferred(self.word), self.num_particles or 1000
-        proposal = self.proposal or Individual()
-        masked = Masked(model, looked.training().x.mean(0))
+        # A guide that was trained on rows with gaps is a good proposal for them; that of whole rows is not.
+        proposal = self.proposal or (FROM_GUIDE if looked.rows.missing else Individual())
+        fill = looked.training().x.mean(0)  # NaN for a guide that sees by itself what is missing
+        masked = Masked(model, torch.full_like(fill, torch.nan) if looked.rows.missing else fill)
         pair, given = (masked.model, masked.guide), (*batch.given, seen)
         filled = impute(*pair, batch.x, seen, self.number, k, proposal=proposal, seed=seed, given=batch.given)
-        whole = log_marginal(model.model, model.guide, batch.x, k, proposal=proposal, seed=seed, given=batch.given)
         part = log_marginal(*pair, batch.x, k, proposal=proposal, seed=seed, given=given)
-        nats = log_prob_missing(whole, part)
-        beside = {"ess": (("row",), filled.ess), "log_prob_missing": (("row",), nats.values)}
+        beside: dict[str, Any] = {"ess": (("row",), filled.ess)}
+        lines: tuple[str, ...] = (self.title(batch.x, seen),)
+        if self.hidden != MISSING:  # what is missing of the data itself has no log p that could be known
+            whole = log_marginal(model.model, model.guide, batch.x, k, proposal=proposal, seed=seed, given=batch.given)
+            nats = log_prob_missing(whole, part)
+            beside["log_prob_missing"] = (("row",), nats.values)
+            lines += (
+                f"log p(missing | seen): {nats.mean:.3f} ± {nats.error_over_rows:.3f} nats per datum over rows, Monte "
+                f"Carlo error {nats.monte_carlo_error:.2g}",
+            )
         least, middle, most = filled.ess.min(), filled.ess.median(), filled.ess.max()
-        lines = (
-            self.title(batch.x, seen),
-            f"log p(missing | seen): {nats.mean:.3f} ± {nats.error_over_rows:.3f} nats per datum over rows, Monte "
-            f"Carlo error {nats.monte_carlo_error:.2g}",
+        lines += (
             f"  log p(seen): {part.mean:.3f}, {verdict(part)}",
             f"  effective sample size of the weights: {least:.1f} to {most:.1f} of {k}, median {middle:.0f}",
         )
@@ -345,6 +358,8 @@ class Impute(Way):
 
     def title(self, x: "Tensor", seen: "Tensor") -> str:
         """What was imputed, in words."""
+        if self.hidden == MISSING:
+            return f"{int((~seen).sum())} missing values of {len(x)} rows imputed, {self.number} draws each"
         what = f"the {self.hidden} half" if self.hidden in HALVES else f"{(~seen).float().mean():.0%} of the elements"
         return f"{what} of {len(x)} rows imputed, {self.number} draws each"
 
@@ -402,6 +417,17 @@ class Denoise(Way):
         )
 
 
+def imputed_of(rows: "Rows", mean: "Tensor", draws: "Tensor") -> dict[str, Any]:
+    """Of a table, the likeliest of each value, (N, D): its mean, or of binary and categorical ones the usual draw."""
+    import torch
+
+    if rows.table is None:
+        return {}
+    usual = draws.mode(0).values
+    of_classes = torch.tensor([column.kind in (BINARY, CATEGORICAL) for column in rows.table], device=mean.device)
+    return {"imputed": (("row", "event"), torch.where(of_classes, usual, mean))}
+
+
 def decoded(model: Any, z: "Tensor", given: Sequence["Tensor"]) -> "Tensor":
     """Means of p(x | z), shape (N, M, *event), for M codes of each of N rows, (N, M, Z), given y of shape (N, C)."""
     return model.decode(z.movedim(1, 0), *given).movedim(0, 1)
@@ -433,6 +459,8 @@ def mask_of(hidden: str | float, x: "Tensor") -> "Tensor":
 
     if isinstance(hidden, float):
         return torch.rand(x.shape, device=x.device) >= hidden
+    if hidden == MISSING:
+        return torch.ones_like(x, dtype=torch.bool)
     if hidden not in HALVES:
         return read_mask(Path(hidden), x)
     if not is_picture(tuple(x.shape[1:])):

@@ -42,7 +42,8 @@ def style_of(recipe: Recipe, rows: "Rows") -> "Style":
     from pyrovae.plots import Style
 
     source = find_source(recipe.data)
-    low, high = rows.test.min().item(), rows.test.max().item()
+    seen = rows.test[~rows.test.isnan()]
+    low, high = seen.min().item(), seen.max().item()
     inside = (low >= 0 and high <= 1) or low == high
     return Style(
         ink=source is not None and source.handwriting,

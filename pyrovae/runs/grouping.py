@@ -84,7 +84,14 @@ def load_rows(runs: Sequence[Run]) -> "dict[Path, Rows]":
 
 def data_of(run: Run) -> tuple[object, ...]:
     """What decides, with the measure, which rows a run is scored on."""
-    return run.recipe.data, run.recipe.data_root, run.recipe.binarize, run.recipe.standardize
+    return (
+        run.recipe.data,
+        run.recipe.data_root,
+        run.recipe.binarize,
+        run.recipe.standardize,
+        run.recipe.columns,
+        run.recipe.missing,
+    )
 
 
 def measure_of(run: Run) -> str:

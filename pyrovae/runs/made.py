@@ -18,12 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pyrovae.columns import CATEGORICAL
 from pyrovae.errors import UsageError
 from pyrovae.files import replaced, write_atomically
 from pyrovae.runs.directory import begins, of_a_run
 from pyrovae.runs.progress import Say
 
 if TYPE_CHECKING:
+    import pandas as pd
     import xarray
     from matplotlib.figure import Figure
     from torch import Tensor
@@ -195,7 +197,9 @@ def save(made: Made, path: Path, rows: "Rows", title: str, style: "Style", attri
             )
         write_atomically(path, film(made.frames, style))
     elif kind == ".csv":
-        write_atomically(path, table(dataset(made, rows, attributes)).to_csv(index=False, lineterminator="\n"))
+        write_atomically(
+            path, in_the_words_of(rows, table(dataset(made, rows, attributes))).to_csv(index=False, lineterminator="\n")
+        )
     elif kind == ".npz":
         import numpy as np
 
@@ -206,6 +210,19 @@ def save(made: Made, path: Path, rows: "Rows", title: str, style: "Style", attri
     else:
         with replaced(path) as temporary:
             dataset(made, rows, attributes).to_netcdf(str(temporary))
+
+
+def in_the_words_of(rows: "Rows", frame: "pd.DataFrame") -> "pd.DataFrame":
+    """A table with the words of the data in the place of their numbers, where it has columns of several kinds."""
+    from pyrovae.data.tables import in_words
+
+    for column in rows.table or ():
+        for name in (f"{prefix}{column.name}" for prefix in ("", "original ", "imputed ")):
+            if name in frame:
+                frame[name] = in_words(frame[name], column)
+        if column.kind == CATEGORICAL and f"mean {column.name}" in frame:
+            frame = frame.drop(columns=f"mean {column.name}")  # classes have none
+    return frame
 
 
 def in_units_of_the_data(values: "Tensor", rows: "Rows") -> "Tensor":

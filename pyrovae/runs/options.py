@@ -152,6 +152,16 @@ OPTIONS: dict[str, dict[str, Setting]] = {
             "off (default auto)",
             "WHEN",
         ),
+        "columns": Setting(
+            Text(),
+            None,
+            "of a .csv with columns of several kinds: age=continuous,visits=count,job=categorical,sex=binary; what is "
+            "not named is guessed, which is said; auto: all of them; p(x) is then a density times a mass",
+            "NAME=KIND,...",
+        ),
+        "missing": Setting(
+            Flag(), False, "empty cells and NaN are values that are missing: bounds and log p are of what is seen"
+        ),
         "standardize": Setting(Flag(), False, "centre and scale continuous columns by the training rows"),
     },
     "Training": {

@@ -64,12 +64,12 @@ def reconstruction_values(model: Reconstructs, batch: "Batch", data_range: float
 def epoch_metrics(model: "nn.Module", rows: "Rows") -> Callable[[], dict[str, float]] | None:
     """What a run records of reconstructions after each epoch: means over the first validation rows.
 
-    None for a model that makes no reconstruction.
+    None for a model that makes no reconstruction, and for rows whose errors have no one unit.
     """
     from pyrovae.quality import QUALITIES
     from pyrovae.runs.scoring import rows_of
 
-    if not isinstance(model, Reconstructs):
+    if not isinstance(model, Reconstructs) or not rows.of_one_unit:
         return None
     batch = rows_of(rows, "validation", EPOCH_ROWS)
 
@@ -82,11 +82,11 @@ def epoch_metrics(model: "nn.Module", rows: "Rows") -> Callable[[], dict[str, fl
 
 
 def of_reconstructions(model: Any, batch: "Batch", rows: "Rows") -> dict[str, Any] | None:
-    """Means over rows with their standard errors, and what they are of; None for a model that reconstructs nothing."""
+    """Means over rows with their standard errors, and what they are of; None for what `epoch_metrics` has none of."""
     from pyrovae.inference.estimate import standard_error
     from pyrovae.quality import QUALITIES
 
-    if not isinstance(model, Reconstructs):
+    if not isinstance(model, Reconstructs) or not rows.of_one_unit:
         return None
     values = reconstruction_values(model, batch, rows.data_range)
     return {

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from pyrovae.columns import GUESSED, parse, written
 from pyrovae.errors import UsageError
 from pyrovae.runs.options import BASELINES, DERIVED, GRADIENTS, OBJECTIVES, PARTS, RECONSTRUCTIONS, SETTINGS
 from pyrovae.runs.parts import Part, choose, nearest
@@ -76,6 +77,8 @@ class Recipe:
     condition: str | None
     stream: Literal["auto", "on", "off"]
     standardize: bool
+    columns: str | None
+    missing: bool
     epochs: int
     batch_size: int
     lr: float
@@ -163,7 +166,7 @@ class Recipe:
         return Recipe(**overlaid(self.plain(), options))
 
     def settled(self, **known: Any) -> "Recipe":
-        """The recipe with what its rows decide: `likelihood`, `binarize`, `data_hash`, `event_shape`, ..."""
+        """The recipe with what its rows decide: `likelihood`, `columns`, `binarize`, `data_hash`, `event_shape`, ..."""
         made = copy.copy(self)
         for key, value in known.items():
             object.__setattr__(made, key, value)
@@ -206,6 +209,7 @@ def completed(given: Options) -> Options:
         refuse(given, (*NOT_OF_CLOSED_FORM, "patience"), f"a {name} is fit in closed form")
         values |= NOT_OF_CLOSED_FORM
     values["likelihood"] = choose_likelihood(given.get("likelihood"), values["model"])
+    complete_table(values, given)
     if values["seed"] is None:
         values["seed"] = secrets.randbelow(2**31)
     if values["optimizer"]:
@@ -221,6 +225,30 @@ def first(part: str) -> str:
 def a(name: str) -> str:
     """A choice with its article: a vae, an ex-post."""
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def complete_table(values: Options, given: Options) -> None:
+    """Say the likelihood of a table with columns of several kinds; refuse what it, or rows with gaps, cannot have."""
+    model, likelihood = values["model"].name, values["likelihood"]
+    given = {name: value for name, value in given.items() if value}  # a configuration says what is false
+    product = next(name for name, choice in PARTS["likelihood"].items() if "columns" in choice.classes[0].takes)
+    of_pairs = "prior" in PARTS["model"][model].classes[0].takes
+    if likelihood.name == product and values["columns"] is None:
+        values["columns"] = GUESSED
+    if not of_pairs or values["first"]:
+        refuse(given, ("columns", "missing"), f"a {model} is of whole rows, all columns of one kind")
+        return
+    if values["columns"] is not None:
+        if likelihood.name not in ("", product):
+            why = f"columns: not used by {likelihood.name}, which is of columns of one kind"
+            raise UsageError(why, settings=("columns", f"likelihood={likelihood.name}"))
+        values["columns"] = values["columns"] if values["columns"] == GUESSED else written(parse(values["columns"]))
+        values["likelihood"] = likelihood or choose_likelihood(product, values["model"])
+        refuse(given, ("standardize",), "continuous columns are standardised inside, with log p in their own units")
+        if "guide" in PARTS["prior"][values["prior"].name].classes[0].takes:
+            raise UsageError(f"prior={values['prior'].name}: pseudo-inputs have no classes; choose another for a table")
+    if (values["columns"] or values["missing"]) and values["corruption"].name != first("corruption"):
+        raise UsageError("corruption: is of whole rows of one kind; leave it out", settings=("corruption",))
 
 
 def staged() -> str:
