@@ -11,7 +11,7 @@ from pyro.infer.autoguide import AutoContinuous, AutoGaussian, AutoGuide, AutoSt
 
 from pyrovae.errors import PairError
 from pyrovae.inference.batch import Batch
-from pyrovae.inference.modules import modules_of
+from pyrovae.inference.modules import evaluating, modules_of
 from pyrovae.inference.pair import Pair
 
 
@@ -63,6 +63,20 @@ def undone(pair: Pair) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
+
+
+@contextmanager
+def untouched(pair: Pair) -> Iterator[None]:
+    """In evaluation mode and without gradients; at the end buffers are restored, and what was declared is forgotten."""
+    store = pyro.get_param_store()
+    declared = set(store.keys())
+    try:
+        with evaluating(pair), torch.no_grad(), undone(pair):
+            yield
+    finally:
+        for name in set(store.keys()) - declared:
+            with suppress(KeyError):  # of a parameter with two names
+                del store[name]
 
 
 def shallow(attributes: dict[str, Any]) -> dict[str, Any]:

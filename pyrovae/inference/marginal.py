@@ -34,6 +34,7 @@ from torch import Tensor
 from pyrovae.checks import check_count, describe
 from pyrovae.errors import UsageError
 from pyrovae.inference.batch import Batch
+from pyrovae.inference.enumeration import MOST_STATES, Summation, summation
 from pyrovae.inference.estimate import standard_error
 from pyrovae.inference.modules import evaluating
 from pyrovae.inference.pair import Pair
@@ -97,6 +98,7 @@ class LogMarginal:
         estimator: In words.
         of_guide: Whether the draws are the guide's.
         repaired: Which rows were scored again by a better proposal; None where no row was to be.
+        exact_as: How log p(x) is exact, where it is.
         origin: The pair that was estimated, which is not saved with the numbers; None where it is not known.
     """
 
@@ -112,6 +114,7 @@ class LogMarginal:
     estimator: str
     of_guide: bool = False
     repaired: tuple[int, ...] | None = None
+    exact_as: str = "in closed form"
     origin: Origin | None = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -213,10 +216,14 @@ def log_marginal(
     seed: int | None = None,
     store: Store | None = None,
     given: Sequence[Tensor] = (),
+    most_states: int = MOST_STATES,
 ) -> LogMarginal:
-    r"""Estimate log p(x) by importance sampling from the guide.
+    r"""Estimate log p(x) by importance sampling from the guide, with discrete latents summed out where that can be had.
 
-    log (1/K) sum_k p(x, z_k) / q(z_k | x): never too high on average, tight as K grows.
+    log (1/K) sum_k p(x, z_k) / q(z_k | x): never too high on average, tight as K grows. Exact, without a draw, where
+    all latents are discrete and their joint states no more than `most_states`; where others are drawn, each weight is
+    a sum over the states if that takes no more of them for all K draws of a row (`pyrovae.inference.enumeration`).
+    `estimator` says what was done. The guide may leave out what is discrete.
 
     Args:
         model: Pyro model, called as model(x, *given).
@@ -229,6 +236,8 @@ def log_marginal(
         seed: If given, each block of rows has a random state of its own, and the caller's is left as it was.
         store: Keeps the results of blocks, so that an interrupted evaluation with the same seed goes on where it was.
         given: What everything is conditioned on, tensors of shape (N, ...): the estimate is of log p(x | given).
+        most_states: Joint states of a row's discrete latents, times K where other latents are drawn, that may be
+            summed out. 0: all are drawn. With another proposal than the guide they are drawn as well.
 
     Returns:
         `estimate` and `standard_error` in nats, `ess`, `pareto_k`, each of shape (N,), and more.
@@ -238,12 +247,18 @@ def log_marginal(
         PairError: the log-weights of the pair are not of log p(x), see `pyrovae.inference.validity`.
     """
     check_count("num_particles (K)", num_particles)
+    check_count("most_states", most_states, 0)
     pair, batch = Pair(model, guide), Batch.of(x, given)
     check_proposal(proposal)
     if store is not None and seed is None:
         raise UsageError("store: needs a seed, so that an evaluation that goes on draws what it would have drawn")
     rows, chunk = block_of(batch, num_particles, chunk_size)
+    sums = summation(pair, batch, num_particles, most_states if proposal.sums else 0)
+    pair = sums.pair
     findings = check_pair(pair, batch, rows)
+    if sums.is_exact:
+        return summed(sums, batch, findings.rows, findings.whole, progress)
+    proposal = proposal if sums.model is None else proposal.summing(sums)
     rows, chunk = findings.rows, max(1, chunk * rows // findings.rows)
     # Allocated first: the results of blocks kept one by one would sit where the next large tensor might have been.
     columns = torch.empty(len(PER_ROW) + len(curve_sizes(num_particles)), len(batch), dtype=torch.float64)
@@ -259,8 +274,25 @@ def log_marginal(
             if progress is not None:
                 progress(start + len(block))
     origin = Origin(pair, batch[:ORIGINAL_ROWS], proposal, seed or 0, chunk_size, findings.whole)
-    result = LogMarginal.from_columns(columns, num_particles, proposal.name)
+    estimator = "; ".join(filter(None, (proposal.name, sums.words if sums.model is None else "")))
+    result = LogMarginal.from_columns(columns, num_particles, estimator)
     return replace(result, of_guide=proposal.of_guide, origin=origin)
+
+
+def summed(
+    sums: Summation, batch: Batch, rows: int, whole: bool, progress: Callable[[int], object] | None
+) -> LogMarginal:
+    """log p(x) as a sum over all states of the latents, in blocks of rows."""
+    assert sums.model is not None
+    rows = rows if whole else min(rows, sums.model.rows_at_once)
+    parts, done = [], 0
+    with evaluating(sums.pair), torch.no_grad():
+        for block in batch.split(rows):
+            parts.append(sums.model(block, {}, 1)[0].cpu())
+            done += len(block)
+            if progress is not None:
+                progress(done)
+    return replace(exact(torch.cat(parts)), estimator=f"exact: {sums.words}", exact_as=f"as {sums.words}")
 
 
 def of_block(pair: Pair, block: Batch, proposal: Proposal, num_particles: int, chunk: int) -> LogMarginal:

@@ -27,7 +27,7 @@ References:
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +37,7 @@ from torch import Tensor
 
 from pyrovae.errors import PairError, UsageError
 from pyrovae.inference.batch import Batch
+from pyrovae.inference.enumeration import Summation
 from pyrovae.inference.gaussians import inflated
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.weights import NO_LATENTS, At, draw, drawn_sites, log_prob, run, sample_sites
@@ -92,6 +93,15 @@ class Proposal(ABC):
         """Whether draws are the pair's guide's, so that the mean log-weight is its ELBO. Here: no."""
         return False
 
+    @property
+    def sums(self) -> bool:
+        """Whether discrete latents are summed out of its draws where that can be had, by `summing`. Here: no."""
+        return False
+
+    def summing(self, sums: Summation) -> "Proposal":
+        """The same with discrete latents summed out inside each draw. Here: they are drawn."""
+        return self
+
     def as_guide(self, pair: Pair, batch: Batch) -> Callable:
         """The same for these rows as a Pyro guide of the pair, where latents are wanted. Here: there is none.
 
@@ -118,17 +128,53 @@ class FromGuide(Proposal):
     word = "guide"
     name = "importance sampling from the guide"
     of_guide = True
+    sums = True
     traceable = True
     has_guide = True
 
     def as_guide(self, pair: Pair, batch: Batch) -> Callable:
         return pair.guide
 
+    def summing(self, sums: Summation) -> Proposal:
+        return Summed(sums)
+
     def __call__(self, pair: Pair, batch: Batch) -> Sampler:
         def at(values: dict[str, Tensor]) -> Tensor:
             return draw(pair, batch, particles_in(values), values).log_weights
 
         return Sampler(lambda k: draw(pair, batch, k).log_weights, at)
+
+
+@dataclass(frozen=True)
+class Summed(Proposal):
+    """The guide, with discrete latents s summed out inside each draw z_k: weights p(x, z_k) / q(z_k|x).
+
+    Their mean log is the ELBO of q(z|x), which is not below that of q(s, z|x).
+
+    Args:
+        summation: Of a pair of which other latents are left to be drawn.
+    """
+
+    traceable = True
+
+    summation: Summation = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """What estimates call it."""
+        return f"importance sampling from the guide, each weight {self.summation.words}"
+
+    def __call__(self, pair: Pair, batch: Batch) -> Sampler:
+        model, guide = self.summation.model, self.summation.guide
+        assert model is not None
+        assert guide is not None
+
+        def at(values: dict[str, Tensor]) -> Tensor:
+            k = particles_in(values)
+            z = {name: value for name, value in values.items() if name not in self.summation.joint}
+            return model(batch, z, k) - guide(batch, z, k)
+
+        return Sampler(lambda k: at(draw_guide(pair, batch, k)), at)
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def verdict(result: LogMarginal, check: Sandwich | Simulated | None = None) -> V
             "weights are all zero, NaN or infinite under this model",
         )
     if result.num_particles == 0:
-        return Verdict(Kind.EXACT, "log p(x) in closed form", 0.0)
+        return Verdict(Kind.EXACT, f"log p(x) {result.exact_as}", 0.0)
     if isinstance(check, Sandwich):
         return by_sandwich(result, check)
     return by_draws(result) or by_simulation(result, check)

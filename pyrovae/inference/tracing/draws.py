@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pyrovae.errors import UsageError
 from pyrovae.inference.batch import Batch
+from pyrovae.inference.enumeration import Summation
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.proposals import FROM_GUIDE, Proposal, Sampler
 from pyrovae.inference.tracing.checked import compare_weights
@@ -137,6 +138,17 @@ class Compiled(Proposal):
         return self.proposal.of_guide
 
     @property
+    def sums(self) -> bool:
+        return self.proposal.sums
+
+    def summing(self, sums: Summation) -> Proposal:
+        made = Compiled(self.proposal.summing(sums), self.precision)
+        # Its code and what is found of it are this one's.
+        object.__setattr__(made, "programs", self.programs)
+        object.__setattr__(made, "differences", self.differences)
+        return made
+
+    @property
     def bias(self) -> tuple[float, float]:
         """Mean and standard error over rows of what compiling, bf16 above all, added to estimates, in nats.
 
@@ -157,7 +169,7 @@ class Compiled(Proposal):
 
         @torch.no_grad()
         def sample(k: int) -> Tensor:
-            key = (pair.model, pair.guide, *((t.shape[1:], t.dtype, t.device) for t in batch.tensors))
+            key = (self.proposal, pair.model, pair.guide, *((t.shape[1:], t.dtype, t.device) for t in batch.tensors))
             given_up = key in self.programs and self.programs[key] is None
             if not starts and not given_up:  # the first draws of this block
                 # The graph validates nothing: whatever the pair has to say about these rows, it says here.
