@@ -86,11 +86,17 @@ def noise(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def unexamined(monkeypatch: pytest.MonkeyPatch) -> None:
     """`log_marginal` and `fit` without their look at the pair: for programs that change from run to run on purpose."""
     from pyrovae.inference.batch import Batch
+    from pyrovae.inference.enumeration import Joint, Summation
+    from pyrovae.inference.pair import Pair
     from pyrovae.inference.validity import Findings
 
     def found(pair: object, batch: Batch, rows: int | None = None, total: int | None = None) -> Findings:
         return Findings(rows=rows or len(batch), whole=False, no_density=None)
 
+    def nothing(pair: Pair, *_: object) -> Summation:
+        return Summation(pair, Joint(), None, None, "")
+
     # The package has functions of the modules' names.
     monkeypatch.setattr(import_module("pyrovae.inference.marginal"), "check_pair", found)
+    monkeypatch.setattr(import_module("pyrovae.inference.marginal"), "summation", nothing)
     monkeypatch.setattr(import_module("pyrovae.inference.training.trial"), "examine", found)

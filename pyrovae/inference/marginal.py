@@ -185,7 +185,8 @@ class LogMarginal:
         hardly vary is that of a few values, as discrete latents have them.
         """
         heavy = ~(self.pareto_k <= MOST_K_HAT) & (self.ess < self.num_particles / 2)
-        return heavy | (self.ess < LEAST_ESS)
+        drawn = self.num_particles > 0  # what is exact has no draws to be few
+        return (heavy | (self.ess < LEAST_ESS)) & drawn
 
 
 class Store(Protocol):

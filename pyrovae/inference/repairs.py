@@ -67,6 +67,8 @@ def repair(
     """
     check_result(result)
     pair, batch, origin = Pair(model, guide), Batch.of(x, given), result.origin
+    if result.num_particles == 0:  # exact
+        return replace(result, repaired=())
     if origin is None or len(result.estimate) != len(batch):
         raise UsageError("result: expected what log_marginal returned for x; score x again")
     bad = result.unreliable.nonzero().flatten()

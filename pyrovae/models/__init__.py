@@ -16,6 +16,10 @@ from pyrovae.models.corruptions import SaltAndPepper as SaltAndPepper
 from pyrovae.models.counts import NegativeBinomial as NegativeBinomial
 from pyrovae.models.counts import Poisson as Poisson
 from pyrovae.models.counts import ZeroInflatedNegativeBinomial as ZeroInflatedNegativeBinomial
+from pyrovae.models.discrete import BernoulliGuide as BernoulliGuide
+from pyrovae.models.discrete import CategoricalGuide as CategoricalGuide
+from pyrovae.models.discrete import CategoricalPrior as CategoricalPrior
+from pyrovae.models.discrete import IndependentBernoulli as IndependentBernoulli
 from pyrovae.models.exact import Exact as Exact
 from pyrovae.models.flow_guides import InverseAutoregressiveFlow as InverseAutoregressiveFlow
 from pyrovae.models.flow_guides import PlanarFlow as PlanarFlow

@@ -1,6 +1,7 @@
 """The priors, guides and likelihoods that can be chosen by name: the first prior and guide are the default."""
 
 from pyrovae.models.counts import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
+from pyrovae.models.discrete import BernoulliGuide, CategoricalGuide, CategoricalPrior, IndependentBernoulli
 from pyrovae.models.flow_guides import InverseAutoregressiveFlow, PlanarFlow, SplineFlow, SylvesterFlow
 from pyrovae.models.flow_priors import AutoregressivePrior, MaskedAutoregressivePrior, NeuralSplinePrior
 from pyrovae.models.guides import FullCovarianceNormal, LowRankNormal, MeanFieldNormal
@@ -20,6 +21,8 @@ PRIORS = (
     MaskedAutoregressivePrior,
     NeuralSplinePrior,
     AutoregressivePrior,
+    IndependentBernoulli,
+    CategoricalPrior,
 )
 
 GUIDES = (
@@ -32,6 +35,8 @@ GUIDES = (
     SplineFlow,
     PlanarFlow,
     SylvesterFlow,
+    BernoulliGuide,
+    CategoricalGuide,
 )
 
 # Of those of a measure, the first is the default for rows of that measure.

@@ -37,10 +37,12 @@ class Guide(nn.Module, ABC):
     Attributes:
         short: Other names that the class goes by where it is chosen by name.
         of_pair: It infers with log p(x, z), which a VAE gives it (`attach`), so that it is no function by itself.
+        latents: What its draws are: "real numbers", "bits" or "one-hot vectors". A prior and its guide have the same.
     """
 
     short: ClassVar[tuple[str, ...]] = ()
     of_pair: ClassVar[bool] = False
+    latents: str = "real numbers"
     shift: Tensor
     rescale: Tensor
 

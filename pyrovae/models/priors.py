@@ -31,9 +31,11 @@ class Prior(nn.Module, ABC):
 
     Attributes:
         short: Other names that the class goes by where it is chosen by name.
+        latents: What its draws are: "real numbers", "bits" or "one-hot vectors". A prior and its guide have the same.
     """
 
     short: ClassVar[tuple[str, ...]] = ()
+    latents: str = "real numbers"
 
     @checked
     def __init__(self, latent_dim: Count) -> None:
@@ -145,7 +147,7 @@ class VampPrior(Prior):
     def __init__(self, guide: Guide, event_shape: int | tuple[int, ...], components: Count = 500) -> None:
         super().__init__(guide.latent_dim)
         check_by_itself(guide, "a VampPrior, which is made of it")
-        self.components = components
+        self.components, self.latents = components, guide.latents
         # In a tuple, so that torch does not register it: each parameter has one name in the pair.
         self._guide = (guide,)
         shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)

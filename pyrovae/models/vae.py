@@ -60,6 +60,7 @@ class LatentLayers(nn.Module, ABC):
 
     Attributes:
         word: What it is called where it is chosen by name.
+        of_any_latents: Its latents may be bits or one-hot vectors too.
         layers: There, how many sizes `latent_dim` may have: from so many to so many, or more.
         code_note: What has to be said where mean and standard deviation of `posterior` are shown.
     """
@@ -67,6 +68,7 @@ class LatentLayers(nn.Module, ABC):
     word: ClassVar[str]
     code_note: ClassVar[str] = ""
     layers: ClassVar[tuple[int, int | None]] = (1, 1)
+    of_any_latents: ClassVar[bool] = False
 
     @abstractmethod
     def __init__(
@@ -193,6 +195,20 @@ def check_arrows(arrows: Iterable[tuple[str, Shape, str, Shape, str]]) -> None:
             raise UsageError(f"{name}: {left_name} is {tuple(left)}, {right_name} is {tuple(right)}; make them equal")
 
 
+def check_latents(layers: Iterable[tuple[Prior | Guide, Guide]]) -> None:
+    """Refuse a layer whose p and q are not of the same kind of latents: a mass is not weighed against a density.
+
+    Raises:
+        UsageError: they differ; both are named.
+    """
+    for p, q in layers:
+        if p.latents != q.latents:
+            raise UsageError(
+                f"z: {type(p).__name__} is a distribution of {p.latents}, {type(q).__name__} one of {q.latents}; "
+                "choose a prior and a guide of the same"
+            )
+
+
 class BottomUp(LatentLayers, ABC):
     """Latent layers with a guide from the data upwards, each layer given the one below: q(z1|x) q(z2|z1) ...
 
@@ -242,6 +258,8 @@ class BottomUp(LatentLayers, ABC):
             arrows.append(("z", (above.latent_dim,), own, p.event_shape, "the conditional's input"))
         arrows.append(("z", (top.latent_dim,), own, (self.prior.latent_dim,), "the prior's"))
         check_arrows(arrows)
+        known = [(p, q) for p, q in zip(self.conditionals, self.guides, strict=False) if isinstance(p, Guide)]
+        check_latents([*known, (self.prior, top)])
 
     def guide(self, x: Tensor) -> Tensor:
         with pyro.plate("data", len(x)):
@@ -266,6 +284,7 @@ class VAE(BottomUp):
     """
 
     word = "vae"
+    of_any_latents = True
 
     def __init__(
         self, prior: Prior, likelihood: Likelihood, guide: Guide, corruption: Corruption | None = None
@@ -299,6 +318,7 @@ class HierarchicalVAE(BottomUp):
 
     word = "hierarchical"
     layers = (2, None)
+    of_any_latents = True
 
     def __init__(
         self,

@@ -188,7 +188,10 @@ def of_bottom_up(recipe: Recipe, networks: Networks, encoder: "Network") -> dict
     conditionals = []
     for below, above in pairwise(recipe.latent_dim):
         guides.append(make("guide", recipe.guide, encoder=networks.dense(below), latent_dim=above))
-        conditionals.append(MeanFieldNormal(networks.dense(above), below))
+        if guides[0].latents == MeanFieldNormal.latents:
+            conditionals.append(MeanFieldNormal(networks.dense(above), below))
+        else:  # bits given bits, as in a sigmoid belief net
+            conditionals.append(make("guide", recipe.guide, encoder=networks.dense(above), latent_dim=below))
     return {"top": recipe.latent_dim[-1], "guide": guides[0], "guides": guides, "conditionals": conditionals}
 
 

@@ -34,6 +34,8 @@ NOT_OF_CLOSED_FORM: Options = {
 # What is said of a bound.
 OF_BOUNDS = ("elbo", "K", "M", "alpha", "beta", "partitions", "gradient")
 # Parts of a pair that are chosen for themselves.
+# What the draws of a prior or a guide are that says nothing else.
+REAL = "real numbers"
 OF_PAIRS = ("prior", "guide", "network", "corruption")
 
 
@@ -353,6 +355,29 @@ def complete_parts(values: Options, given: Options) -> None:
     refuse(given, taken, f"{a(name)} has the guide and the networks of its first stage")
     for part in OF_PAIRS:
         values[part] = Part() if part in taken else choose(part, given.get(part), first(part), PARTS[part])
+    prior, guide = values["prior"].name, values["guide"].name
+    if guide and "guide" not in PARTS["prior"][prior].classes[0].takes:
+        of_prior, of_guide = latents_of("prior", prior), latents_of("guide", guide)
+        if of_prior != of_guide:
+            fitting = next((name for name in PARTS["guide"] if latents_of("guide", name) == of_prior), "")
+            raise UsageError(
+                f"prior={prior}: is a distribution of {of_prior}, and `guide={guide}` one of {of_guide}; "
+                f"use `guide={fitting}`",
+                settings=(f"prior={prior}", f"guide={guide}", f"guide={fitting}"),
+            )
+    of_any = PARTS["model"][name].classes[0].constants.get("of_any_latents")
+    if guide and latents_of("guide", guide) != REAL and not of_any:
+        raise UsageError(
+            f"guide={guide}: is one of {latents_of('guide', guide)}, and {a(name)} is of {REAL}; use `model=vae` or "
+            "`model=hierarchical`",
+            settings=(f"guide={guide}", "model=vae", "model=hierarchical"),
+        )
+
+
+def latents_of(part: str, name: str) -> str:
+    """What the draws of a prior or a guide are."""
+    kind: str = PARTS[part][name].classes[0].constants.get("latents", REAL)
+    return kind
 
 
 def overlaid(stored: Options, options: Options) -> Options:
