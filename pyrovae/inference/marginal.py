@@ -254,12 +254,13 @@ def log_marginal(
     if store is not None and seed is None:
         raise UsageError("store: needs a seed, so that an evaluation that goes on draws what it would have drawn")
     rows, chunk = block_of(batch, num_particles, chunk_size)
-    sums = summation(pair, batch, num_particles, most_states if proposal.sums else 0)
-    pair = sums.pair
+    sums = summation(pair, batch, num_particles, most_states)
+    pair, without = sums.pair, proposal.summing(sums)
     findings = check_pair(pair, batch, rows)
-    if sums.is_exact:
+    if sums.is_exact and without is not None:
         return summed(sums, batch, findings.rows, findings.whole, progress)
-    proposal = proposal if sums.model is None else proposal.summing(sums)
+    if sums.model is not None and without is not None:
+        proposal = without
     rows, chunk = findings.rows, max(1, chunk * rows // findings.rows)
     # Allocated first: the results of blocks kept one by one would sit where the next large tensor might have been.
     columns = torch.empty(len(PER_ROW) + len(curve_sizes(num_particles)), len(batch), dtype=torch.float64)

@@ -93,14 +93,9 @@ class Proposal(ABC):
         """Whether draws are the pair's guide's, so that the mean log-weight is its ELBO. Here: no."""
         return False
 
-    @property
-    def sums(self) -> bool:
-        """Whether discrete latents are summed out of its draws where that can be had, by `summing`. Here: no."""
-        return False
-
-    def summing(self, sums: Summation) -> "Proposal":
-        """The same with discrete latents summed out inside each draw. Here: they are drawn."""
-        return self
+    def summing(self, sums: Summation) -> "Proposal | None":
+        """The same with discrete latents summed out inside each draw. Here: there is none, and they are drawn."""
+        return None
 
     def as_guide(self, pair: Pair, batch: Batch) -> Callable:
         """The same for these rows as a Pyro guide of the pair, where latents are wanted. Here: there is none.
@@ -128,14 +123,13 @@ class FromGuide(Proposal):
     word = "guide"
     name = "importance sampling from the guide"
     of_guide = True
-    sums = True
     traceable = True
     has_guide = True
 
     def as_guide(self, pair: Pair, batch: Batch) -> Callable:
         return pair.guide
 
-    def summing(self, sums: Summation) -> Proposal:
+    def summing(self, sums: Summation) -> "Proposal | None":
         return Summed(sums)
 
     def __call__(self, pair: Pair, batch: Batch) -> Sampler:

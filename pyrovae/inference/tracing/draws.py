@@ -137,12 +137,11 @@ class Compiled(Proposal):
     def of_guide(self) -> bool:
         return self.proposal.of_guide
 
-    @property
-    def sums(self) -> bool:
-        return self.proposal.sums
-
-    def summing(self, sums: Summation) -> Proposal:
-        made = Compiled(self.proposal.summing(sums), self.precision)
+    def summing(self, sums: Summation) -> Proposal | None:
+        inner = self.proposal.summing(sums)
+        if inner is None:
+            return None
+        made = Compiled(inner, self.precision)
         # Its code and what is found of it are this one's.
         object.__setattr__(made, "programs", self.programs)
         object.__setattr__(made, "differences", self.differences)
