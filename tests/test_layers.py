@@ -119,14 +119,8 @@ HOOKS = {
     *("Network.output_bias", "Network.forward", "Prior.initialise", "Corruption.initialise"),
     *("Objective.__post_init__", "Objective.constraint", "OfParticles.__post_init__", "OfParticles.order"),
     *("GradientEstimator.bias",),
-    *("Proposal.of_guide", "Proposal.as_guide", "Proposal.computation"),
-<<<<<<< HEAD
-    *("Likelihood.remarks", "Likelihood.view", "Likelihood.view", "LatentLayers.extend"),
-=======
-    *("Objective.__post_init__", "Objective.constraint"),
     *("Proposal.of_guide", "Proposal.as_guide", "Proposal.computation", "Proposal.summing"),
-    *("Likelihood.remarks", "LatentLayers.extend"),
->>>>>>> 59f8daa (Discrete latents of a proposal are summed out where it says how)
+    *("Likelihood.remarks", "Likelihood.view", "Likelihood.view", "LatentLayers.extend"),
 }
 
 

@@ -261,9 +261,12 @@ def density_on_a_grid(p: dist.Distribution, shape: tuple[int, ...], name: str = 
 
 
 # The density of a continuous Bernoulli jumps at 0 and 1: tests/test_continuous_bernoulli.py integrates between them.
-CONTINUOUS = [n for n in PARTS if n not in (*MASSES, *COUNTS, *TABLES) and not n.startswith("ContinuousBernoulli")]
 DISCRETE = [n for n in (*GUIDES, *PRIORS) if PARTS[n]().latents != "real numbers"]
-CONTINUOUS = [n for n in PARTS if n not in (*MASSES, *COUNTS, *DISCRETE) and not n.startswith("ContinuousBernoulli")]
+CONTINUOUS = [
+    n
+    for n in PARTS
+    if n not in (*MASSES, *COUNTS, *TABLES, *DISCRETE) and not n.startswith("ContinuousBernoulli")
+]
 
 
 @every(CONTINUOUS)
