@@ -263,9 +263,7 @@ def density_on_a_grid(p: dist.Distribution, shape: tuple[int, ...], name: str = 
 # The density of a continuous Bernoulli jumps at 0 and 1: tests/test_continuous_bernoulli.py integrates between them.
 DISCRETE = [n for n in (*GUIDES, *PRIORS) if PARTS[n]().latents != "real numbers"]
 CONTINUOUS = [
-    n
-    for n in PARTS
-    if n not in (*MASSES, *COUNTS, *TABLES, *DISCRETE) and not n.startswith("ContinuousBernoulli")
+    n for n in PARTS if n not in (*MASSES, *COUNTS, *TABLES, *DISCRETE) and not n.startswith("ContinuousBernoulli")
 ]
 
 
