@@ -631,6 +631,13 @@ def test_resumed_is_never_stopped(tmp_path: Path, bound: OfParticles) -> None:
 # ---------------------------------------------------------------------------------------------------------- the command
 
 
+def test_training_says_that_a_gradient_is_biased() -> None:
+    for bound, said in ((IWAE(4, gradient=WakeSleep()), True), (IWAE(4, gradient=L), False)):
+        notes: list[str] = []
+        trained(bound, epochs=1, on_notice=notes.append)
+        assert any("the wake-sleep gradient is biased: the guide's part is of KL(p || q)" in n for n in notes) == said
+
+
 def test_noise_is_that_of_known_draws() -> None:
     """Gaussian draws of known mean and sd, and a reference beside them that is off by a known vector, or is not."""
     torch.manual_seed(0)

@@ -8,7 +8,8 @@ they are. With s_k = dL/dt_k, and v_k the w_k^(1 - alpha) divided by their sum:
 
     reparameterised    z_k = g(e_k, phi), and the derivative of L as it stands
     score function     grad L at fixed draws + (L - b) sum_k grad log q(z_k). A b that does not depend on the draws
-                       changes the variance alone: it is the mean bound of the other rows of the batch
+                       changes the variance alone: it is the mean bound of the other rows of the batch, which needs no
+                       memory of earlier steps
     leave one out      grad L at fixed draws + sum_k (L - L_-k) grad log q(z_k), where L_-k has in the place of t_k the
                        mean of the others' terms. Of the ELBO that is each particle against the mean of the others; of
                        IWAE's bound, VIMCO

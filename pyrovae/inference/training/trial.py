@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pyrovae.errors import PairError, UsageError
 from pyrovae.inference.automatic import automatic, check_automatic, set_up
 from pyrovae.inference.batch import Batch
-from pyrovae.inference.objectives import Objective, check_per_datum
+from pyrovae.inference.objectives import Objective, OfParticles, check_per_datum
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.tracing.checked import Before
 from pyrovae.inference.validity import WHOLE, examine, why_no_density
@@ -51,6 +51,8 @@ def tried(
     whole, no_density = examined(pair, objective, batch, total, divided)
     if no_density is not None:
         notice(f"{no_density}. It is trained all the same, and what is recorded is no bound")
+    if isinstance(objective, OfParticles) and (why := objective.gradient.bias(objective)):
+        notice(f"the {objective.gradient.word} gradient is biased: {why}; the bound that is recorded is not")
     of_particles = objective.of_particles
     # Fewer rows than a step has, for the memory of all particles at once.
     flops = probe(pair, objective, batch[:2] if of_particles and not whole else batch, notice)
