@@ -2,6 +2,7 @@
 
 python -m pyrovae.sample RUN --n 1000 --out draws.csv
 python -m pyrovae.sample RUN --mean --out samples.png
+python -m pyrovae.sample RUN --mean --temperature 0.7 --out sharper.png
 python -m pyrovae.sample RUN --class 7 --out sevens.png
 python -m pyrovae.sample RUN --near 0,3,5 --radius 0.1 --out near.png
 python -m pyrovae.sample RUN --between 0,3 --out between.gif
@@ -39,6 +40,12 @@ def options_parser() -> Any:
         "--mean",
         "means of p(x|z) in place of draws of x: no draws, but pictures without noise of pixels",
         action="store_true",
+    )
+    add_option(
+        p,
+        "--temperature",
+        "the noise of z times this, for draws of x: below 1 they vary less, and are no draws of p(x) (default 1)",
+        "NUMBER",
     )
     add_option(
         p, "--class", "of a run given labels: the class of all that is drawn or decoded, whatever the rows are", "NAME"

@@ -37,9 +37,11 @@ from pyrovae.models import (
     HierarchicalVAE,
     IsotropicNormal,
     LowRankNormal,
+    Markov,
     MeanFieldNormal,
     MixtureOfGaussians,
     Network,
+    OrnsteinUhlenbeck,
     StandardNormal,
     VampPrior,
 )
@@ -54,7 +56,7 @@ from pyrovae.settings import Either, Several, Words, kind_of, read
 
 Z = 2
 # Whose distributions have a mean, but none in closed form.
-WITHOUT_MEAN = (FlowPrior, FlowedPrior, AutoregressivePrior, FlowGuide)
+WITHOUT_MEAN = (FlowPrior, FlowedPrior, AutoregressivePrior, FlowGuide, OrnsteinUhlenbeck, Markov)
 
 
 def encoder(shape: tuple[int, ...]) -> Network:
@@ -71,7 +73,7 @@ def decoder(shape: tuple[int, ...], latent_dim: int = Z) -> Network:
 
 LEVELS = 5  # of grey
 # Settings with which parts are small enough to be looked at from everywhere.
-SMALL = {"components": 3, "rank": 1, "layers": 2, "hidden": 5, "bins": 4}
+SMALL = {"components": 3, "rank": 1, "layers": 2, "hidden": 5, "bins": 4, "steps": 2}
 
 
 def variants(choice: Choice) -> list[dict[str, object]]:
@@ -118,14 +120,32 @@ GUIDES: dict[str, Callable[[], Guide]] = {
     for cls, settings, _ in classes("guide")
     for kind, shape in (("MLP", (4,)), ("Conv", (1, 5, 3)))
 }
+
+
+def two_layers(below: Guide) -> list[Guide]:
+    """A guide and one of its codes, as a hierarchy has them."""
+    return [below, MeanFieldNormal(MLP(Z, hidden=(7,)), Z)]
+
+
+def prior(cls: type[Prior], settings: dict[str, object], takes: tuple[str, ...], guide: Guide) -> Prior:
+    """A prior, with what it takes from a pair of that guide."""
+    offered = {"latent_dim": Z, "event_shape": guide.event_shape, "guide": guide, "guides": two_layers(guide)}
+    return cls(**{name: offered[name] for name in takes}, **settings)
+
+
+UNCONDITIONAL = [entry for entry in classes("prior") if issubclass(entry[0], Prior)]  # others: test_conditional
 PRIORS: dict[str, Callable[[], Prior]] = {
-    cls.__name__: lambda cls=cls, settings=settings: cls(Z, **settings)
-    for cls, settings, takes in classes("prior")
-    if not {"guide", "conditional"} & set(takes)  # those given a condition: test_conditional
+    named(cls, settings, "").rstrip("-"): lambda cls=cls, settings=settings, takes=takes: prior(
+        cls, settings, takes, MeanFieldNormal(encoder((4,)), Z)
+    )
+    for cls, settings, takes in UNCONDITIONAL
+    if not {"guide", "guides"} & set(takes)
 } | {
-    f"{cls.__name__}({name})": lambda cls=cls, make=make, settings=settings: cls(g := make(), g.event_shape, **settings)
-    for cls, settings, takes in classes("prior")
-    if "guide" in takes
+    f"{cls.__name__}({name})": lambda cls=cls, make=make, settings=settings, takes=takes: prior(
+        cls, settings, takes, make()
+    )
+    for cls, settings, takes in UNCONDITIONAL
+    if {"guide", "guides"} & set(takes)
     for name, make in GUIDES.items()
     if not make().of_pair
 }
@@ -155,12 +175,16 @@ def every(parts: dict) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("name", parts)
 
 
+def borrowed(part: nn.Module) -> tuple[Guide, ...]:
+    """The guides of the pair that a prior is made of, whose parameters are not its own."""
+    return (*getattr(part, "_guide", ()), *getattr(part, "_guides", ()))
+
+
 def build(name: str) -> nn.Module:
     """The part in double precision, its parameters away from any special start."""
     part = PARTS[name]().double()
-    guide = [part._guide[0].double()] if isinstance(part, VampPrior) else []
     with torch.no_grad():
-        for module in (part, *guide):
+        for module in (part, *(guide.double() for guide in borrowed(part))):
             for parameter in module.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return part
@@ -226,9 +250,12 @@ def test_gradients_reach_every_parameter(name: str) -> None:
         return
     loss.backward()
     parameters = dict(part.named_parameters())
-    if isinstance(part, VampPrior):
+    if guides := borrowed(part):
         assert set(parameters) == {"pseudo_inputs"}
-        parameters |= dict(part._guide[0].named_parameters())
+        *below, top = guides
+        parameters |= dict(top.named_parameters())
+        for guide in below:  # of which one point is passed on: its location, though not all of a flow
+            parameters |= {f"below, {name}": p for name, p in guide.head.named_parameters()}
     assert parameters
     for parameter_name, parameter in parameters.items():
         assert parameter.grad is not None, parameter_name
@@ -260,11 +287,11 @@ def density_on_a_grid(p: dist.Distribution, shape: tuple[int, ...], name: str = 
     return points, p.log_prob(points.reshape(-1, *shape)).exp() * cell
 
 
-# The density of a continuous Bernoulli jumps at 0 and 1: tests/test_continuous_bernoulli.py integrates between them.
+# The density of a continuous Bernoulli jumps at 0 and 1: tests/test_continuous_bernoulli.py integrates between them;
+# tails of a Student t reach beyond any grid: tests/test_student_prior.py.
+ELSEWHERE = ("ContinuousBernoulli", "StudentTPrior")
 DISCRETE = [n for n in (*GUIDES, *PRIORS) if PARTS[n]().latents != "real numbers"]
-CONTINUOUS = [
-    n for n in PARTS if n not in (*MASSES, *COUNTS, *TABLES, *DISCRETE) and not n.startswith("ContinuousBernoulli")
-]
+CONTINUOUS = [n for n in PARTS if n not in (*MASSES, *COUNTS, *TABLES, *DISCRETE) and not n.startswith(ELSEWHERE)]
 
 
 @every(CONTINUOUS)
@@ -390,8 +417,8 @@ def test_state_dict_round_trip(name: str) -> None:
     first = build(name)
     torch.manual_seed(12345)
     second = build(name)
-    if isinstance(first, VampPrior):  # the guide's parameters belong to the pair
-        second._guide[0].load_state_dict(first._guide[0].state_dict())
+    for theirs, ours in zip(borrowed(second), borrowed(first), strict=True):  # parameters of the pair
+        theirs.load_state_dict(ours.state_dict())
     batch = (3,)
     torch.manual_seed(2)
     p, given = apply(first, batch)
@@ -412,13 +439,13 @@ def test_dtype_follows(name: str, dtype: torch.dtype) -> None:
     """Everything a part computes has the dtype of its parameters, and float32 agrees with float64."""
     exact = build(name)
     part = copy.deepcopy(exact).to(dtype)
-    if isinstance(part, VampPrior):
-        part._guide[0].to(dtype)
+    for guide in borrowed(part):
+        guide.to(dtype)
     p, given = apply(exact, (3,))
     value = values(exact, (3,))
     q = part() if isinstance(part, Prior) else part(given.to(dtype))
     assert q.sample().dtype == q.log_prob(value.to(dtype)).dtype == dtype
-    if isinstance(part._guide[0] if isinstance(part, VampPrior) else part, WITHOUT_MEAN):
+    if isinstance(borrowed(part)[-1] if borrowed(part) else part, WITHOUT_MEAN):
         with pytest.raises(NotImplementedError):
             q.mean  # noqa: B018
     else:
@@ -906,6 +933,8 @@ def test_a_value_that_is_not_allowed_is_refused_by_name(cls: Class) -> None:
         "latent_dim": Z,
         "event_shape": (4,),
         "guide": GUIDES["MeanFieldNormal-MLP"](),
+        "guides": two_layers(GUIDES["MeanFieldNormal-MLP"]()),
+        "condition_dim": 1,
         "conditional": GUIDES["MeanFieldNormal-MLP"](),
         "encoder": encoder((4,)),
         "decoder": decoder((4,)),

@@ -59,6 +59,8 @@ from pyrovae.models.networks import ConvDecoder as ConvDecoder
 from pyrovae.models.networks import ConvEncoder as ConvEncoder
 from pyrovae.models.networks import Network as Network
 from pyrovae.models.networks import ResidualMLP as ResidualMLP
+from pyrovae.models.networks import SequenceDecoder as SequenceDecoder
+from pyrovae.models.networks import SequenceEncoder as SequenceEncoder
 from pyrovae.models.priors import FlowPrior as FlowPrior
 from pyrovae.models.priors import IsotropicNormal as IsotropicNormal
 from pyrovae.models.priors import MixtureOfGaussians as MixtureOfGaussians
@@ -66,11 +68,16 @@ from pyrovae.models.priors import Prior as Prior
 from pyrovae.models.priors import StandardNormal as StandardNormal
 from pyrovae.models.priors import VampPrior as VampPrior
 from pyrovae.models.semi_amortised import SemiAmortised as SemiAmortised
+from pyrovae.models.sequences import Markov as Markov
+from pyrovae.models.sequences import OrnsteinUhlenbeck as OrnsteinUhlenbeck
+from pyrovae.models.student import StudentTPrior as StudentTPrior
 from pyrovae.models.tables import Columns as Columns
 from pyrovae.models.two_stage import ExPostVAE as ExPostVAE
 from pyrovae.models.two_stage import TwoStageVAE as TwoStageVAE
 from pyrovae.models.vae import VAE as VAE
 from pyrovae.models.vae import HierarchicalVAE as HierarchicalVAE
 from pyrovae.models.vae import LatentLayers as LatentLayers
+from pyrovae.models.vamp import ConditionalVampPrior as ConditionalVampPrior
+from pyrovae.models.vamp import HierarchicalVampPrior as HierarchicalVampPrior
 from pyrovae.models.views import LogCounts as LogCounts
 from pyrovae.models.views import View as View

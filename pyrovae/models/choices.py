@@ -1,5 +1,6 @@
 """The priors, guides and likelihoods that can be chosen by name: the first prior and guide are the default."""
 
+from pyrovae.models.conditional import AmortisedPrior
 from pyrovae.models.counts import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from pyrovae.models.discrete import BernoulliGuide, CategoricalGuide, CategoricalPrior, IndependentBernoulli
 from pyrovae.models.flow_guides import InverseAutoregressiveFlow, PlanarFlow, SplineFlow, SylvesterFlow
@@ -10,7 +11,10 @@ from pyrovae.models.likelihoods import Bernoulli, Beta, ContinuousBernoulli, Gau
 from pyrovae.models.mixture_guide import MixtureOfNormals
 from pyrovae.models.priors import FlowPrior, IsotropicNormal, MixtureOfGaussians, StandardNormal, VampPrior
 from pyrovae.models.semi_amortised import SemiAmortised
+from pyrovae.models.sequences import Markov, OrnsteinUhlenbeck
+from pyrovae.models.student import StudentTPrior
 from pyrovae.models.tables import Columns
+from pyrovae.models.vamp import ConditionalVampPrior, HierarchicalVampPrior
 
 PRIORS = (
     StandardNormal,
@@ -23,6 +27,16 @@ PRIORS = (
     AutoregressivePrior,
     IndependentBernoulli,
     CategoricalPrior,
+    StudentTPrior,
+    HierarchicalVampPrior,
+    OrnsteinUhlenbeck,
+    Markov,
+)
+
+# p(z|y), which can be chosen where there is a condition; any other prior is `UnconditionalPrior` there.
+CONDITIONAL_PRIORS = (
+    AmortisedPrior,
+    ConditionalVampPrior,
 )
 
 GUIDES = (

@@ -23,7 +23,8 @@ from pyrovae.models.guides import Guide, check_by_itself
 from pyrovae.models.likelihood import Likelihood
 from pyrovae.models.moments import moments_of
 from pyrovae.models.priors import Prior
-from pyrovae.settings import Whole, check
+from pyrovae.models.temperature import tempered
+from pyrovae.settings import Number, Whole, check
 
 
 class ConditionalPrior(nn.Module, ABC):
@@ -44,8 +45,8 @@ class ConditionalPrior(nn.Module, ABC):
         """The distribution for y of shape (N, C): batch shape (N,) or (), event shape (latent_dim,)."""
 
     @abstractmethod
-    def initialise(self, xy: Tensor) -> None:
-        """Start whatever depends on the data at training data (x, y) as the encoder takes them."""
+    def initialise(self, xy: Tensor, unit: Tensor) -> None:
+        """Start whatever depends on the data at training data (x, y) as the encoder takes them, y times `unit`."""
 
 
 class UnconditionalPrior(ConditionalPrior):
@@ -62,7 +63,7 @@ class UnconditionalPrior(ConditionalPrior):
     def forward(self, y: Tensor) -> dist.Distribution:
         return self.prior()
 
-    def initialise(self, xy: Tensor) -> None:
+    def initialise(self, xy: Tensor, unit: Tensor) -> None:
         """Start p(z)."""
         self.prior.initialise(xy)
 
@@ -83,12 +84,8 @@ class AmortisedPrior(ConditionalPrior):
     def forward(self, y: Tensor) -> dist.Distribution:
         return self.conditional(y)
 
-    def initialise(self, xy: Tensor) -> None:
+    def initialise(self, xy: Tensor, unit: Tensor) -> None:
         """Nothing depends on the data."""
-
-
-# Those that can be chosen where there is a condition; any other prior is `UnconditionalPrior` there.
-CONDITIONAL_PRIORS = (AmortisedPrior,)
 
 
 class ConditionalVAE(nn.Module):
@@ -193,7 +190,7 @@ class ConditionalVAE(nn.Module):
         self.corruption.initialise(whole)
         self.encoder.initialise(self.beside(x, y))
         self.likelihood.initialise(x)
-        self.prior.initialise(self.beside(whole, y))
+        self.prior.initialise(self.beside(whole, y), self.unit)
 
     def posterior(self, x: Tensor, y: Tensor) -> dist.Distribution:
         """q(z|x, y) for x of shape (N, *event) and y of shape (N, C): batch shape (N,), event shape (Z,)."""
@@ -201,21 +198,24 @@ class ConditionalVAE(nn.Module):
         return self.encoder(self.beside(x, y))
 
     @torch.no_grad()
-    def sample(self, num_samples: int, y: Tensor, mean: bool = False) -> Tensor:
+    def sample(self, num_samples: int, y: Tensor, mean: bool = False, temperature: float = 1.0) -> Tensor:
         """Draws of x given y: z from p(z|y), then x from p(x|z, y), with torch's random state.
 
         Args:
             num_samples: How many, at least 1.
             y: What they are given, shape (C,) for all of them or (num_samples, C).
             mean: The mean of p(x|z, y) at each z in place of a draw: without the noise of x, as pictures are shown.
+            temperature: Above 0; the noise of z is times this. With any but 1 these are no draws of p(x|y).
 
         Returns:
             Shape (num_samples, *event).
 
         Raises:
-            UsageError: num_samples is no whole number of at least 1, or y has another shape.
+            UsageError: num_samples is no whole number of at least 1, temperature no number above 0, or y has another
+                shape.
         """
         check("num_samples", num_samples, Whole(1))
+        check("temperature", temperature, Number(above=0))
         self.check_condition(y)
         if y.ndim > 1 and y.shape != (num_samples, self.condition_dim):
             raise UsageError(
@@ -224,7 +224,8 @@ class ConditionalVAE(nn.Module):
             )
         y = y.expand(num_samples, -1)
         with pyro.poutine.block(), pyro.plate("samples", num_samples):
-            likelihood = self.likelihood(join(pyro.sample("z", self.prior(y)), y))
+            z = pyro.sample("z", tempered(self.prior(y), temperature))
+            likelihood = self.likelihood(join(z, y))
             return likelihood.mean if mean else likelihood.sample()
 
     @torch.no_grad()

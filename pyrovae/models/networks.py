@@ -287,8 +287,95 @@ class ConvDecoder(Network):
         return super().forward(x) + self.bias
 
 
+class Channels(nn.Module):
+    """Sequences (B, T, D) as convolutions take them, (B, D, T)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+
+class TimeAt(nn.Module):
+    """Sequences (B, T, ...) with time after so many dimensions of an event, of `shape`."""
+
+    def __init__(self, before: int, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.before, self.shape = before, shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.movedim(1, 1 + self.before).reshape(-1, *self.shape)
+
+
+class SequenceEncoder(Network):
+    """Convolutions over time, for sequences: from (T, ...) to a vector of features, so many for each step.
+
+    Each hidden layer sees two steps to either side.
+
+    Args:
+        in_shape: (T, ...): the first dimension is time, all others are elements of a step.
+        hidden: Widths of the hidden layers, at every step.
+        activation: Activation of the hidden layers.
+    """
+
+    word = "sequence"
+
+    @checked
+    def __init__(self, in_shape: Shape, hidden: Sequence[Count] = (32, 32), activation: Activation = "tanh") -> None:
+        in_shape = as_shape(in_shape)
+        steps, width = in_shape[0], math.prod(in_shape[1:])
+        layers: list[nn.Module] = [nn.Flatten(), nn.Unflatten(1, (steps, width)), Channels()]
+        for before, after in pairwise([width, *hidden]):
+            layers += [nn.Conv1d(before, after, 5, padding=2), ACTIVATIONS[activation]()]
+        super().__init__(nn.Sequential(*layers, nn.Flatten()), in_shape, steps * [width, *hidden][-1])
+
+
+class SequenceDecoder(Network):
+    """One dense network for all steps of a sequence: x_t depends on z_t alone.
+
+    Args:
+        in_shape: T Z, the number of latent dimensions: Z for each step of the output.
+        out_shape: (T, ...), time first; or with dimensions before that, where x has several parameters.
+        hidden: Widths of the hidden layers.
+        activation: Activation of the hidden layers.
+        event_shape: Event shape of x, which says where in `out_shape` time is; None: `out_shape`.
+
+    Raises:
+        UsageError: the latent dimensions cannot be shared out among the steps.
+    """
+
+    @checked
+    def __init__(
+        self,
+        in_shape: Shape,
+        out_shape: Shape,
+        hidden: Sequence[Count] = (32, 32),
+        activation: Activation = "tanh",
+        event_shape: Shape | None = None,
+    ) -> None:
+        in_shape, out_shape = as_shape(in_shape), as_shape(out_shape)
+        event = out_shape if event_shape is None else as_shape(event_shape)
+        before = 0 if out_shape[: len(event)] == event else len(out_shape) - len(event)
+        steps, latent = out_shape[before], math.prod(in_shape)
+        if latent % steps:
+            raise UsageError(
+                f"latent_dim: expected a multiple of the {steps} steps of x, each of which has its own, got {latent}"
+            )
+        of_a_step = (*out_shape[:before], *out_shape[before + 1 :])
+        each = MLP(latent // steps, of_a_step or (1,), hidden, activation)
+        body = nn.Sequential(nn.Flatten(), nn.Unflatten(1, (steps, latent // steps)), each, TimeAt(before, out_shape))
+        super().__init__(body, in_shape, out_shape)
+        # One for each element at each step: the mean sequence of the data is then where the decoder starts.
+        self.bias = nn.Parameter(torch.zeros(out_shape))
+
+    @property
+    def output_bias(self) -> nn.Parameter:
+        return self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.bias
+
+
 # Each an encoder and a decoder.
-NETWORKS = ((MLP, MLP), (ConvEncoder, ConvDecoder), (ResidualMLP, ResidualMLP))
+NETWORKS = ((MLP, MLP), (ConvEncoder, ConvDecoder), (ResidualMLP, ResidualMLP), (SequenceEncoder, SequenceDecoder))
 
 
 def bias_of_output(body: nn.Module) -> nn.Parameter | None:

@@ -160,12 +160,18 @@ class VampPrior(Prior):
 
     def initialise(self, x: Tensor) -> None:
         """Start the pseudo-inputs at rows of x (N, *event) drawn without replacement while they last."""
-        rows = torch.cat([torch.randperm(len(x)) for _ in range(-(-self.components // len(x)))])
-        rows = rows[: self.components].to(x.device)
-        with torch.no_grad():
-            self.pseudo_inputs.copy_(x[rows])
-            # A repeated row would stay a copy of itself for ever: break the tie.
-            self.pseudo_inputs.add_(0.01 * torch.randn_like(self.pseudo_inputs))
+        start_at_rows(self.pseudo_inputs, x)
+
+
+def start_at_rows(pseudo_inputs: nn.Parameter, x: Tensor) -> None:
+    """Start pseudo-inputs (C, *event) at rows of x (N, *event) drawn without replacement while they last."""
+    components = len(pseudo_inputs)
+    rows = torch.cat([torch.randperm(len(x)) for _ in range(-(-components // len(x)))])
+    rows = rows[:components].to(x.device)
+    with torch.no_grad():
+        pseudo_inputs.copy_(x[rows])
+        # A repeated row would stay a copy of itself for ever: break the tie.
+        pseudo_inputs.add_(0.01 * torch.randn_like(pseudo_inputs))
 
 
 class FlowPrior(Prior):

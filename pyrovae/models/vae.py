@@ -12,6 +12,7 @@ those of torch modules (the Pyro parameter store is not used).
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import ClassVar, Protocol
 
@@ -28,7 +29,8 @@ from pyrovae.models.guides import Guide, check_by_itself
 from pyrovae.models.likelihood import Likelihood
 from pyrovae.models.moments import moments_of
 from pyrovae.models.priors import Prior
-from pyrovae.settings import Whole, check
+from pyrovae.models.temperature import tempered
+from pyrovae.settings import Number, Whole, check
 
 Shape = tuple[int, ...]
 
@@ -108,10 +110,15 @@ class LatentLayers(nn.Module, ABC):
         every = dict(zip(self.latent_sites, self.sizes, strict=True))
         return every if self.skip else dict([next(iter(every.items()))])
 
-    def latent(self) -> Tensor:
-        """Sample the latent layers from the prior down to z1, within the caller's plates; their code."""
-        sites = zip(self.latent_sites[:-1][::-1], reversed(list(self.conditionals)), strict=True)
-        return descend(sites, pyro.sample(self.latent_sites[-1], self.prior()), self.skip)
+    def latent(self, temperature: float = 1.0) -> Tensor:
+        """Sample the latent layers from the prior down to z1, within the caller's plates; their code.
+
+        Args:
+            temperature: Of all layers, see `sample`.
+        """
+        below = [partial(given_above, layer, temperature) for layer in reversed(list(self.conditionals))]
+        sites = zip(self.latent_sites[:-1][::-1], below, strict=True)
+        return descend(sites, pyro.sample(self.latent_sites[-1], tempered(self.prior(), temperature)), self.skip)
 
     def model(self, x: Tensor) -> Tensor:
         """p(x, z) as a Pyro model, for x of shape (N, *event).
@@ -143,22 +150,26 @@ class LatentLayers(nn.Module, ABC):
         """q of the code for x of shape (*batch, *event), never corrupted: batch shape `batch`, event shape (Z,)."""
 
     @torch.no_grad()
-    def sample(self, num_samples: int, mean: bool = False) -> Tensor:
+    def sample(self, num_samples: int, mean: bool = False, temperature: float = 1.0) -> Tensor:
         """Draws of x: z from the prior, then x from p(x|z), with torch's random state.
 
         Args:
             num_samples: How many, at least 1.
             mean: The mean of p(x|z) at each z in place of a draw: without the noise of x, as pictures are shown.
+            temperature: Above 0. The noise of every latent layer is times this (`pyrovae.models.temperature`), that of
+                x is not. With any but 1 these are no draws of p(x).
 
         Returns:
             Shape (num_samples, *event).
 
         Raises:
-            UsageError: num_samples is no whole number of at least 1.
+            UsageError: num_samples is no whole number of at least 1, temperature no number above 0, or the prior has
+                no noise to scale.
         """
         check("num_samples", num_samples, Whole(1))
+        check("temperature", temperature, Number(above=0))
         with pyro.poutine.block(), pyro.plate("samples", num_samples):
-            likelihood = self.likelihood(self.latent())
+            likelihood = self.likelihood(self.latent(temperature))
             return likelihood.mean if mean else likelihood.sample()
 
     @torch.no_grad()
@@ -334,6 +345,11 @@ class HierarchicalVAE(BottomUp):
 
     def initialise(self, x: Tensor) -> None:
         start(self, x)
+
+
+def given_above(layer: Layer, temperature: float, above: Tensor) -> dist.Distribution:
+    """p(zL-1|zL) at a temperature."""
+    return tempered(layer(above), temperature)
 
 
 def start(model: BottomUp, x: Tensor) -> None:

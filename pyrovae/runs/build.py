@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyrovae.columns import parse, written
 from pyrovae.errors import UsageError
-from pyrovae.runs.options import BASELINES, GRADIENTS, OBJECTIVES, PARTS, PROPOSALS
+from pyrovae.runs.options import BASELINES, CONDITIONAL, GRADIENTS, OBJECTIVES, PARTS, PROPOSALS
 from pyrovae.runs.parts import Part, choose, fill
 from pyrovae.runs.recipe import Recipe, choose_likelihood, first
 
@@ -122,7 +122,7 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
     out_shape = likelihood_class.decoder_shape(event_shape, **known, **recipe.likelihood.settings)
     # With skip connections x is given all layers.
     code = sum(latent) if recipe.model.settings.get("skip") else latent[0]
-    decoder = networks.decoder(code + conditions, out_shape)
+    decoder = networks.decoder(code + conditions, out_shape, event_shape)
     likelihood = make("likelihood", recipe.likelihood, decoder=decoder, **known)
     likelihood = PartlySeen(likelihood) if recipe.missing else likelihood
 
@@ -137,9 +137,10 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
     layers = of_ladder if "merge" in parts.settings else of_auxiliary if "reverse" in parts.takes else of_bottom_up
     offered |= layers(recipe, networks, encoder)
 
-    beside: dict[str, Any] = {"latent_dim": offered["top"], "guide": offered.get("guide"), "event_shape": in_shape}
-    by_condition = "conditional" in PARTS["prior"][recipe.prior.name].classes[0].takes
-    if by_condition:
+    beside = {key: offered.get(key) for key in ("guide", "guides")}
+    beside |= {"latent_dim": offered["top"], "event_shape": in_shape, "condition_dim": conditions}
+    by_condition = recipe.prior.name in CONDITIONAL
+    if "conditional" in PARTS["prior"][recipe.prior.name].classes[0].takes:
         beside["conditional"] = MeanFieldNormal(networks.dense(conditions), latent[0])
     prior = make("prior", recipe.prior, **beside)
     if conditions:
@@ -169,9 +170,10 @@ class Networks:
         network: Network = self.encoding.build("network", self.settings, in_shape=in_shape)
         return network
 
-    def decoder(self, size: int, out_shape: tuple[int, ...]) -> "Network":
-        """From codes to what a likelihood takes."""
-        network: Network = self.decoding.build("network", self.settings, in_shape=size, out_shape=out_shape)
+    def decoder(self, size: int, out_shape: tuple[int, ...], event_shape: tuple[int, ...]) -> "Network":
+        """From codes to what a likelihood takes for x of an event shape."""
+        shapes = {"in_shape": size, "out_shape": out_shape, "event_shape": event_shape}
+        network: Network = self.decoding.build("network", self.settings, **shapes)
         return network
 
     def dense(self, size: int) -> "Network":

@@ -40,11 +40,13 @@ class Draws(Way):
     Attributes:
         number: How many; with a conditional model and no class chosen, so many of each.
         mean: The means of p(x | z) in place of draws.
+        temperature: By which the noise of z is multiplied; with any but 1, these are no draws of p(x).
     """
 
     word = "draws"
     number: int = 100
     mean: bool = False
+    temperature: float = 1.0
 
     def __call__(self, looked: Looked, seed: int) -> Made:
         import torch
@@ -56,14 +58,18 @@ class Draws(Way):
         chosen = looked.condition  # also refuses a class that is none
         what = self.words(looked)
         drawable = is_picture(shape) or shape == (2,)
+        options: dict[str, Any] = {"mean": self.mean}
+        if self.temperature != 1:
+            self.check_noise(looked)
+            options["temperature"] = self.temperature
         if not isinstance(model, ConditionalVAE):
-            x = model.sample(self.number, mean=self.mean)
+            x = model.sample(self.number, **options)
             said = (counted(f"{self.number} {what}", shape),)
             figure = (lambda title, style: plots.samples(x, f"{title}, {what}", style)) if drawable else None
             return Made({"x": (("draw", "event"), x)}, said=said, figure=figure)
         names = list(looked.rows.given.examples) if looked.label is None else [looked.label]
         each = [y.to(looked.place) for y in looked.rows.given.examples.values()] if chosen is None else [chosen]
-        drawn = torch.stack([model.sample(self.number, y, mean=self.mean) for y in each])
+        drawn = torch.stack([model.sample(self.number, y, **options) for y in each])
         of = "each class" if looked.label is None else f"class {looked.label}"
         labels = [name for name in names for _ in range(self.number)]
         return Made(
@@ -74,6 +80,13 @@ class Draws(Way):
             else None,
         )
 
+    def check_noise(self, looked: Looked) -> None:
+        """Refuse a temperature where there is no p(z) whose noise it could scale."""
+        recipe = looked.run.recipe
+        if recipe.is_exact or recipe.is_reconstruction:
+            why = f"a {recipe.model.name} has no p(z) whose noise it could scale"
+            raise UsageError(f"temperature: not used, since {why}", settings=("temperature",))
+
     def words(self, looked: Looked) -> str:
         """What is drawn: of a model without a p(x|z), what it decodes of codes from their ex-post density."""
         if looked.reconstructs_only:
@@ -82,6 +95,9 @@ class Draws(Way):
                     f"{looked.run.directory}: has no density of codes to draw from; resume the run, which makes it"
                 )
             return "decoded codes, drawn from a density fitted to codes"
+        if self.temperature != 1:
+            what = "means of p(x|z)" if self.mean else "draws"
+            return f"{what} at temperature {self.temperature:g}, not of p(x): the noise of z times that"
         if not self.mean:
             return "draws of x"
         exact = looked.run.recipe.is_exact  # whose z is a component, a kernel or a vector, and is not called so

@@ -11,6 +11,9 @@ from pyrovae.settings import Either, Flag, Number, Several, Text, Whole, Words
 
 PAIRS, EXACT = ("pyrovae.models.pairs", "PAIRS"), ("pyrovae.models.baselines", "BASELINES")
 STAGED = ("pyrovae.models.two_stage", "STAGED")
+GIVEN = ("pyrovae.models.choices", "CONDITIONAL_PRIORS")
+# Priors p(z|y), for what is given.
+CONDITIONAL = Choices(GIVEN)
 # Models that reconstruct, and have no p(x).
 WITHOUT_DENSITY = ("pyrovae.models.autoencoder", "RECONSTRUCTIONS")
 RECONSTRUCTIONS = Choices(WITHOUT_DENSITY)
@@ -19,7 +22,7 @@ BASELINES = Choices(EXACT)
 # Part -> choices; the first is the default, but for a likelihood, which is left to the data.
 PARTS = {
     "model": Choices(PAIRS, STAGED, EXACT, WITHOUT_DENSITY),
-    "prior": Choices(("pyrovae.models.choices", "PRIORS"), ("pyrovae.models.conditional", "CONDITIONAL_PRIORS")),
+    "prior": Choices(("pyrovae.models.choices", "PRIORS"), GIVEN),
     "likelihood": Choices(("pyrovae.models.choices", "LIKELIHOODS")),
     "guide": Choices(("pyrovae.models.choices", "GUIDES")),
     "network": Choices(("pyrovae.models.networks", "NETWORKS")),

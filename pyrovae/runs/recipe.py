@@ -13,7 +13,16 @@ from typing import Any, Literal
 
 from pyrovae.columns import GUESSED, parse, written
 from pyrovae.errors import UsageError
-from pyrovae.runs.options import BASELINES, DERIVED, GRADIENTS, OBJECTIVES, PARTS, RECONSTRUCTIONS, SETTINGS
+from pyrovae.runs.options import (
+    BASELINES,
+    CONDITIONAL,
+    DERIVED,
+    GRADIENTS,
+    OBJECTIVES,
+    PARTS,
+    RECONSTRUCTIONS,
+    SETTINGS,
+)
 from pyrovae.runs.parts import Part, choose, nearest
 from pyrovae.settings import read
 
@@ -336,7 +345,7 @@ def complete_pair(values: Options, given: Options) -> None:
         raise UsageError(f"corruption: not used, since the q(z|x) of a {name} is frozen", settings=("corruption",))
     prior = values["prior"].name
     takes = PARTS["prior"][prior].classes[0].takes
-    if "conditional" in takes and values["condition"] is None:
+    if prior in CONDITIONAL and values["condition"] is None:
         named = f"prior={prior}"
         raise UsageError(
             f"{named}: is p(z|y), and nothing is given; give `condition=label`", settings=(named, "condition=label")
@@ -345,6 +354,13 @@ def complete_pair(values: Options, given: Options) -> None:
         raise UsageError(
             f"prior={prior}: needs a {first('model')}, since it is made of its one guide q(z|x)",
             settings=(f"prior={prior}",),
+        )
+    of_model = PARTS["model"][name].classes[0].takes
+    if "guides" in takes and ("guides" not in of_model or "features" in of_model):
+        raise UsageError(
+            f"prior={prior}: is made of guides from the data upwards, which {a(name)} does not have; use "
+            "`model=hierarchical`",
+            settings=(f"prior={prior}", "model=hierarchical"),
         )
 
 

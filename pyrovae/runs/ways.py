@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # What is made, by the option that asks for it, and the other options that it has.
 WAYS = {
-    "": ("n", "mean"),
+    "": ("n", "mean", "temperature"),
     "near": ("n", "radius"),
     "between": ("steps", "path"),
     "traverse": ("steps", "dims"),
@@ -45,7 +45,8 @@ def way_of(options: dict[str, Any]) -> Way:
     n = whole(options, "n", 8 if way else 100)
     steps, limit = whole(options, "steps", 11), whole(options, "rows", 8)
     if not way:
-        return Draws(n, bool(options.get("mean")))
+        temperature = read("temperature", options.get("temperature", 1.0), Number(above=0))
+        return Draws(n, bool(options.get("mean")), temperature)
     if way == "near":
         radius = read("radius", options.get("radius", 0.1), Number(least=0))
         return Near(read("near", options["near"], ROW_NUMBERS), radius, n)
