@@ -79,8 +79,9 @@ class Guide(nn.Module, ABC):
         """q(z|x) for x of shape (*batch, *event): batch shape `batch`, event shape (latent_dim,)."""
 
     def initialise(self, x: Tensor) -> None:
-        """Centre the encoder's input at the mean of x (N, *event), with one scale for all elements."""
-        centre(self.encoder, x, self.shift, self.rescale)
+        """Centre the encoder's input, if it asks for it, at the mean of x (N, *event), with one scale for all."""
+        if self.encoder.centred:
+            centre(self.encoder, x, self.shift, self.rescale)
 
 
 def seen(encoder: Network, x: Tensor) -> Tensor:

@@ -41,11 +41,13 @@ class Network(nn.Module):
     Attributes:
         word: What the architecture is called where it is chosen by name.
         of_images: Whether its input is an image, so that what goes beside x goes into more channels.
+        centred: Whether its input is x less its mean, in units of its deviation, as a guide gives it to an encoder.
         view: Of an encoder, what it sees of x; None: x.
     """
 
     word: ClassVar[str]
     of_images: ClassVar[bool] = False
+    centred: ClassVar[bool] = True
     view: View | None
 
     def __init__(self, body: nn.Module, in_shape: Shape, out_shape: Shape) -> None:
