@@ -2,6 +2,7 @@ r"""What the latents of a pair do, as each epoch reports it: the terms of the bo
 
     reconstruction     E log p(x|z)
     kl                 KL(q(z|x) || p(z)), all sites together
+    kl_z1, kl_z2       of several sites, the KL of each, given the draws that its distributions depend on; they sum to kl
     kl_z[d]            KL of the d-th marginals, and active units: see `pyrovae.inference.units`
 
 All are means over data in nats.
@@ -47,7 +48,8 @@ def measure(
 
     Returns:
         "bound", and for a pair with latent sites "elbo", "reconstruction", "kl", "kl_SITE[d]", "active_units" and
-        "latent_dimensions", the number that could be active.
+        "latent_dimensions", the number that could be active; where there are several sites, "kl_SITE" and
+        "active_units_SITE" of each too.
 
     Raises:
         UsageError: there are no batches.
@@ -82,7 +84,7 @@ def measure(
     if active:
         report["active_units"] = float(sum(active.values()))
         report["latent_dimensions"] = float(sum(first.numel() for first, _ in moments.values()))
-    if len(active) > 1:
+    if any(name.startswith("kl_") and "[" not in name for name in report):  # several sites
         report |= {f"active_units_{site}": float(count) for site, count in active.items()}
     return report
 
@@ -90,19 +92,21 @@ def measure(
 def terms_of(
     pair: Pair, batch: Batch, objective: OfParticles, particle_chunk: int | None
 ) -> tuple[dict[str, Latent], dict[str, Tensor]]:
-    """The latents of the first chunk of draws, and the bound and its terms by name, each of shape (N,)."""
+    """The latents of the first chunk of draws but for auxiliary ones, and the bound and its terms, each (N,)."""
     size, *sizes = objective.chunks(particle_chunk)
     particles = draw(pair, batch, size)
     terms = [objective.terms(particles), *(objective.draw(pair, batch, k) for k in sizes)]
-    kls = [value.mean(0) for value in kl_terms(particles)[0].values()]
-    kl = torch.stack(kls or [torch.zeros_like(particles.log_likelihood[0])]).sum(0)  # 0 of a model without latents
+    kls = {site: value.mean(0) for site, value in kl_terms(particles)[0].items()}
+    kl = torch.stack(list(kls.values()) or [torch.zeros_like(particles.log_likelihood[0])]).sum(0)  # 0 without latents
     reconstruction = particles.log_likelihood.mean(0)
-    return particles.latents, {
+    latents = {site: latent for site, latent in particles.latents.items() if not latent.auxiliary}
+    return latents, {
         "bound": objective.combine(torch.cat(terms, 1)),
         "elbo": reconstruction - kl,
         "reconstruction": reconstruction,
         "kl": kl,
-        **{f"kl_{site}[{d}]": v for site, z in particles.latents.items() for d, v in enumerate(marginal_kl(z))},
+        **({f"kl_{site}": value for site, value in kls.items()} if len(kls) > 1 else {}),
+        **{f"kl_{site}[{d}]": v for site, z in latents.items() for d, v in enumerate(marginal_kl(z))},
     }
 
 

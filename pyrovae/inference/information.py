@@ -8,7 +8,8 @@ it was drawn for, and how far the aggregate posterior is from the prior:
     KL(q(z) || p(z))     = E log q(z) - log p(z)
 
 A row that is given a label y has q(z|x, y) for q(z|x): z is then also told what the row was given. Where the prior
-depends on y as well, E log q(z) - log p(z|y) is the distance to no one prior, may be below 0, and is left out.
+depends on y as well, or on x as that of an auxiliary latent does, E log q(z) - log p(z|y) is the distance to no one
+prior, may be below 0, and is left out.
 
 Of one latent alone, such as the lowest of a hierarchy, p(z) = E_u p(z|u) is estimated by importance sampling from
 q(u|z): too low on average, so that the distance is too high. `aggregate_kl` gives it from both sides of q(z): what
@@ -52,8 +53,8 @@ class Information:
 
     Attributes:
         mutual_information: log q(z|x_n) - log q(z): its mean is I(x; z).
-        aggregate_kl: log q(z) - log p(z): its mean is KL(q(z) || p(z)), the distance to the prior; None where rows that
-            are given different things have different priors.
+        aggregate_kl: log q(z) - log p(z): its mean is KL(q(z) || p(z)), the distance to the prior; None where rows
+            have different priors.
         kl: log q(z|x_n) - log p(z), the sum of the two, draw by draw; to the row's own prior.
     """
 
@@ -111,7 +112,9 @@ def split_kl(pair: Pair, batch: Batch, num_particles: int = 10) -> Information:
             own.append(log_q.diagonal())
             aggregate.append(torch.logsumexp(log_q, 1) - math.log(len(batch)))
             log_prior.append(torch.cat([b.log_prior[0] for b in blocks]).double())
-            one_prior = one_prior and (not batch.given or torch.allclose(log_prior[-1], under_others(pair, batch, z)))
+            # What is given may change at any z; a prior that depends on x does so at the first draws.
+            asked = len(batch) > 1 and (batch.given or len(own) == 1)
+            one_prior = one_prior and (not asked or torch.allclose(log_prior[-1], under_others(pair, batch, z)))
     q, mean_q, p = torch.stack(own), torch.stack(aggregate), torch.stack(log_prior)
     return Information(of_draws(q - mean_q), of_draws(mean_q - p) if one_prior else None, of_draws(q - p))
 

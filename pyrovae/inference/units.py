@@ -6,7 +6,8 @@ r"""What each latent dimension is used for: its KL, and how far its posterior me
     KL dimensions      the fewest d whose kl_z[d] add up to 90 % of the sum over d: how many really carry what z says,
                        where active units count those that carry anything
 
-For the upper layers of a hierarchy, E[z|x] averages over the particles drawn.
+Where the guide draws a layer given others, E[z|x] averages over the particles drawn. Auxiliary latents, on which no
+x depends, are not counted.
 
 References:
     Burda, Grosse and Salakhutdinov 2016, Importance Weighted Autoencoders, https://arxiv.org/abs/1509.00519
@@ -36,7 +37,7 @@ MOST_DIMENSIONS = 1024
 
 @dataclass(frozen=True)
 class Units:
-    """What each latent dimension is used for; Z of them, all sites together.
+    """What each latent dimension is used for; Z of them, all sites together that are not auxiliary.
 
     Attributes:
         names: SITE[d].
@@ -82,7 +83,8 @@ def use_of_units(pair: Pair, batch: Batch, num_particles: int = 10) -> Units:
     noises: list[list[Tensor]] = []
     with evaluating(pair):
         for block in batch.split(200):
-            latents = draw(pair, block, num_particles).latents
+            every = draw(pair, block, num_particles).latents
+            latents = {site: latent for site, latent in every.items() if not latent.auxiliary}
             means = {site: posterior_mean(latent) for site, latent in latents.items()}
             centre = {site: values.cpu() for site, (values, _) in means.items()}
             names = [f"{site}[{d}]" for site, values in centre.items() for d in range(values.shape[1])]

@@ -50,6 +50,8 @@ class Latent:
         ancestral: The model's sites before this one also come before it in the guide, so that neither distribution
             depends on z, and their KL may be taken analytically.
         masked: The site is under `poutine.mask` on either side, which a KL of the distributions would not see.
+        auxiliary: The model samples it after all that it observes, so that nothing observed depends on it: it extends
+            the model by a density that integrates to 1.
     """
 
     value: Tensor
@@ -59,6 +61,7 @@ class Latent:
     log_guide: Tensor
     ancestral: bool
     masked: bool
+    auxiliary: bool = False
 
 
 @dataclass
@@ -174,6 +177,8 @@ def latents_of(
     """The latent sites of a model and a guide, and their log-densities, in the model's order."""
     names = [name for name, site in p.items() if not site["is_observed"]]
     order = [name for name in q if name in p]
+    observed = [i for i, site in enumerate(p.values()) if site["is_observed"]]
+    after = set(list(p)[observed[-1] + 1 :] if observed else ())
     return {
         name: Latent(
             value=q[name]["value"],
@@ -183,6 +188,7 @@ def latents_of(
             log_guide=log_q[name],
             ancestral=set(names[:i]) <= set(order[: order.index(name)]),
             masked=p[name]["mask"] is not None or q[name]["mask"] is not None,
+            auxiliary=name in after,
         )
         for i, name in enumerate(names)
     }

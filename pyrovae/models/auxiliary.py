@@ -46,7 +46,7 @@ class AuxiliaryVAE(LatentLayers):
         likelihood: p(x|z).
         features: A network from x to a vector d of features, for guide and r.
         auxiliary: q(a|x), a guide of d.
-        conditional: q(z|a, x), a guide of (a, d).
+        guide: q(z|a, x), a guide of (a, d).
         reverse: r(a|x, z), of (z, d): a module that maps both to a distribution, such as any guide class.
         corruption: What the guide's features are of while it is trained; None: x. Those of r are of x.
 
@@ -64,21 +64,21 @@ class AuxiliaryVAE(LatentLayers):
         likelihood: Likelihood,
         features: Network,
         auxiliary: Guide,
-        conditional: Guide,
+        guide: Guide,
         reverse: Layer,
         corruption: Corruption | None = None,
     ) -> None:
         super().__init__(prior, [], likelihood, corruption)
         self.features = Features([features])
-        self.auxiliary, self.conditional, self.reverse = auxiliary, conditional, reverse
+        self.auxiliary, self.given_auxiliary, self.reverse = auxiliary, guide, reverse
         (size,) = self.features.sizes
         z, a = prior.latent_dim, auxiliary.latent_dim
         arrows: list[tuple[str, Shape, str, Shape, str]] = [
             ("x", self.event_shape, "the likelihood's output", self.features.event_shape, "the features' input"),
             ("z", (z,), "the prior's latent_dim", likelihood.latent_shape, "the decoder's input"),
-            ("z", (z,), "the prior's latent_dim", (conditional.latent_dim,), "the guide's"),
+            ("z", (z,), "the prior's latent_dim", (guide.latent_dim,), "the guide's"),
             ("features", (size,), "what there is of x", auxiliary.event_shape, "the input of q(a|x)"),
-            ("(a, features)", (a + size,), "what there is of both", conditional.event_shape, "the guide's input"),
+            ("(a, features)", (a + size,), "what there is of both", guide.event_shape, "the guide's input"),
             ("(z, features)", (z + size,), "what there is of both", reverse.event_shape, "the input of r(a|x, z)"),
             ("a", (a,), "the latent_dim of q(a|x)", (reverse.latent_dim,), "that of r(a|x, z)"),
         ]
@@ -96,7 +96,7 @@ class AuxiliaryVAE(LatentLayers):
 
     def drawn_by(self, features: Tensor, a: Tensor) -> dist.Distribution:
         """q(z|a, x) for features (N, F) and a (*batch, N, A)."""
-        return self.conditional(beside(a, features))
+        return self.given_auxiliary(beside(a, features))
 
     def guide(self, x: Tensor) -> Tensor:
         with pyro.plate("data", len(x)):

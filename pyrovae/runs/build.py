@@ -227,7 +227,7 @@ def of_auxiliary(recipe: Recipe, networks: Networks, encoder: "Network") -> dict
         "top": z,
         "features": encoder,
         "auxiliary": MeanFieldNormal(MLP(found, hidden=()), a),
-        "conditional": make("guide", recipe.guide, encoder=networks.dense(a + found), latent_dim=z),
+        "guide": make("guide", recipe.guide, encoder=networks.dense(a + found), latent_dim=z),
         "reverse": MeanFieldNormal(networks.dense(z + found), a),
     }
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+import re
 from typing import TYPE_CHECKING, Any
 
 from pyrovae.errors import NumericalError
@@ -119,7 +120,7 @@ def of_terms(result: "LogMarginal", terms: dict[str, float]) -> Report:
 
     # The mean log-weight is the guide's ELBO only where the draws are.
     of_guide = result.elbo if result.of_guide else None
-    each = {name.removeprefix("kl_"): value for name, value in terms.items() if name.startswith("kl_")}
+    each = {name.removeprefix("kl_"): value for name, value in terms.items() if re.fullmatch(r"kl_.+\[\d+\]", name)}
     elbo = terms["elbo"] if of_guide is None else of_guide.mean().item()
     return {
         "elbo": elbo,
@@ -128,6 +129,7 @@ def of_terms(result: "LogMarginal", terms: dict[str, float]) -> Report:
         "gap_error_over_rows": None if of_guide is None else standard_error(result.estimate - of_guide),
         "reconstruction": terms["reconstruction"],
         "kl": terms["kl"],
+        "layers": of_layers(terms),
         "active_units": int(terms["active_units"]),
         "latent_dimensions": int(terms["latent_dimensions"]),
         # Of all dimensions or of none: their shares are of the whole.
@@ -136,6 +138,19 @@ def of_terms(result: "LogMarginal", terms: dict[str, float]) -> Report:
             "count": kl_dimensions(list(each.values())) if len(each) == terms["latent_dimensions"] else None,
         },
         "kl_per_dimension": each,
+    }
+
+
+def of_layers(terms: dict[str, float]) -> Report:
+    """KL, active units and size of each latent site, where there are several; the last two of no auxiliary one."""
+    sites = [name.removeprefix("kl_") for name in terms if name.startswith("kl_") and not name.endswith("]")]
+    return {
+        site: {
+            "kl": terms[f"kl_{site}"],
+            "active_units": None if (active := terms.get(f"active_units_{site}")) is None else int(active),
+            "latent_dimensions": sum(name.startswith(f"kl_{site}[") for name in terms) or None,
+        }
+        for site in sites
     }
 
 

@@ -56,6 +56,16 @@ def in_words(forms: dict[str, str]) -> str:
     return kinds.pop() if len(kinds) == 1 else ", ".join(f"{site} {form}" for site, form in forms.items())
 
 
+def layers_in_words(values: Report) -> list[tuple[str, str, str]]:
+    """KL and active units of each latent site, where there are several: label, number and note of each line."""
+    lines = []
+    for site, found in values["layers"].items():
+        active, of = found["active_units"], found["latent_dimensions"] or "an unknown number"
+        note = f"E log q({site}) - log r({site})" if active is None else f"active units: {active} of {of}"
+        lines.append((f"  of {site}{', auxiliary' if active is None else ''}", number(found["kl"]), note))
+    return lines
+
+
 def units_in_words(values: Report) -> list[tuple[str, str, str]]:
     """How many latent dimensions are used at all, and how few carry the KL: label, number and note of each line."""
     from pyrovae.inference.units import ACTIVE_VARIANCE
@@ -133,7 +143,7 @@ def describe_log_marginal(values: Report) -> list[str]:
         line("gap, log p(x) - ELBO", number(values["gap"], values["gap_error_over_rows"]))
         line("reconstruction", number(values["reconstruction"]), "E log p(x|z)")
         line("KL(q(z|x) || p(z))", number(values["kl"]), in_words(values["kl_forms"]))
-        for label, count, note in [*stages_in_words(values), *units_in_words(values)]:
+        for label, count, note in [*layers_in_words(values), *stages_in_words(values), *units_in_words(values)]:
             line(label, count, note)
         ess, k_hat = values["ess"], values["pareto_k"]
         line("effective sample size", f"{ess['median']:.1f}", f"median; least {ess['min']:.1f}, of K = {values['K']}")
@@ -295,7 +305,7 @@ def log_marginal_in_words(recipe: Recipe, values: Report) -> list[tuple[str, str
         lines += [("verdict", values["verdict"], reason), *(("", "", part) for part in more)]
         lines.insert(0, (f"bound, {reported_bound(recipe)}", number(values["test_bound"]), "nats per datum"))
         lines.append(("KL(q(z|x) || p(z))", number(values["kl"]), f"nats per datum, {in_words(values['kl_forms'])}"))
-        lines += [*stages_in_words(values), *units_in_words(values)]
+        lines += [*layers_in_words(values), *stages_in_words(values), *units_in_words(values)]
     if values["bits_per_dimension"] is not None:
         lines.append(("bits per dimension", f"{values['bits_per_dimension']:.4f}", ""))
     return lines
