@@ -1,17 +1,20 @@
-"""More stochastic layers, and guides from the bottom up and from the top down, on binary MNIST: a table with a record.
+"""More stochastic layers, and guides from the bottom up and from the top down, on small binary MNIST: a table.
 
-    python benchmarks/layers.py --data-root ROOT --runs RUNS [--epochs 12 --hidden 100,100 --lr 0.002 --seeds 1,2]
+    python benchmarks/layers.py --data-root ROOT --runs RUNS [--epochs 20 --hidden 100,100 --lr 0.002 --seeds 1]
 
-Each pair is trained by the ELBO with the KL warmed up over the first third of the epochs. log p(x) is of the same test rows for all, in nats per datum, by importance sampling from each pair's
-own guide, and so a lower bound on average; differences are paired over rows, averaged over seeds. Runs that are there
-are not trained again.
+The pictures are of 14 x 14 pixels, means of 2 x 2 of MNIST's, of the first 20,000 training rows; binarised anew at each
+step, and test rows once. Each pair is trained by the ELBO with the KL warmed up over the first fifth of the epochs.
+log p(x) is of the same test rows for all, in nats per datum, by importance sampling from each pair's own guide, and so
+a lower bound on average; differences are paired over rows. Runs that are there are not trained again.
 """
 
 import argparse
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
+from torchvision.datasets import MNIST
 
 import pyrovae
 from pyrovae.inference import log_marginal
@@ -29,11 +32,24 @@ PAIRS = {
 }
 
 
+def small_mnist(root: Path, file: Path) -> Path:
+    """A file of 20,000 training rows, and all test rows, of 14 x 14 pixels."""
+    if not file.exists():
+        arrays = {}
+        for name, train, rows in (("x_train", True, 20_000), ("x_test", False, None)):
+            pictures = MNIST(str(root), train=train).data[:rows].double()
+            means = pictures.unflatten(2, (14, 2)).unflatten(1, (14, 2)).mean((2, 4))
+            arrays[name] = means.round().byte().numpy()
+        np.savez(file, **arrays)
+    return file
+
+
 def scored(title: str, seed: int, args: argparse.Namespace) -> tuple[dict[str, object], torch.Tensor]:
     """What the table says of a run, which is trained if it is not there, and log p(x) of its test rows."""
     folder = args.runs / f"{title.replace(' ', '-').replace(',', '')}-{args.epochs}-{seed}"
     if not (folder / "evaluation.json").exists():
-        options = {"data": "mnist", "data_root": str(args.data_root), "beta": f"warmup:{max(1, args.epochs // 3)}"}
+        data = small_mnist(args.data_root, args.runs / "mnist14.npz")
+        options = {"data": str(data), "binarize": "dynamic", "beta": f"warmup:{max(1, args.epochs // 5)}"}
         options |= {
             "epochs": args.epochs,
             "seed": seed,
@@ -74,10 +90,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--runs", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--hidden", default="100,100")
     parser.add_argument("--lr", type=float, default=0.002)
-    parser.add_argument("--seeds", default="1,2")
+    parser.add_argument("--seeds", default="1")
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--K", type=int, default=1000)
     args = parser.parse_args()

@@ -248,6 +248,10 @@ def test_seeds_out_of_range(seed):
         ({"latent_dim": [3, 2]}, "a vae has one latent layer, got 2; use --model hierarchical"),
         ({"model": "hierarchical", "latent_dim": 3}, "one for each layer, such as 50,25; got one"),
         ({"model": "hierarchical", "prior": "vamp"}, "VampPrior: needs a vae"),
+        ({"model": "ladder", "latent_dim": 3}, "a ladder model needs one for each layer, such as 50,25; got one"),
+        ({"model": "auxiliary", "latent_dim": "8,4,2"}, "an auxiliary model has 2, such as 50,25; got 3"),
+        ({"model": {"name": "ladder", "skip": "maybe"}}, "--model.skip: expected true or false, got maybe"),
+        ({"model": {"name": "ladder", "merge": "precise"}}, "did you mean precision?"),
         ({"prior": {"components": 3}}, "--prior.components: not used by StandardNormal, which has no settings"),
         ({"prior": {"name": "mog", "component": 3}}, "--prior.component: .*it has components"),
         ({"network": {"name": "conv", "dropout": 0.1}}, "--network.dropout: not used by conv"),
@@ -386,7 +390,7 @@ def assert_trains(given: dict, likelihood: str, event: tuple[int, ...]) -> None:
 
 def small(part: str, name: str) -> dict:
     """A choice with settings that make it small."""
-    wanted = {"components": 4, "hidden": 12, "channels": "3,4", "steps": 5}
+    wanted = {"components": 4, "hidden": 12, "channels": "3,4", "steps": 5, "width": 12, "blocks": 1}
     return {"name": name} | {key: value for key, value in wanted.items() if key in PARTS[part][name].settings}
 
 
@@ -416,6 +420,23 @@ def test_every_hierarchy_trains(prior, guide):
     for network in PARTS["network"]:
         given = {"prior": small("prior", prior), "guide": guide, "network": network}
         assert_trains({"model": "hierarchical"} | given, "Bernoulli", IMAGE)
+
+
+@pytest.mark.parametrize("guide", PARTS["guide"])
+def test_every_guide_trains_in_pairs_that_start_at_the_top(guide):
+    """A ladder with either of its settings, and a guide with auxiliary latents; networks where features are found."""
+    wide = {"guide": guide, "network": small("network", "residual"), "latent_dim": [4, 3]}
+    for model in ({"name": "ladder", "skip": False}, {"name": "ladder"}, {"name": "auxiliary"}):
+        assert_trains({**wide, "model": model}, "Bernoulli", VECTOR)
+    if guide == "MeanFieldNormal":
+        for skip in (False, True):
+            model = {"name": "ladder", "merge": "precision", "skip": skip}
+            for network in PARTS["network"]:
+                given = {"model": model, "latent_dim": [4, 3, 2], "network": small("network", network)}
+                assert_trains(given, "Bernoulli", IMAGE)
+    else:
+        with refusal(f"--model.merge: precision .* diagonal covariance, got {guide}; choose learned"):
+            build_model(config(**wide, model={"name": "ladder", "merge": "precision"}, likelihood="Bernoulli"), VECTOR)
 
 
 def test_what_a_constructor_refuses_is_told_as_an_option():

@@ -54,6 +54,7 @@ from pyrovae.inference.weights import NEGLIGIBLE, Particles, log_mean_exp
 from pyrovae.models import (
     MLP,
     VAE,
+    AuxiliaryVAE,
     Bernoulli,
     ConvDecoder,
     ConvEncoder,
@@ -61,9 +62,11 @@ from pyrovae.models import (
     Gaussian,
     GaussianMixture,
     HierarchicalVAE,
+    LadderVAE,
     LowRankNormal,
     MeanFieldNormal,
     MixtureOfGaussians,
+    ResidualMLP,
     StandardNormal,
     VampPrior,
 )
@@ -90,6 +93,28 @@ def hierarchical() -> HierarchicalVAE:
         Gaussian(MLP(3, D, hidden=(4,)), scale="learned"),
         [MeanFieldNormal(MLP(D, hidden=(4,)), 3), MeanFieldNormal(MLP(3, hidden=(4,)), 2)],
     ).double()
+
+
+def ladder(merge: str = "learned") -> LadderVAE:
+    """Three layers, with skip connections."""
+    torch.manual_seed(0)
+    sizes, small = [3, 2, 1], {"width": 4, "blocks": 1}
+    above = [sum(sizes[i + 1 :]) for i in range(3)]
+    found = [4 + a * (merge == "learned") for a in above]
+    return LadderVAE(
+        StandardNormal(1),
+        [MeanFieldNormal(ResidualMLP(a, **small), z) for a, z in zip(above[:2], sizes[:2], strict=True)],
+        Bernoulli(MLP(6, D, hidden=(4,))),
+        [MLP(D, hidden=(4,)), ResidualMLP(4, **small), MLP(4, hidden=(4,))],
+        [MeanFieldNormal(MLP(f, hidden=(4,)), z) for f, z in zip(found, sizes, strict=True)],
+        merge=merge,
+    ).double()
+
+
+def auxiliary() -> AuxiliaryVAE:
+    torch.manual_seed(0)
+    guides = [MeanFieldNormal(MLP(n, hidden=(4,)), z) for n, z in ((4, 2), (6, 3), (7, 2))]
+    return AuxiliaryVAE(StandardNormal(3), Bernoulli(MLP(3, D, hidden=(4,))), MLP(D, hidden=(4,)), *guides).double()
 
 
 def convolutional() -> VAE:
@@ -161,9 +186,22 @@ def test_a_graph_has_the_loss_and_gradient_of_every_objective(name: str) -> None
         (lambda: vae(prior="mixture"), bits(7)),
         (lambda: vae(prior="vamp"), bits(7)),
         (hierarchical, bits(7) + 0.1),
+        (ladder, bits(7)),
+        (lambda: ladder("precision"), bits(7)),
+        (auxiliary, bits(7)),
         (convolutional, bits(7, 1, 4, 4)),
     ],
-    ids=["full covariance", "low rank", "mixture prior", "vamp prior", "hierarchical", "convolutional"],
+    ids=[
+        "full covariance",
+        "low rank",
+        "mixture prior",
+        "vamp prior",
+        "hierarchical",
+        "ladder",
+        "precision",
+        "auxiliary",
+        "convolutional",
+    ],
 )
 def test_a_graph_has_the_loss_and_gradient_of_every_kind_of_pair(make: Callable, x: Tensor) -> None:
     pair = make()

@@ -51,12 +51,14 @@ from pyrovae.inference.validity import check_pair, examine
 from pyrovae.models import (
     MLP,
     VAE,
+    AuxiliaryVAE,
     Bernoulli,
     ConvDecoder,
     ConvEncoder,
     FullCovarianceNormal,
     Gaussian,
     HierarchicalVAE,
+    LadderVAE,
     LowRankNormal,
     MeanFieldNormal,
     MixtureOfGaussians,
@@ -1137,6 +1139,15 @@ def built_in() -> dict[str, Callable]:
             [MeanFieldNormal(MLP(64), 5), MeanFieldNormal(MLP(5), 2)],
         )
 
+    def ladder(merge: str) -> LadderVAE:
+        guides = [MeanFieldNormal(MLP(202 if merge == "learned" else 200), 5), MeanFieldNormal(MLP(200), 2)]
+        parts = [MeanFieldNormal(MLP(2), 5)], Bernoulli(MLP(7, 64)), [MLP(64), MLP(200)], guides
+        return LadderVAE(StandardNormal(2), *parts, merge=merge)
+
+    def auxiliary() -> AuxiliaryVAE:
+        guides = MeanFieldNormal(MLP(200), 3), MeanFieldNormal(MLP(203), 5), MeanFieldNormal(MLP(205), 3)
+        return AuxiliaryVAE(StandardNormal(5), Bernoulli(MLP(5, 64)), MLP(64), *guides)
+
     def normalised() -> VAE:
         encoder = Network(nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.3)), 64, 32)
         decoder = Network(nn.Sequential(nn.Linear(5, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 64)), 5, 64)
@@ -1153,6 +1164,9 @@ def built_in() -> dict[str, Callable]:
         "mixture prior": lambda: VAE(MixtureOfGaussians(5, 4), Bernoulli(MLP(5, 64)), MeanFieldNormal(MLP(64), 5)),
         "VampPrior": vamp,
         "hierarchical": hierarchical,
+        "ladder": lambda: ladder("learned"),
+        "ladder, precision": lambda: ladder("precision"),
+        "auxiliary": auxiliary,
         "batch norm and dropout": normalised,
         "convolutions": image_vae,
     }

@@ -2,7 +2,7 @@ r"""What the latents of a pair do, as each epoch reports it: the terms of the bo
 
     reconstruction     E log p(x|z)
     kl                 KL(q(z|x) || p(z)), all sites together
-    kl_z1, kl_z2       of several sites, the KL of each, given the draws that its distributions depend on; they sum to kl
+    kl_z1, kl_z2       of several sites, the KL of each, given the draws that its distributions depend on; sum: kl
     kl_z[d]            KL of the d-th marginals, and active units: see `pyrovae.inference.units`
 
 All are means over data in nats.

@@ -116,9 +116,8 @@ class LadderVAE(LatentLayers):
         for part in (*self.conditionals, *self.guides[:-1]) if self.merge == "precision" else ():
             if not isinstance(part, MeanFieldNormal):
                 raise UsageError(
-                    f"merge=precision: multiplies Gaussians of diagonal covariance, got {type(part).__name__}; use "
-                    "`merge=learned`, which takes any guide",
-                    settings=("merge=precision", "merge=learned"),
+                    f"merge: precision multiplies Gaussians of diagonal covariance, got {type(part).__name__}; choose "
+                    "learned, which takes any guide"
                 )
 
     def downwards(self, x: Tensor) -> tuple[dist.Distribution, list[Given]]:

@@ -335,7 +335,7 @@ def complete_pair(values: Options, given: Options) -> None:
         )
     if most is not None and len(latent) > most:
         raise UsageError(
-            f"latent_dim: a {name} model has {most}, such as 50,25; got {len(latent)}", settings=("latent_dim",)
+            f"latent_dim: {a(name)} model has {most}, such as 50,25; got {len(latent)}", settings=("latent_dim",)
         )
     if layered:
         refuse(given, ("condition",), f"a {name} model is given nothing", f"model={first('model')}")
