@@ -264,7 +264,7 @@ def test_parts_of_a_ladder_that_do_not_fit_are_refused() -> None:
         with pytest.raises(UsageError, match=message):
             LadderVAE(**parts(**changes))
     full = [FullCovarianceNormal(MLP(6), 3), MeanFieldNormal(MLP(7), 2)]
-    with pytest.raises(UsageError, match="Gaussians of diagonal covariance, got FullCovarianceNormal; use"):
+    with pytest.raises(UsageError, match="Gaussians of diagonal covariance, got FullCovarianceNormal; choose"):
         LadderVAE(**parts(guides=full, merge="precision"))
 
 

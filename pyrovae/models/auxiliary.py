@@ -30,8 +30,8 @@ from torch import Tensor
 
 from pyrovae.models.corruptions import Corruption
 from pyrovae.models.descent import Descent, Given, beside, descend
-from pyrovae.models.features import Features
-from pyrovae.models.guides import Guide
+from pyrovae.models.features import Features, start_with_features
+from pyrovae.models.guides import Guide, check_by_itself
 from pyrovae.models.likelihood import Likelihood
 from pyrovae.models.networks import Network
 from pyrovae.models.priors import Prior
@@ -83,6 +83,8 @@ class AuxiliaryVAE(LatentLayers):
             ("a", (a,), "the latent_dim of q(a|x)", (reverse.latent_dim,), "that of r(a|x, z)"),
         ]
         check_arrows(arrows)
+        for part in (auxiliary, guide):
+            check_by_itself(part, "a pair with auxiliary latents")
 
     def extend(self, x: Tensor, z: Tensor) -> None:
         """Sample a ~ r(a|x, z), with x as the model has it: what it observes, or what was drawn in its place."""
@@ -106,8 +108,7 @@ class AuxiliaryVAE(LatentLayers):
     def posterior(self, x: Tensor) -> dist.Distribution:
         """q(z|x) for x of shape (*batch, *event), never corrupted; its `mean` is that of q(z|a, x) at the mean of a."""
         top, below = self.downwards(x)
-        return Descent(top, [below])
+        return Descent(top, [below], self.prior.latent_dim)
 
     def initialise(self, x: Tensor) -> None:
-        for part in (self.corruption, self.features, self.likelihood, self.prior):
-            part.initialise(x)
+        start_with_features(self, x)

@@ -7,6 +7,7 @@ zL). The model goes this way from its prior to x, and so does a guide that is dr
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import ClassVar
 
 import pyro
@@ -50,31 +51,40 @@ class Descent(dist.TorchDistribution):
     Args:
         top: The distribution of the first value, event shape (Z,).
         below: Those of the others from the top down, each given what is above it.
+        size: Number of elements of what is drawn.
         skip: As for `descend`.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     support = constraints.real_vector
 
-    def __init__(self, top: dist.Distribution, below: Sequence[Given], skip: bool = False) -> None:
+    def __init__(self, top: dist.Distribution, below: Sequence[Given], size: int, skip: bool = False) -> None:
         self.top, self.below, self.skip = top, below, skip
-        mean, variance = top.mean, top.variance
-        for given in below:
+        super().__init__(top.batch_shape, torch.Size([size]), validate_args=False)
+
+    @cached_property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each value, those above it at their means, each (*batch, Z).
+
+        Raises:
+            NotImplementedError: the distribution of some value has none in closed form.
+        """
+        mean, variance = self.top.mean, self.top.variance
+        for given in self.below:
             q = given(mean)
-            mean = beside(q.mean, mean) if skip else q.mean
-            variance = beside(q.variance, variance) if skip else q.variance
-        self._mean, self._variance = mean, variance
-        super().__init__(top.batch_shape, mean.shape[-1:], validate_args=False)
+            mean = beside(q.mean, mean) if self.skip else q.mean
+            variance = beside(q.variance, variance) if self.skip else q.variance
+        return mean, variance
 
     @property
     def mean(self) -> Tensor:
         """Each value's mean, those above it at their means: shape (*batch, Z)."""
-        return self._mean
+        return self.moments[0]
 
     @property
     def variance(self) -> Tensor:
         """Each value's variance, those above it at their means: shape (*batch, Z)."""
-        return self._variance
+        return self.moments[1]
 
     @torch.no_grad()
     def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:

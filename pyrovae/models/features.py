@@ -5,13 +5,18 @@ Nothing in it depends on latents, so that however many particles are drawn, it i
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pyrovae.errors import UsageError
+from pyrovae.models.corruptions import Corruption
+from pyrovae.models.gaps import completed
 from pyrovae.models.guides import centre, event_seen, seen
+from pyrovae.models.likelihood import Likelihood
 from pyrovae.models.networks import Network
+from pyrovae.models.priors import Prior
 
 
 class Features(nn.Module):
@@ -67,3 +72,21 @@ class Features(nn.Module):
     def initialise(self, x: Tensor) -> None:
         """Centre the first network's input at the mean of x (N, *event), with one scale for all elements."""
         centre(self.networks[0], x, self.shift, self.rescale)
+
+
+class Featured(Protocol):
+    """A pair whose guide sees features of x."""
+
+    features: Features
+    corruption: Corruption
+    likelihood: Likelihood
+    prior: Prior
+
+
+def start_with_features(model: Featured, x: Tensor) -> None:
+    """Start the parts of a pair that depend on the data at training data x of shape (N, *event)."""
+    whole = completed(x)  # x itself, unless it has gaps
+    model.corruption.initialise(whole)
+    model.features.initialise(x)
+    model.likelihood.initialise(x)
+    model.prior.initialise(whole)

@@ -40,8 +40,8 @@ from torch import Tensor, nn
 from pyrovae.errors import UsageError
 from pyrovae.models.corruptions import Corruption
 from pyrovae.models.descent import Descent, Given, beside, descend
-from pyrovae.models.features import Features
-from pyrovae.models.guides import Guide, MeanFieldNormal
+from pyrovae.models.features import Features, start_with_features
+from pyrovae.models.guides import Guide, MeanFieldNormal, check_by_itself
 from pyrovae.models.likelihood import Likelihood
 from pyrovae.models.networks import Network
 from pyrovae.models.priors import Prior
@@ -92,6 +92,8 @@ class LadderVAE(LatentLayers):
         self.guides: Sequence[Guide] = nn.ModuleList(guides)  # type: ignore[assignment]
         self.merge = merge
         self.check_shapes()
+        for guide in guides:
+            check_by_itself(guide, "a ladder")
 
     def check_shapes(self) -> None:
         """Compare the shapes on both sides of every arrow."""
@@ -140,11 +142,10 @@ class LadderVAE(LatentLayers):
 
     def posterior(self, x: Tensor) -> dist.Distribution:
         """q of the code for x of shape (*batch, *event), never corrupted; `mean` with the layers above at theirs."""
-        return Descent(*self.downwards(x), self.skip)
+        return Descent(*self.downwards(x), sum(self.code.values()), self.skip)
 
     def initialise(self, x: Tensor) -> None:
-        for part in (self.corruption, self.features, self.likelihood, self.prior):
-            part.initialise(x)
+        start_with_features(self, x)
 
 
 def product(a: dist.Distribution, b: dist.Distribution) -> dist.Distribution:
