@@ -49,7 +49,7 @@ class FlowGuide(Guide):
 
 
 class InverseAutoregressiveFlow(FlowGuide):
-    """Inverse autoregressive flow: each element of the noise is shifted and scaled by functions of those before it.
+    """An inverse autoregressive flow of the noise, whose elements are shifted and scaled by those before them.
 
     Args:
         encoder: Maps an event to a vector of features.
@@ -73,7 +73,7 @@ class InverseAutoregressiveFlow(FlowGuide):
 
 
 class SplineFlow(FlowGuide):
-    """Neural spline flow: half of the noise is moved by monotone splines, each a function of the other half.
+    """A neural spline flow of the noise, half of which is moved by monotone splines, given the other half.
 
     Args:
         encoder: Maps an event to a vector of features.
@@ -106,7 +106,7 @@ class SplineFlow(FlowGuide):
 
 
 class PlanarFlow(FlowGuide):
-    """Planar flow: the noise is moved along one direction, as far as its place along another one says.
+    """A planar flow of the noise, moved along one direction as far as its place along another one says.
 
     Args:
         encoder: Maps an event to a vector of features.
@@ -126,13 +126,13 @@ class PlanarFlow(FlowGuide):
 
 
 class SylvesterFlow(FlowGuide):
-    """Sylvester flow: the noise is moved within a subspace, as far as its place in it says.
+    """A Sylvester flow of the noise, moved within a subspace as far as its place in it says.
 
     Args:
         encoder: Maps an event to a vector of features.
         latent_dim: Z.
         layers: Number of flows.
-        columns: Dimensions of the subspace, from 1 to Z. None: 8, or Z where that is less.
+        columns: Dimensions of the subspace, M, from 1 to Z; unless given, 8, or Z where that is less.
 
     References:
         van den Berg, Hasenclever, Tomczak and Welling 2018, Sylvester Normalizing Flows for Variational Inference,

@@ -111,7 +111,7 @@ class AutoregressivePrior(Prior):
 
     Args:
         latent_dim: Z, at least 2.
-        components: Gaussians of each conditional.
+        components: Number of Gaussians of each conditional.
         hidden: Width of the two hidden layers of the masked network.
 
     References:
@@ -167,7 +167,8 @@ class OfElementsBefore(dist.TorchDistribution):
         """log p(z) of z (*batch, Z), in nats."""
         if self._validate_args:
             self._validate_sample(value)
-        return self.conditionals(NEAR * self.network(value)).log_prob(value).sum(-1)
+        log_p = self.conditionals(NEAR * self.network(value)).log_prob(value).sum(-1)
+        return log_p.expand(torch.broadcast_shapes(log_p.shape, self.batch_shape))
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """One element after the other."""

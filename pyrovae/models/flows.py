@@ -458,7 +458,8 @@ class Flowed(dist.TorchDistribution):
                 return log_q
         if self._validate_args:
             self._validate_sample(value)
-        return self.log_density(*self.flow.inverse((value - self.loc) / self.scale, self.features))
+        log_q = self.log_density(*self.flow.inverse((value - self.loc) / self.scale, self.features))
+        return log_q.expand(torch.broadcast_shapes(log_q.shape, self.batch_shape))
 
     def log_density(self, u: Tensor, log_det: Tensor) -> Tensor:
         """log N(u; 0, I) - log det df/du - sum_d log s_d."""
