@@ -165,11 +165,14 @@ class CategoricalLevels(dist.TorchDistribution):
 class DiscretizedLogistic(LocationScale):
     """A mass on grey levels: independent discretised logistics, with the decoder's output as location.
 
+    Location and scale are in levels; the standard deviation is 1.81 times the scale.
+
     Args:
         decoder: Maps z to the event of x; with scale="predicted", to (2, *event): location and scale.
         levels: L: x is in {0, ..., L - 1}.
-        scale: In grey levels: a number, fixed; "learned", one for all elements; "per-dimension", one for each element;
-            or "predicted", by the decoder. The standard deviation is 1.81 times it.
+        scale: A number, fixed, in units of x, of a LogNormal in those of log x; "learned", one for all elements;
+            "optimal", of a Gaussian or Laplace alone, one for all elements, set in closed form after each epoch of
+            training; "per-dimension", one for each element; or "predicted", by the decoder.
         floor: Least scale that is not fixed, as a share of the data's standard deviation; 0.001 unless given.
     """
 

@@ -64,17 +64,18 @@ class Bernoulli(Likelihood):
 class Gaussian(LocationScale):
     """A density: independent Gaussian elements, with the decoder's output as mean.
 
+    The optimal scale is the root mean square error of training rows.
+
     With mean="sigmoid" the mean is in the data's own units, and between 0 and 1 whatever the output; the scale is as
     before. It is for data in [0, 1], such as dequantised grey levels, and others are refused by `initialise`. It bounds
     the mean and no more: p(x|z) is a density on R^D still, so draws of x, and later rows, may lie outside.
 
     Args:
         decoder: Maps z to the event of x; with scale="predicted", to (2, *event): mean and scale.
-        scale: A number, fixed, in the data's own units; "learned", one for all elements; "optimal", one for all
-            elements, after each epoch the root mean square error of training rows; "per-dimension", one for each
-            element; or "predicted", by the decoder.
-        floor: Least scale that is not fixed, as a share of the data's standard deviation; 0.001 unless given. A fixed
-            scale has none.
+        scale: A number, fixed, in units of x, of a LogNormal in those of log x; "learned", one for all elements;
+            "optimal", of a Gaussian or Laplace alone, one for all elements, set in closed form after each epoch of
+            training; "per-dimension", one for each element; or "predicted", by the decoder.
+        floor: Least scale that is not fixed, as a share of the data's standard deviation; 0.001 unless given.
         mean: "identity", the decoder's output in standard deviations of the data; or "sigmoid", its logistic function,
             for data in [0, 1].
     """
@@ -113,11 +114,13 @@ class Gaussian(LocationScale):
 class Laplace(LocationScale):
     """A density: independent Laplace elements, with the decoder's output as mean, which is their median too.
 
+    The optimal scale is the mean absolute error of training rows; the standard deviation is sqrt(2) times a scale.
+
     Args:
         decoder: Maps z to the event of x; with scale="predicted", to (2, *event): mean and scale.
-        scale: A number, fixed, in the data's own units; "learned", one for all elements; "optimal", one for all
-            elements, after each epoch the mean absolute error of training rows; "per-dimension", one for each element;
-            or "predicted", by the decoder. The standard deviation is sqrt(2) times it.
+        scale: A number, fixed, in units of x, of a LogNormal in those of log x; "learned", one for all elements;
+            "optimal", of a Gaussian or Laplace alone, one for all elements, set in closed form after each epoch of
+            training; "per-dimension", one for each element; or "predicted", by the decoder.
         floor: Least scale that is not fixed, as a share of the data's standard deviation; 0.001 unless given.
         mean: "identity", the decoder's output in standard deviations of the data; or "sigmoid", its logistic function,
             for data in [0, 1].
@@ -157,12 +160,15 @@ class Laplace(LocationScale):
 class StudentT(LocationScale):
     """A density: independent Student-t elements, with the decoder's output as mean, for data with outliers.
 
+    The standard deviation is sqrt(df / (df - 2)) times the scale.
+
     Args:
         decoder: Maps z to the event of x; with scale="predicted", to (2, *event): mean and scale.
         df: Degrees of freedom: a number above 2, fixed, so that there are a mean and a variance; or "learned", one for
             all elements, that starts at 5. More are nearer to a Gaussian.
-        scale: A number, fixed, in the data's own units; "learned", one for all elements; "per-dimension", one for each
-            element; or "predicted", by the decoder. The standard deviation is sqrt(df / (df - 2)) times it.
+        scale: A number, fixed, in units of x, of a LogNormal in those of log x; "learned", one for all elements;
+            "optimal", of a Gaussian or Laplace alone, one for all elements, set in closed form after each epoch of
+            training; "per-dimension", one for each element; or "predicted", by the decoder.
         floor: Least scale that is not fixed, as a share of the data's standard deviation; 0.001 unless given.
         mean: "identity", the decoder's output in standard deviations of the data; or "sigmoid", its logistic function,
             for data in [0, 1].
@@ -217,9 +223,10 @@ class LogNormal(LocationScale):
 
     Args:
         decoder: Maps z to the event of x; with scale="predicted", to (2, *event): mean and scale of log x.
-        scale: Standard deviation of log x: a number, fixed; "learned", one for all elements; "per-dimension", one for
-            each element; or "predicted", by the decoder.
-        floor: Least scale that is not fixed, as a share of the standard deviation of log x; 0.001 unless given.
+        scale: A number, fixed, in units of x, of a LogNormal in those of log x; "learned", one for all elements;
+            "optimal", of a Gaussian or Laplace alone, one for all elements, set in closed form after each epoch of
+            training; "per-dimension", one for each element; or "predicted", by the decoder.
+        floor: Least scale that is not fixed, as a share of the data's standard deviation; 0.001 unless given.
     """
 
     measure = "density"
