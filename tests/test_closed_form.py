@@ -91,12 +91,14 @@ def test_fit_sets_it_to_the_error_of_training_rows_and_learns_what_a_learned_sca
         fitted = fit(pair.model, pair.guide, x, **how)
         with torch.no_grad():
             scales[scale] = pair.likelihood.loc_and_scale(torch.zeros(1, 2))[1][0, 0].item()
-            trace = poutine.trace(poutine.replay(pair.model, poutine.trace(pair.guide).get_trace(x))).get_trace(x)
-            error = (x - trace.nodes["x"]["fn"].mean).square().mean().item()
+            q = pair.posterior(x)
+            error = (
+                torch.stack([(x - pair.likelihood(q.sample()).mean).square().mean() for _ in range(50)]).mean().item()
+            )
         if scale == "optimal":
             assert fitted.metrics["likelihood_scale"].iloc[-1] == pytest.approx(scales[scale])
             assert fitted.metrics["likelihood_scale"].iloc[0] > 1.2 * scales[scale]
-            assert scales[scale] ** 2 == pytest.approx(error, rel=0.03)
+            assert scales[scale] ** 2 == pytest.approx(error, rel=0.05)  # one draw of each row, by which it was set
     assert scales["optimal"] == pytest.approx(scales["learned"], rel=0.05)
     assert scales["optimal"] == pytest.approx(0.3, rel=0.07)
     estimate = log_marginal(pair.model, pair.guide, x[:100], num_particles=200)  # refuses rows that depend on others
