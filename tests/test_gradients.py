@@ -579,7 +579,7 @@ def test_what_an_estimator_cannot_do_for_a_pair_is_refused_by_name() -> None:
         (Continuous(2), ELBO(gradient=Enumerated()), "no discrete site of finitely many states"),
         (Continuous(2), ELBO(gradient=Relaxed()), "no site that is Bernoulli or one-hot"),
         (Assignments(2), ELBO(gradient=Relaxed()), r"'z' \(Categorical\) .* or `gradient=enumerated`$"),
-        (Wide(), ELBO(gradient=Enumerated()), "'z': has 8192 states, of which at most 4096 are summed"),
+        (Wide(), ELBO(gradient=Enumerated()), "'z': has 8192 states, and at most 4096 are summed"),
     )
     for pair, bound, message in cases:
         with pytest.raises(PairError, match=message):

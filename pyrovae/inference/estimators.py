@@ -38,7 +38,6 @@ References:
     Masrani, Le and Wood 2019, The Thermodynamic Variational Objective, https://arxiv.org/abs/1907.00031
 """
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, final
@@ -51,6 +50,7 @@ from torch.nn.functional import one_hot
 
 from pyrovae.errors import PairError, UsageError
 from pyrovae.inference.batch import Batch
+from pyrovae.inference.enumeration import Joint, States
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.weights import Particles, draw, drawn_sites, run, sample_sites
 from pyrovae.settings import Positive, check_fields
@@ -440,38 +440,20 @@ def states_of(pair: Pair, batch: Batch) -> dict[str, Tensor]:
     """
     with torch.no_grad():
         sites = drawn_sites(sample_sites(run(pair.guide, "guide", batch, 1)))
-    found = {name: s for name, site in sites.items() if (s := states_at(site["fn"], name)) is not None}
-    if not found:
+    joint = Joint({name: states for name, site in sites.items() if (states := States.of(site["fn"]))})
+    if not joint:
         raise PairError(
             "gradient=enumerated: the guide has no discrete site of finitely many states to sum over; use "
             "`gradient=reparameterised`",
             settings=("gradient=enumerated", "gradient=reparameterised"),
         )
-    check_states(math.prod(map(len, found.values())), ", ".join(found))
-    places = torch.meshgrid(*(torch.arange(len(each), device=each.device) for each in found.values()), indexing="ij")
-    return {name: each[place.flatten()] for (name, each), place in zip(found.items(), places, strict=True)}
-
-
-def states_at(fn: Any, name: str) -> Tensor | None:
-    """All states of a site, shape (states, *event); None if it has not finitely many."""
-    inner = innermost(fn)
-    if not inner.has_enumerate_support:
-        return None
-    values = inner.enumerate_support(expand=False).reshape(-1, *inner.event_shape)
-    elements = math.prod(fn.event_shape[: len(fn.event_shape) - len(inner.event_shape)])
-    check_states(len(values) ** elements, name)
-    places = torch.cartesian_prod(*[torch.arange(len(values), device=values.device)] * elements)
-    return values[places.reshape(-1, elements)].reshape(-1, *fn.event_shape)
-
-
-def check_states(count: int, where: str) -> None:
-    """Refuse a sum over too many states."""
-    if count > MOST_STATES:
+    if joint.count > MOST_STATES:
         raise PairError(
-            f"guide site '{where}': has {count:.6g} states, of which at most {MOST_STATES} are summed; use "
+            f"guide site '{', '.join(joint)}': has {joint.count:.6g} states, and at most {MOST_STATES} are summed; use "
             "`gradient=leave-one-out` with several particles, or `gradient=score-function`",
             settings=("gradient=leave-one-out", "gradient=score-function"),
         )
+    return joint.at(torch.arange(joint.count, device=batch.x.device))
 
 
 # --------------------------------------------------------------------------------------------------------------- shared
