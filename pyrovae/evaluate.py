@@ -13,7 +13,7 @@ from pyrovae.errors import Interrupted, UsageError
 from pyrovae.runs.build import build_proposal
 from pyrovae.runs.options import FRECHET, PROPOSALS, SETTINGS, SWITCH, THREADS
 from pyrovae.runs.recipe import refuse
-from pyrovae.settings import Words, read
+from pyrovae.settings import Whole, Words, read
 
 
 def options_parser() -> Any:
@@ -30,6 +30,8 @@ def options_parser() -> Any:
     add_option(p, "--split", "test, validation or train (default test)", "NAME")
     add_option(p, "--seed", "of the draws (default 0)", "INT")
     add_choices(p, "proposal", PROPOSALS)
+    states = "discrete latents are summed out, and log p(x) is exact, up to so many joint states of a row; 0: drawn"
+    add_option(p, "--most-states", f"{states} (default 65536)", "INT")
     add_option(
         p,
         "--repair",
@@ -53,6 +55,7 @@ def command(words: Sequence[str]) -> int:
     """Parse the options, evaluate, print."""
     options = given(options_parser().parse_args(words))
 
+    from pyrovae.inference.enumeration import MOST_STATES
     from pyrovae.processors import threads
     from pyrovae.runs.directory import open_run
     from pyrovae.runs.evaluation import evaluate
@@ -67,11 +70,12 @@ def command(words: Sequence[str]) -> int:
         raise UsageError(f"--split: expected one of {', '.join(SPLITS)}, got {split}")
     run = open_run(options["run"])
     if run.recipe.is_exact:
-        unused = ("K", "chunk_size", "proposal", "repair", "compile", "precision", "netcdf", "anew")
+        unused = ("K", "chunk_size", "proposal", "most_states", "repair", "compile", "precision", "netcdf", "anew")
         refuse(options, unused, f"the log p(x) of a {run.recipe.model.name} is exact")
     if run.recipe.is_reconstruction:
-        unused = ("K", "chunk_size", "proposal", "repair", "compile", "precision", "netcdf", "anew")
+        unused = ("K", "chunk_size", "proposal", "most_states", "repair", "compile", "precision", "netcdf", "anew")
         refuse(options, unused, f"the model ({run.recipe.model.name}) reconstructs only and has no p(x)")
+    most_states = read("most_states", options.get("most_states", MOST_STATES), Whole(0))
     netcdf = Path(str(options["netcdf"])) if "netcdf" in options else None
     device = str(options.get("device", "auto"))
     if "repair" in options and proposal.of_each_row:
@@ -84,7 +88,7 @@ def command(words: Sequence[str]) -> int:
         with threads(number, lambda text: say(f"note: {text}")):
             evaluate(
                 run,
-                Scoring(k, seed, proposal, chunk_size, repair),
+                Scoring(k, seed, proposal, chunk_size, repair, most_states),
                 limit=limit,
                 split=split,
                 device=device,

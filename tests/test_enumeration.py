@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from pyrovae.errors import PairError, UsageError
-from pyrovae.inference import FromPrior, LogMarginal, log_marginal, simulated, verdict
+from pyrovae.inference import FromPrior, LogMarginal, log_marginal, simulated, to_inference_data, verdict
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.enumeration import Summation, summation
 from pyrovae.inference.pair import Pair
@@ -303,7 +303,7 @@ def test_what_is_drawn_counts_against_the_limit() -> None:
     x = torch.randn(5)
     assert of(labelled, x, of_z, k=100, most=300).model is not None
     words = of(labelled, x, of_z, k=101, most=300).words
-    assert words == "drawn, not summed out: y: 3 joint states (3 joint states; most_states = 300, K = 101)"
+    assert words == "drawn, not summed out: y: 3 joint states (too many; most_states = 300, K = 101)"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,3 +381,38 @@ def test_a_model_without_discrete_latents_is_as_it_was() -> None:
     assert not of(model, torch.zeros(3), guide).joint
     assert torch.equal(torch.get_rng_state(), before)
     assert not list(pyro.get_param_store().keys())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What else is said of discrete latents
+
+
+def test_probabilities_of_states_reach_arviz() -> None:
+    """Exact where all states are particles: Bayes' rule by a loop; rows sum to 1, drawn ones agree, and it is saved."""
+    x = (torch.rand(12, 5) < 0.5).double()
+    states = torch.tensor(list(itertools.product([0.0, 1.0], repeat=8)))
+    prior = dist.Bernoulli(logits=LOGITS).log_prob(states).sum(-1)
+    likelihood = dist.Bernoulli(logits=states @ WEIGHTS).log_prob(x[:, None]).sum(-1)
+    posterior = (prior + likelihood).softmax(-1) @ states
+    exact = to_inference_data(belief_net, no_guide, x, 50, predictive=False)
+    found = exact["state_probability"]["z"]
+    assert found.dims == ("datum", "z_dim_0", "z_state")
+    assert found.coords["z_state"].values.tolist() == [0, 1]
+    assert_close(torch.from_numpy(found.values[..., 1].copy()), posterior, **ROUNDING)
+    assert_close(torch.from_numpy(found.values.sum(-1)), torch.ones(12, 8), **ROUNDING)
+    truth = belief_net_by_brute_force(x)
+    assert_close(torch.from_numpy(exact["importance"]["log_marginal"].values), truth, **ROUNDING)
+    assert exact.attrs["estimator"] == "exact: a sum over 256 joint states of z"
+    drawn = to_inference_data(belief_net, bernoulli_guide, x, 50, 20_000, predictive=False, most_states=0)
+    assert abs(drawn["state_probability"]["z"].values[..., 1] - posterior.numpy()).max() < 0.1
+    assert "importance sampling" in drawn.attrs["estimator"]
+
+
+def test_a_mixed_pair_s_states_are_those_of_its_draws() -> None:
+    """p(y | x) of the labelled pair in closed form, from weighted draws of y and z."""
+    x = torch.linspace(-3, 5, 9)
+    found = to_inference_data(labelled, of_both, x, 10, 20_000, predictive=False)["state_probability"]["y"]
+    assert found.dims == ("datum", "y_state")
+    log_p = torch.tensor([0.2, 0.5, 0.3]).log()
+    log_p = log_p + dist.Normal(MEANS + torch.arange(3), math.hypot(0.5, 0.7)).log_prob(x[:, None])
+    assert abs(found.values - log_p.softmax(-1).numpy()).max() < 0.05

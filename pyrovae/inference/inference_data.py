@@ -16,8 +16,14 @@ the K the posterior mass is shared, and a k-hat over min(1 - 1/log10 K, 0.7) tha
     prior_predictive        each observed site                      chain, draw, datum, ...
     observed_data           each observed site                      datum, ...
     constant_data           what is given: given_0, given_1, ...    datum, ...
+    state_probability       each discrete latent: p(state | x)      datum, ..., state
     importance              log_weight                              particle, datum
                             log_marginal, standard_error, ess, pareto_k      datum
+
+Where all latents are discrete and their joint states are affordable, every state is a particle, weighted by p(x, z):
+posterior draws are exact then, and so are log_marginal and p(state | x), the share of the weight of each state. Else
+that share is estimated by the same draws as the rest. It is of each number of a vector by itself; `SITE_state` are the
+states. A guide may leave out what is discrete (`pyrovae.inference.enumeration`).
 
 Every datum has latents of its own, so `draw` s of one datum has nothing to do with draw s of another.
 
@@ -48,6 +54,7 @@ from torch import Tensor
 from pyrovae.checks import check_count
 from pyrovae.errors import NumericalError
 from pyrovae.inference.batch import Batch
+from pyrovae.inference.enumeration import Joint, summation
 from pyrovae.inference.marginal import LogMarginal, block_of, check_result, summarise
 from pyrovae.inference.modules import evaluating
 from pyrovae.inference.pair import Pair
@@ -58,6 +65,9 @@ from pyrovae.inference.weights import At, draw, log_prob, run, sample_sites
 from pyrovae.seeding import seeded
 
 Groups = dict[str, dict[str, Tensor]]
+
+# States that take the place of draws: as many latents are kept.
+MOST_PARTICLES = 2**13
 
 DATUM, PARTICLES, DRAWS = ("datum",), ("particle", "datum"), ("draw", "datum")
 
@@ -75,6 +85,7 @@ def to_inference_data(
     measure: str | None = None,
     proposal: Proposal = FROM_GUIDE,
     given: Sequence[Tensor] = (),
+    most_states: int = MOST_PARTICLES,
 ) -> Any:
     """Posterior, prior and predictive draws of a pair, with the importance weights behind them.
 
@@ -91,6 +102,7 @@ def to_inference_data(
         proposal: Where the K draws come from: `FromGuide`, or `Individual`, a Gaussian fitted to each datum.
         given: What everything is conditioned on, tensors of shape (N, ...): prior and predictive draws of a datum are
             given theirs.
+        most_states: Joint states of discrete latents that may take the place of draws; 0: they are drawn.
 
     Returns:
         `arviz.InferenceData` under ArviZ 0.x, `xarray.DataTree` from 1.0 on, of the groups above; log-probabilities in
@@ -107,7 +119,12 @@ def to_inference_data(
     for name, value in (("num_draws", num_draws), ("num_particles (K)", num_particles)):
         check_count(name, value)
     check_proposal(proposal)
-    pair, batch = Pair(model, guide), Batch.of(x, given)
+    check_count("most_states", most_states, 0)
+    batch = Batch.of(x, given)
+    sums = summation(Pair(model, guide), batch, num_particles, most_states)
+    pair, states = sums.pair, None
+    if sums.is_exact and proposal.summing(sums) is not None and sums.joint.count <= most_states:
+        states, num_particles = sums.joint, sums.joint.count
     # A block of rows keeps the latents of its K draws; a chunk of them is decoded at once.
     rows, chunk = block_of(batch, num_particles)
     check_pair(pair, batch, rows).by_parts("to_inference_data")
@@ -116,12 +133,16 @@ def to_inference_data(
         for start, data in zip(range(0, len(batch), rows), batch.split(rows), strict=True):
             with seeded(seed, "inference data", start, device=x.device):
                 drawn_from = Pair(model, proposal.as_guide(pair, data))
-                block = Block(drawn_from, data, start, num_particles, chunk)
-                blocks.append(block.groups(num_draws, predictive))
+                block = Block(drawn_from, data, start, num_particles, chunk, states)
+                blocks.append(block.groups(num_draws, predictive) | block.of_states(sums.joint))
     settings = {"num_particles": num_particles, "num_draws": num_draws, "seed": seed}
     of = {} if measure is None else {"measure": measure}
-    attributes = {"estimator": proposal.name, **settings, "unit": "nats", **of, **versions(x)}
-    return as_arviz({group: datasets(group, [block[group] for block in blocks]) for group in blocks[0]}, attributes)
+    estimator = proposal.name if states is None else f"exact: {sums.words}"
+    attributes = {"estimator": estimator, **settings, "unit": "nats", **of, **versions(x)}
+    groups = {group: datasets(group, [block[group] for block in blocks]) for group in blocks[0]}
+    if sums.joint:
+        groups["state_probability"] = with_states(groups["state_probability"], sums.joint)
+    return as_arviz(groups, attributes)
 
 
 class Block:
@@ -134,20 +155,26 @@ class Block:
         observed: x by site, shape (N, *event).
     """
 
-    def __init__(self, pair: Pair, batch: Batch, start: int, num_particles: int, chunk: int) -> None:
+    def __init__(
+        self, pair: Pair, batch: Batch, start: int, num_particles: int, chunk: int, states: Joint | None = None
+    ) -> None:
         self.pair, self.batch, self.chunk = pair, batch, chunk
         latents: list[dict[str, Tensor]] = []
         log_likelihood: list[dict[str, Tensor]] = []
-        log_weights = []
+        log_weights: list[Tensor] = []
         for size in self.sizes(num_particles):
-            particles = draw(pair, batch, size)
+            done = sum(len(part) for part in log_weights)
+            particles = draw(pair, batch, size, None if states is None else states_of(states, batch, done, size))
             shape = (size, len(batch))
             sites = observed_sites(particles.model_trace)
             latents.append({name: latent.value for name, latent in particles.latents.items()})
             log_likelihood.append(
                 {name: log_prob(site, f"model site '{name}'", shape).expand(shape) for name, site in sites.items()}
             )
-            log_weights.append(particles.log_weights.double())
+            log_w = particles.log_weights.double()
+            if states is not None:  # each once, so that the mean weight is p(x)
+                log_w = (particles.log_likelihood + particles.log_prior).double() + math.log(num_particles)
+            log_weights.append(log_w)
             self.observed = {name: value_per_datum(site, len(batch)) for name, site in sites.items()}
         self.latents, self.log_likelihood = concatenated(latents), concatenated(log_likelihood)
         self.log_weights = torch.cat(log_weights)
@@ -191,6 +218,19 @@ class Block:
             groups["posterior_predictive"] = self.generate(posterior, num_draws, list(self.observed))
         return groups
 
+    def of_states(self, joint: Joint) -> Groups:
+        """p(state | x) of each number of the discrete latents, shape (N, *numbers, S), as a group; none without any."""
+        weights = torch.softmax(self.log_weights, 0)
+        found = {}
+        for name, states in joint.items():
+            shares = []
+            for state in states.support:
+                same = self.latents[name] == state
+                same = same.flatten(same.ndim - state.ndim).all(-1) if state.ndim else same
+                shares.append(torch.einsum("kn,kn...->n...", weights, same.to(weights)))
+            found[name] = torch.stack(shares, -1)
+        return {"state_probability": found} if found else {}
+
     def generate(self, latents: dict[str, Tensor], num_draws: int, names: list[str]) -> dict[str, Tensor]:
         """Draw sites from the model, given latents of shape (num_draws, N, *event) or none."""
         program, parts, done = poutine.uncondition(self.pair.model), [], 0
@@ -200,6 +240,25 @@ class Block:
             parts.append({name: trace.nodes[name]["value"] for name in names})
             done += size
         return concatenated(parts)
+
+
+def states_of(joint: Joint, batch: Batch, first: int, size: int) -> dict[str, Tensor]:
+    """Joint states from a number on as particles, each of shape (size, N, *event)."""
+    values = joint.at(torch.arange(first, first + size, device=batch.x.device))
+    return {name: v.unsqueeze(1).expand(size, len(batch), *v.shape[1:]) for name, v in values.items()}
+
+
+def with_states(dataset: Any, joint: Joint) -> Any:
+    """The probabilities of states with a last dimension SITE_state, whose coordinates are the states."""
+    last = {f"{name}_dim_{len(states.numbers)}": f"{name}_state" for name, states in joint.items()}
+    dataset = dataset.drop_vars(list(last)).rename_dims(last)
+    words = {f"{name}_state": as_words(states.support) for name, states in joint.items()}
+    return dataset.assign_coords(words)
+
+
+def as_words(support: Tensor) -> np.ndarray:
+    """States as coordinates: numbers, or for one-hot vectors the number of the category."""
+    return as_numpy(support if support.ndim == 1 else support.flatten(1).argmax(-1))
 
 
 def observed_sites(trace: Trace) -> dict[str, dict]:
@@ -229,7 +288,8 @@ def datasets(group: str, blocks: list[dict[str, Tensor]]) -> Any:
     variables: dict[str, Any] = {}
     sizes: dict[str, int] = {}
     for name in blocks[0]:
-        leading: tuple[str, ...] = DATUM if group in ("observed_data", "constant_data", "importance") else DRAWS
+        of_datum = ("observed_data", "constant_data", "importance", "state_probability")
+        leading: tuple[str, ...] = DATUM if group in of_datum else DRAWS
         if (group, name) == ("importance", "log_weight"):
             leading = PARTICLES
         values = as_numpy(torch.cat([block[name] for block in blocks], leading.index("datum")))

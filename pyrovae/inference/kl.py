@@ -3,9 +3,10 @@
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import Distribution, kl_divergence
 
 from pyrovae.inference.gaussians import with_covariance
+from pyrovae.inference.look import plain
 from pyrovae.inference.weights import Latent, Particles
 
 
@@ -39,6 +40,8 @@ def analytic_kl(latent: Latent) -> Tensor | None:
     if latent.masked or not latent.ancestral:
         return None
     q = latent.guide
+    if (of_bits := kl_of_bits(q, latent.prior)) is not None:
+        return of_bits.expand(latent.value.shape).reshape(*latent.log_guide.shape, -1).sum(-1)
     if isinstance(q, dist.LowRankMultivariateNormal):  # torch's form takes each parameter to be of the batch's shape
         q = dist.LowRankMultivariateNormal(q.loc, q.cov_factor, q.cov_diag)
     p = with_covariance(latent.prior, q)
@@ -48,3 +51,15 @@ def analytic_kl(latent: Latent) -> Tensor | None:
         return kl_divergence(q, p)
     except NotImplementedError:
         return None
+
+
+def kl_of_bits(q: Distribution, p: Distribution) -> Tensor | None:
+    """KL(q || p) of each of several independent bits, or None of what are none.
+
+    torch's own takes parameters to be of one shape, and raises an IndexError where they would be broadcast.
+    """
+    q, p = plain(q), plain(p)
+    if not (isinstance(q, dist.Bernoulli) and isinstance(p, dist.Bernoulli)):
+        return None
+    of_q, of_p = (dist.Bernoulli(logits=logits) for logits in torch.broadcast_tensors(q.logits, p.logits))
+    return kl_divergence(of_q, of_p)

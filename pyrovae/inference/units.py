@@ -23,6 +23,7 @@ from torch.distributions import kl_divergence
 
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.gaussians import marginals
+from pyrovae.inference.kl import kl_of_bits
 from pyrovae.inference.modules import evaluating
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.precision import in_single_precision
@@ -131,7 +132,8 @@ def marginal_kl(latent: Latent) -> Tensor:
     try:
         if not latent.ancestral:
             raise NotImplementedError
-        kl = kl_divergence(q, p)
+        of_bits = kl_of_bits(q, p)
+        kl = kl_divergence(q, p) if of_bits is None else of_bits
     except NotImplementedError:
         kl = q.log_prob(z) - p.log_prob(z)
     return kl.expand(z.shape).mean(0).T

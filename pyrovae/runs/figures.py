@@ -113,7 +113,7 @@ def write_plots(
         heading = f"{name}; offsets in standard deviations of the codes"
         save_figure(plots.traversals(model.decode(paths), steps.tolist(), dims, heading, style), folder, "traversals")
 
-    if not recipe.is_reconstruction:
+    if values.get("K") is not None:
         save_curve(Run(directory, recipe), values)
 
 

@@ -53,20 +53,21 @@ def report_on(
     from pyrovae.inference.pair import Pair
     from pyrovae.inference.verdicts import verdict
     from pyrovae.inference.weights import draw
-    from pyrovae.models import Reconstruction
+    from pyrovae.models import Exact, Reconstruction
     from pyrovae.seeding import seeded
 
     if isinstance(model, Reconstruction):
         return reconstruction_only(model, batch, rows, how, split, features)
     result = score(model, batch, how, store, say)
-    exact = result.num_particles == 0
+    exact, guided = result.num_particles == 0, not isinstance(model, Exact)
     if how.repair:
         result = repaired(model, batch, result, say)
-    check = check_of(model, batch, how, store, None if result.origin is None else result.origin.repair, say)
+    again = None if result.origin is None else result.origin.repair
+    check = None if exact else check_of(model, batch, how, store, again, say)
     judgement = verdict(result, check)
     with seeded(how.seed, "terms", device=batch.x.device), evaluating(model.model, model.guide):
         terms = measure(model.model, model.guide, batch.split(200), objective, particle_chunk)
-        forms = {} if exact else kl_terms(draw(Pair(model.model, model.guide), batch[:1]))[1]
+        forms = kl_terms(draw(Pair(model.model, model.guide), batch[:1]))[1] if guided else {}
     values: Report = {
         "verdict": judgement.kind.value,
         "reason": judgement.reason,
@@ -85,9 +86,10 @@ def report_on(
         "bits_per_dimension": rows.measure.bits_per_dimension(result.mean),
         "test_bound" if split == "test" else f"{split}_bound": terms["bound"],
     }
+    if guided:
+        values |= {**of_terms(result, terms), "kl_forms": forms, **of_stages(model, batch, how.seed)}
     if not exact:
-        values |= {**of_terms(result, terms), "kl_forms": forms, **of_draws(result, check, judgement, how)}
-        values |= of_stages(model, batch, how.seed)
+        values |= of_draws(result, check, judgement, how)
     values["reconstruction_quality"] = of_reconstructions(model, batch, rows)
     values["frechet"] = None if features is None else of_frechet(model, batch, features, how.seed)
     return values | provenance(model, batch, rows, how.seed)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from pyrovae.errors import UsageError
+from pyrovae.inference.enumeration import MOST_STATES
 from pyrovae.inference.proposals import FROM_GUIDE, Proposal
 from pyrovae.runs.directory import Run
 from pyrovae.runs.progress import Say, rows_done
@@ -58,6 +59,7 @@ class Scoring:
         proposal: Where they come from.
         chunk_size: Particles evaluated at once; changes nothing but the memory.
         repair: Score unreliable rows again, from a Gaussian fitted to each.
+        most_states: Joint states of a row's discrete latents that are summed out; 0: they are drawn.
     """
 
     num_particles: int
@@ -65,6 +67,7 @@ class Scoring:
     proposal: Proposal = FROM_GUIDE
     chunk_size: int | None = None
     repair: bool = False
+    most_states: int = MOST_STATES
 
 
 def score(
@@ -106,8 +109,9 @@ def score(
             seed=how.seed,
             store=store,
             given=batch.given,
+            most_states=how.most_states,
         )
-    if store is not None:
+    if store is not None and result.num_particles:
         store.tidy(len(batch))
     for warning in caught:
         if say is not None and issubclass(warning.category, CompileWarning):

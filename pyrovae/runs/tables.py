@@ -136,7 +136,7 @@ def describe_log_marginal(values: Report) -> list[str]:
             line("  bias of bfloat16", number(bias["nats"], bias["error"]), "measured on the same noise, and left in")
         line("  jackknife", number(values["jackknife"]), "without the bias of order 1/K; no bound")
     lines += ["", *textwrap.wrap(f"verdict: {values['verdict']}, {values['reason']}", 100, **INDENT), ""]
-    if values["K"] is not None:
+    if "elbo" in values:
         lines += [*textwrap.wrap(values["estimator"], 100, **INDENT)]
         error = values["elbo_error_over_rows"]
         line("ELBO", number(values["elbo"], error), "of the guide" + (", same draws" if error is not None else ""))
@@ -145,6 +145,7 @@ def describe_log_marginal(values: Report) -> list[str]:
         line("KL(q(z|x) || p(z))", number(values["kl"]), in_words(values["kl_forms"]))
         for label, count, note in [*layers_in_words(values), *stages_in_words(values), *units_in_words(values)]:
             line(label, count, note)
+    if values["K"] is not None:
         ess, k_hat = values["ess"], values["pareto_k"]
         line("effective sample size", f"{ess['median']:.1f}", f"median; least {ess['min']:.1f}, of K = {values['K']}")
         if k_hat["median"] is not None and values["sandwich"] is None:
@@ -300,7 +301,7 @@ def log_marginal_in_words(recipe: Recipe, values: Report) -> list[tuple[str, str
             f"nats per datum, ± error over rows; Monte Carlo error {short(values['monte_carlo_error'])}",
         ),
     ]
-    if not exact:
+    if "elbo" in values:  # not a model in closed form
         reason, *more = textwrap.wrap(values["reason"], 80) if values["verdict"] != Kind.OK else [""]
         lines += [("verdict", values["verdict"], reason), *(("", "", part) for part in more)]
         lines.insert(0, (f"bound, {reported_bound(recipe)}", number(values["test_bound"]), "nats per datum"))
