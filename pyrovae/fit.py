@@ -10,7 +10,7 @@ from pyrovae.command import Stop, add_choices, add_option, given, main, parser, 
 from pyrovae.data import SOURCES
 from pyrovae.errors import Interrupted, UsageError
 from pyrovae.processes import check_processes
-from pyrovae.runs.options import DERIVED, GRADIENTS, OPTIONS, PARTS
+from pyrovae.runs.options import DERIVED, GRADIENTS, OBJECTIVES, OPTIONS, PARTS
 from pyrovae.runs.parts import option
 from pyrovae.runs.recipe import Options, overlaid
 from pyrovae.settings import Text, read
@@ -24,6 +24,8 @@ def options_parser() -> Any:
     add_option(p, "--config", "options from a file, such as a run's config.yaml", "FILE.yaml")
     for heading, options in OPTIONS.items():
         group = p.add_argument_group(heading, DATA_HELP if heading == "Data" else None)
+        if heading == "Bound":
+            add_choices(group, "elbo", OBJECTIVES)
         for name, setting in options.items():
             if setting.default is False:
                 add_option(group, f"--{option(name)}", setting.help, action="store_true")

@@ -142,7 +142,7 @@ def test_a_corruption() -> None:
 
 
 def test_an_objective() -> None:
-    """The page's importance-weighted bound is the library's, and with beta = 1 the beta-TC bound is the ELBO."""
+    """The page's importance-weighted bound is the library's, and the other is between the ELBO and that."""
     from pyrovae.inference import objectives
 
     made = run("An objective")
@@ -152,9 +152,14 @@ def test_an_objective() -> None:
     assert repr(shown(3)) == repr(kept(3)).replace("IWAE", "Importance")
     assert trained(objective=shown(3)) == trained(objective=kept(3))
 
-    assert trained(objective=made["BetaTC"](60, beta=1.0)) == pytest.approx(trained(objective=ELBO(kl="sampled")))
-    assert trained(objective=made["BetaTC"](60)) != trained(objective=made["BetaTC"](60, beta=1.0))
-    assert made["BetaTC"](60).settings(3) == {"beta": 6.0}
+    between = made["Combination"]
+    assert between(3, num_averages=4).settings(50) == {"beta": 0.75}
+    for beta, end in ((1.0, weights.mean(1).mean(0)), (0.0, kept(3, 4).reduce(weights).mean(0))):
+        found = between(3, beta=beta, num_averages=4).combine(weights.flatten(0, 1).unsqueeze(0))
+        assert torch.allclose(found, end)
+    steps = {"steps": 1, "num_particles": 1}
+    assert trained(objective=between(**steps)) == pytest.approx(trained(objective=ELBO(kl="sampled")))
+    assert trained(objective=between(3)) != trained(objective=between(3, beta=0.9))
 
 
 def test_an_estimator_of_gradients() -> None:
@@ -183,27 +188,6 @@ def test_an_estimator_of_gradients() -> None:
         found += torch.autograd.grad(loss, loc)
     assert (found[0] - found[1]).abs().max() > 1
     assert_mean(found[0] - found[1], 0.0, least=0.2)
-
-
-def test_the_total_correlation_is_that_of_a_loop() -> None:
-    cls = run("An objective")["BetaTC"]
-    torch.manual_seed(0)
-    from pyrovae.inference.batch import Batch
-    from pyrovae.inference.pair import Pair
-    from pyrovae.inference.weights import draw
-
-    x = torch.randn(4, 3)
-    pair = VAE(StandardNormal(2), Gaussian(MLP(2, (3,), hidden=(4,))), MeanFieldNormal(MLP(3, hidden=(4,)), 2))
-    particles = draw(Pair(pair.model, pair.guide), Batch(x), 2)
-    z = particles.guide_trace.nodes["z"]["value"]
-    _, found = cls(60).terms(particles)
-    q = [pair.posterior(row).base_dist for row in x]
-    for k in range(2):
-        for n in range(4):
-            each = torch.stack([p.log_prob(z[k, n]) for p in q])  # (rows, Z)
-            joint = each.sum(1).logsumexp(0) - math.log(60 * 4)
-            marginals = (each.logsumexp(0) - math.log(60 * 4)).sum()
-            assert_close(found[k, n], joint - marginals)
 
 
 def test_a_proposal() -> None:

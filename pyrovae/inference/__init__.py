@@ -64,6 +64,12 @@ from pyrovae.inference.training.trainer import Fit as Fit
 from pyrovae.inference.training.trainer import fit as fit
 from pyrovae.inference.verdicts import Verdict as Verdict
 from pyrovae.inference.verdicts import verdict as verdict
+from pyrovae.inference.weighted import DIP as DIP
+from pyrovae.inference.weighted import WAE as WAE
+from pyrovae.inference.weighted import BetaTC as BetaTC
+from pyrovae.inference.weighted import Factor as Factor
+from pyrovae.inference.weighted import FreeBits as FreeBits
+from pyrovae.inference.weighted import InfoVAE as InfoVAE
 from pyrovae.inference.weights import log_weights as log_weights
 
 # Those that have a name on the command line.

@@ -54,7 +54,7 @@ def measure(
     Raises:
         UsageError: there are no batches.
     """
-    pair, objective, rows = Pair(model, guide), as_objective(objective), 0
+    pair, objective, rows = Pair(model, guide), as_objective(objective).evaluated, 0
     totals: dict[str, float] = {}
     moments: dict[str, list[Tensor]] = {}
     beside: bool | None = None  # whether a pair has log-weights for an objective that needs none; known from one batch

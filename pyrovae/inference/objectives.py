@@ -85,11 +85,13 @@ class Objective(PyroELBO, ABC):
         word: What the command line calls it, for one of `OBJECTIVES`.
         title: What tables call it.
         usual_particles: K there, unless given.
+        keeps_last: Whether the last epoch is kept and not the best by the bound, which is not what it asks for.
     """
 
     num_particles: int
     num_averages: int
     of_particles: ClassVar[bool]
+    keeps_last: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         """Refuse a subclass that writes anew what nothing would ask it for."""
@@ -124,6 +126,11 @@ class Objective(PyroELBO, ABC):
     @abstractmethod
     def settings(self, step: int) -> dict[str, float]:
         """The numbers that depend on the gradient step, such as beta: recorded, and inputs of compiled steps."""
+
+    @property
+    def evaluated(self) -> "Objective":
+        """The bound that is reported of a pair trained by it: itself, but for one with a penalty."""
+        return self
 
     @property
     def constraint(self) -> Constraint | None:

@@ -16,6 +16,7 @@ from pyrovae.models.corruptions import SaltAndPepper as SaltAndPepper
 from pyrovae.models.counts import NegativeBinomial as NegativeBinomial
 from pyrovae.models.counts import Poisson as Poisson
 from pyrovae.models.counts import ZeroInflatedNegativeBinomial as ZeroInflatedNegativeBinomial
+from pyrovae.models.critic import Critic as Critic
 from pyrovae.models.discrete import BernoulliGuide as BernoulliGuide
 from pyrovae.models.discrete import CategoricalGuide as CategoricalGuide
 from pyrovae.models.discrete import CategoricalPrior as CategoricalPrior

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pyrovae.errors import UsageError
 from pyrovae.models.corruptions import Clean, Corruption
+from pyrovae.models.critic import Critic
 from pyrovae.models.descent import descend
 from pyrovae.models.gaps import completed
 from pyrovae.models.guides import Guide, check_by_itself
@@ -229,6 +230,7 @@ class BottomUp(LatentLayers, ABC):
         likelihood: p(x|z1).
         guides: q(z1|x), q(z2|z1), ..., q(zL|zL-1), from the data upwards.
         corruption: What q(z1|x) sees of x while it is trained; None: x.
+        critic: What judges draws of the top layer while it is trained, for an objective that asks one; None: nothing.
 
     Raises:
         UsageError: neighbouring parts disagree on the number of latent dimensions; both sides are named.
@@ -242,8 +244,10 @@ class BottomUp(LatentLayers, ABC):
         likelihood: Likelihood,
         guides: Sequence[Guide],
         corruption: Corruption | None = None,
+        critic: Critic | None = None,
     ) -> None:
         super().__init__(prior, conditionals, likelihood, corruption)
+        self.critic = critic
         self.guides: Sequence[Guide] = nn.ModuleList(guides)  # type: ignore[assignment]
         self.check_shapes()
 
@@ -274,7 +278,10 @@ class BottomUp(LatentLayers, ABC):
 
     def guide(self, x: Tensor) -> Tensor:
         with pyro.plate("data", len(x)):
-            return descend(zip(self.latent_sites, self.guides, strict=True), self.corruption(x))
+            z = descend(zip(self.latent_sites, self.guides, strict=True), self.corruption(x))
+            if self.critic is not None and self.training:
+                self.critic(z)
+        return z
 
     def posterior(self, x: Tensor) -> dist.Distribution:
         """q(z1|x) for x of shape (*batch, *event), never corrupted: batch shape `batch`, event shape (Z,)."""
@@ -289,6 +296,7 @@ class VAE(BottomUp):
         likelihood: p(x|z).
         guide: q(z|x).
         corruption: What q(z|x) sees of x while it is trained; None: x.
+        critic: What judges draws of z while it is trained, for an objective that asks one; None: nothing.
 
     References:
         Kingma and Welling 2014, Auto-Encoding Variational Bayes, https://arxiv.org/abs/1312.6114
@@ -298,9 +306,14 @@ class VAE(BottomUp):
     of_any_latents = True
 
     def __init__(
-        self, prior: Prior, likelihood: Likelihood, guide: Guide, corruption: Corruption | None = None
+        self,
+        prior: Prior,
+        likelihood: Likelihood,
+        guide: Guide,
+        corruption: Corruption | None = None,
+        critic: Critic | None = None,
     ) -> None:
-        super().__init__(prior, [], likelihood, [guide], corruption)
+        super().__init__(prior, [], likelihood, [guide], corruption, critic)
         guide.attach(self.log_joint)
 
     def log_joint(self, x: Tensor, z: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def make(part: str, chosen: Part, **offered: Any) -> Any:
 
 def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
     """The pair that a recipe declares; its parameters are drawn from torch's random state."""
-    from pyrovae.models import ConditionalVAE, MeanFieldNormal, PartlySeen, UnconditionalPrior
+    from pyrovae.models import ConditionalVAE, Critic, MeanFieldNormal, PartlySeen, UnconditionalPrior
     from pyrovae.models.conditional import joined_shape
 
     model: Model
@@ -131,6 +131,8 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
     encoder = networks.encoder(in_shape) if view is None else networks.encoder(view.out_shape).seeing(view)
     corruption = make("corruption", recipe.corruption)
     offered: dict[str, Any] = {"likelihood": likelihood, "corruption": corruption, "latent_dim": latent[0]}
+    if recipe.elbo and OBJECTIVES[recipe.elbo.name].constants.get("by_critic"):
+        offered["critic"] = Critic(latent[0])
     if recipe.is_reconstruction:
         model = make("model", recipe.model, **offered, encoder=encoder)
         return model
@@ -248,8 +250,8 @@ def build_stages(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
     return model
 
 
-def build_objective(recipe: Recipe, steps_per_epoch: int = 1) -> "PyroELBO":
-    """The objective that a recipe trains with."""
+def build_objective(recipe: Recipe, steps_per_epoch: int = 1, num_rows: int = 1) -> "PyroELBO":
+    """The objective that a recipe trains with, on so many training rows; for what is reported it takes none."""
     from pyro.infer import TraceEnum_ELBO
 
     from pyrovae.inference.objectives import ELBO
@@ -258,15 +260,20 @@ def build_objective(recipe: Recipe, steps_per_epoch: int = 1) -> "PyroELBO":
         return TraceEnum_ELBO(max_plate_nesting=1, strict_enumeration_warning=False)  # for those without a site
     if recipe.is_reconstruction:  # of its flat prior and its point, what is left is log p(x|z)
         return ELBO()
-    built: PyroELBO = OBJECTIVES[recipe.elbo].build(
-        "elbo",
-        {},
-        num_particles=recipe.K,
-        num_averages=recipe.M,
-        alpha=recipe.alpha,
-        beta=build_beta(recipe.beta, steps_per_epoch),
-        partitions=recipe.partitions,
-        gradient=GRADIENTS[recipe.gradient.name].classes[0].build("gradient", recipe.gradient.settings),
+    built: PyroELBO = (
+        OBJECTIVES[recipe.elbo.name]
+        .classes[0]
+        .build(
+            "elbo",
+            recipe.elbo.settings,
+            num_rows=num_rows,
+            num_particles=recipe.K,
+            num_averages=recipe.M,
+            alpha=recipe.alpha,
+            beta=build_beta(recipe.beta, steps_per_epoch),
+            partitions=recipe.partitions,
+            gradient=GRADIENTS[recipe.gradient.name].classes[0].build("gradient", recipe.gradient.settings),
+        )
     )
     return built
 

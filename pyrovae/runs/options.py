@@ -32,13 +32,17 @@ PARTS = {
 PROPOSALS = Choices(("pyrovae.inference", "PROPOSALS"))
 
 # What is maximised, by word.
-OBJECTIVES = {
-    word: choice.classes[0] for word, choice in Choices(("pyrovae.inference.objectives", "OBJECTIVES")).items()
-}
+OBJECTIVES = Choices(("pyrovae.inference.objectives", "OBJECTIVES"), ("pyrovae.inference.weighted", "WEIGHTED"))
 # How the gradient of what is maximised is estimated.
 GRADIENTS = Choices(("pyrovae.inference.estimators", "GRADIENTS"))
 SWITCH = Words(("auto", "on", "off"))
 THREADS = Either((Words(("auto",)), Whole(1, 4096)))
+
+
+def usual_particles(elbo: str) -> int:
+    """K of an objective, unless it is given."""
+    number: int = OBJECTIVES[elbo].constants["usual_particles"]
+    return number
 
 
 class Beta:
@@ -86,17 +90,11 @@ class OfRun:
 # None as a default is filled in by `resolve`, from the other choices.
 OPTIONS: dict[str, dict[str, Setting]] = {
     "Bound": {
-        "elbo": Setting(
-            Words(tuple(OBJECTIVES)),
-            "elbo",
-            "; ".join(f"{word}: {bound.help}" for word, bound in OBJECTIVES.items()) + " (default elbo)",
-            "NAME",
-        ),
         "K": Setting(
             Whole(),
             None,
             "particles per datum (default "
-            + ", ".join(f"{bound.constants['usual_particles']} for {word}" for word, bound in OBJECTIVES.items())
+            + ", ".join(f"{usual_particles(word)} for {word}" for word in OBJECTIVES)
             + ")",
             "INT",
         ),

@@ -113,6 +113,11 @@ class Choice:
         return "; or ".join(cls.help for cls in self.alternatives)
 
     @property
+    def constants(self) -> Mapping[str, Any]:
+        """Class attributes that are plain values, of the class that speaks for all."""
+        return self.classes[0].constants
+
+    @property
     def alternatives(self) -> tuple[Class, ...]:
         """The classes between which the measure decides; else the one that speaks for all."""
         return self.classes if len({cls.constants.get("measure") for cls in self.classes}) > 1 else self.classes[:1]

@@ -29,8 +29,8 @@ from pyrovae.settings import read
 Options = dict[str, Any]
 # What a model with an exact log p(x) has no use for, one without a p(x), and one that is fit in closed form, with what
 # stands for nothing.
-NOT_OF_RECONSTRUCTION: Options = {"elbo": "", "K": 0, "M": 0, "eval_K": 0}
-NOT_OF_EXACT: Options = {"elbo": "", "K": 0, "M": 0, "latent_dim": (), "eval_K": 0, "precision": "fp32"}
+NOT_OF_RECONSTRUCTION: Options = {"elbo": Part(), "K": 0, "M": 0, "eval_K": 0}
+NOT_OF_EXACT: Options = {"elbo": Part(), "K": 0, "M": 0, "latent_dim": (), "eval_K": 0, "precision": "fp32"}
 NOT_OF_CLOSED_FORM: Options = {
     "epochs": 1,
     "batch_size": 1,
@@ -73,7 +73,7 @@ class Recipe:
     """
 
     model: Part
-    elbo: str
+    elbo: Part
     K: int
     M: int
     alpha: float | None
@@ -142,9 +142,10 @@ class Recipe:
         return unused | (NOT_OF_CLOSED_FORM if self.is_closed_form else {})
 
     @property
-    def is_constrained(self) -> bool:
-        """Whether the KL is held below a number of nats, so that the last epoch is kept and not the best."""
-        return is_constraint(self.beta)
+    def keeps_last(self) -> bool:
+        """Whether the last epoch is kept and not the best, as under a constraint and by what is no bound."""
+        no_bound = bool(self.elbo) and OBJECTIVES[self.elbo.name].constants.get("keeps_last", False)
+        return is_constraint(self.beta) or no_bound
 
     @property
     def below(self) -> "Recipe":
@@ -190,8 +191,8 @@ class Recipe:
             value = getattr(self, key)
             if not value and key in ("first", "gradient", *OF_PAIRS, *DERIVED):
                 continue
-            if isinstance(value, Part):
-                value = value.plain()
+            if isinstance(value, Part):  # a bound without settings is a word
+                value = value.name if key == "elbo" and not value.settings else value.plain()
             values[key] = None if key in self.unused else list(value) if isinstance(value, tuple) else value
         return values
 
@@ -202,7 +203,7 @@ def completed(given: Options) -> Options:
     Raises:
         UsageError: a value makes no sense, or an option is not used by the choices made.
     """
-    known = [*SETTINGS, *PARTS, "gradient"]
+    known = [*SETTINGS, *PARTS, "elbo", "gradient"]
     unknown = [key for key in given if key not in known]
     if unknown:
         raise UsageError(f"configuration: {nearest(str(unknown[0]), known)}")
@@ -211,7 +212,7 @@ def completed(given: Options) -> Options:
     for name, setting in SETTINGS.items():
         value = given.get(name)
         values[name] = setting.default if value is None else read(name, value, setting.kind)
-    values["gradient"] = Part()
+    values |= {"elbo": Part(), "gradient": Part()}
     complete_stages(values, given)
     name = values["model"].name
     special = complete_exact if name in BASELINES else complete_reconstruction if name in RECONSTRUCTIONS else None
@@ -409,8 +410,9 @@ def overlaid(stored: Options, options: Options) -> Options:
 
 def complete_bound(values: Options, given: Options) -> None:
     """Fill in K, alpha, beta, partitions and the gradient, and refuse the ones that the bound does not use."""
-    elbo = values["elbo"]
-    bound = OBJECTIVES[elbo]
+    values["elbo"] = choose("elbo", given.get("elbo"), next(iter(OBJECTIVES)), OBJECTIVES)
+    elbo = values["elbo"].name
+    bound = OBJECTIVES[elbo].classes[0]
     values["gradient"] = choose_gradient(elbo, given.get("gradient"))
     if values["K"] is None:
         values["K"] = bound.constants["usual_particles"]
@@ -419,6 +421,12 @@ def complete_bound(values: Options, given: Options) -> None:
         raise UsageError(
             f"gradient={estimator}: needs several particles, got `K=1`; raise `K`, or use `gradient=score-function`",
             settings=(f"gradient={estimator}", "K=1", "K", "gradient=score-function"),
+        )
+    name = values["model"].name
+    if bound.constants.get("by_critic") and "critic" not in PARTS["model"][name].classes[0].takes:
+        raise UsageError(
+            f"elbo={elbo}: needs a critic of the codes, which a {name} has not; use `model={first('model')}`",
+            settings=(f"elbo={elbo}", f"model={first('model')}"),
         )
     if "alpha" not in bound.takes:
         refuse(given, ("alpha",), f"`elbo={elbo}` has no order", "elbo=renyi", of=f"elbo={elbo}")
@@ -437,6 +445,8 @@ def complete_bound(values: Options, given: Options) -> None:
         values["beta"] = 1.0
     elif is_constraint(values["beta"]):
         refuse(given, ("patience",), "under a constraint the last epoch is kept")
+    if bound.constants.get("keeps_last"):
+        refuse(given, ("patience",), f"of `elbo={elbo}`, which is no bound, the last epoch is kept", of=f"elbo={elbo}")
 
 
 def choose_gradient(elbo: str, value: Any) -> Part:
@@ -505,6 +515,8 @@ def check_optimizer(name: str) -> None:
 def warnings(recipe: Recipe) -> list[str]:
     """What is allowed but should be said."""
     notes = []
+    if maximised := OBJECTIVES[recipe.elbo.name].constants.get("maximised") if recipe.elbo else None:
+        notes.append(f"what is maximised is {maximised}; what is reported is the ELBO")
     if recipe.alpha is not None and recipe.alpha < 0:
         notes.append(f"alpha = {recipe.alpha:g} is negative: an upper bound on log p(x) as K grows, not a lower one")
     if recipe.beta == 0:
@@ -538,7 +550,7 @@ def title(recipe: Recipe) -> str:
     defaults = [first("prior"), first("guide"), first("likelihood"), first("corruption"), ""]
     usual = next(iter(GRADIENTS))
     by = [recipe.gradient.name] if recipe.gradient.name != usual else []
-    parts = [data, recipe.elbo, f"K{recipe.K}", *by, *(part.name for part in chosen if part.name not in defaults)]
+    parts = [data, recipe.elbo.name, f"K{recipe.K}", *by, *(part.name for part in chosen if part.name not in defaults)]
     if recipe.condition is not None:
         parts.append(f"given-{as_word(recipe.condition)}")
     if recipe.model.name != first("model"):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pyrovae.runs.options import GRADIENTS, OBJECTIVES
+from pyrovae.runs.parts import shown
 from pyrovae.runs.recipe import Recipe, first
 from pyrovae.runs.report import NO_DENSITY, Report
 
@@ -254,6 +255,9 @@ def describe_model(recipe: Recipe) -> str:
 def describe_bound(recipe: Recipe) -> str:
     """The objective in words."""
     words = reported_bound(recipe) + (f", beta = {recipe.beta}" if recipe.beta not in (None, 1) else "")
+    if recipe.elbo.settings:
+        chosen = ", ".join(f"{key} {shown(value)}" for key, value in recipe.elbo.settings.items())
+        words += f"; trained by {recipe.elbo.name} with {chosen}"
     usual = recipe.gradient.name in ("", next(iter(GRADIENTS)))
     return words if usual else f"{words}, {recipe.gradient.name} gradient"
 
@@ -264,7 +268,10 @@ def reported_bound(recipe: Recipe) -> str:
         return "exact log p(x), latents summed out"
     if recipe.is_reconstruction:
         return "reconstruction only: no p(x)"
-    words = f"{OBJECTIVES[recipe.elbo].constants['title']}, K = {recipe.K}"
+    constants = OBJECTIVES[recipe.elbo.name].constants
+    if "maximised" in constants:  # less a penalty, without which it is reported
+        constants = OBJECTIVES[next(iter(OBJECTIVES))].constants
+    words = f"{constants['title']}, K = {recipe.K}"
     if recipe.M != 1:
         words += f", M = {recipe.M}"
     if recipe.alpha is not None:
@@ -276,7 +283,7 @@ def reported_bound(recipe: Recipe) -> str:
 
 def epochs_in_words(recipe: Recipe, fitted: "Fit") -> str:
     """Which of its epochs a training run kept, and how fast they were."""
-    kept = "the last is kept" if recipe.is_constrained else f"the best {fitted.best_epoch}"
+    kept = "the last is kept" if recipe.keeps_last else f"the best {fitted.best_epoch}"
     words = f"{kept}; {fitted.metrics['rows_per_second'].median():,.0f} rows/s"
     if fitted.compile_seconds:
         words += f"; {fitted.compile_seconds:.1f} s of the training went into compiling"

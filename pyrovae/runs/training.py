@@ -286,7 +286,7 @@ def take_steps(prepared: Prepared, begin: Callable[[], None], say: Say | None, s
             model.model,
             model.guide,
             rows.train,
-            build_objective(recipe, -(-len(rows.train) // recipe.batch_size)),
+            build_objective(recipe, -(-len(rows.train) // recipe.batch_size), len(rows.train)),
             epochs=recipe.epochs,
             batch_size=recipe.batch_size,
             optimizer=build_optimizer(recipe),

@@ -93,7 +93,7 @@ def fit(
         schedule: Makes a scheduler of the optimiser; it is stepped once per epoch.
         given: What everything is conditioned on, such as labels: tensors with a row for each of the data.
         validation: Rows of shape (V, *event), not transformed. The epoch of the best validation bound (with beta = 1)
-            is kept; without them, or under a `Constraint`, the last.
+            is kept; without them, under a `Constraint`, or by what is no bound, the last.
         validation_given: What is given beside them.
         transform: Maps a batch of rows to x, e.g. a binarisation drawn anew at every step.
         patience: Stop after so many epochs without a better validation bound.
@@ -154,8 +154,9 @@ def fit(
     if compile not in ("auto", "on", "off"):
         raise UsageError(f"compile: expected auto, on or off, got {compile!r}")
     check_chunk(goal, particle_chunk)
-    if patience is not None and goal.constraint is not None:
-        raise UsageError("patience: not used, since under a constraint the last epoch is kept; leave it out")
+    if patience is not None and (goal.constraint is not None or goal.keeps_last):
+        why = "by an objective that is no bound" if goal.keeps_last else "under a constraint"
+        raise UsageError(f"patience: not used, since {why} the last epoch is kept; leave it out")
     requested = None if device is None else torch.device(device)
     if requested is not None and requested.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device: {requested} asked for, but torch sees no CUDA device; use cpu")
@@ -438,7 +439,8 @@ class Trainer:
         if self.keeper.scheduler is not None:
             self.keeper.scheduler.step()
         # Under a constraint a better bound may be one that breaks it: there the last epoch is kept.
-        improved = self.validation is None or self.objective.constraint is not None or bound > state.best_bound
+        any_is_best = self.validation is None or self.objective.constraint is not None or self.objective.keeps_last
+        improved = any_is_best or bound > state.best_bound
         if not math.isfinite(bound) and self.validation is not None:
             self.notice(f"epoch {state.epoch}: the validation bound is {bound}, so it cannot be the best")
         if improved:

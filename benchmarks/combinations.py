@@ -1,0 +1,218 @@
+"""Which parts go together: every prior x guide x likelihood x gradient estimator, each built and run once.
+
+    python benchmarks/combinations.py                  every cell, and docs/combinations.md anew; some minutes
+    python benchmarks/combinations.py --cells 50       a draw of them, against the page
+
+A cell is a pair of parts with usual settings, Z = 2, on five made-up rows of the likelihood's space, and a bound that
+has the estimator, of K = 2 particles. It works if its loss and gradient are finite and the encoder and the decoder have
+a gradient; it is refused if what it raises is one of our errors, whose line is the reason; anything else is a fault,
+and the script fails.
+"""
+
+import argparse
+import itertools
+import random
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyrovae.errors import PyrovaeError
+from pyrovae.inference.batch import Batch
+from pyrovae.inference.pair import Pair
+from pyrovae.runs.build import build_model, build_objective
+from pyrovae.runs.options import GRADIENTS, OBJECTIVES, PARTS
+from pyrovae.runs.recipe import Recipe
+from pyrovae.seeding import seeded
+
+PAGE = Path(__file__).parents[1] / "docs" / "combinations.md"
+DIMENSIONS = ("prior", "guide", "likelihood", "gradient")
+Cell = tuple[str, str, str, str]
+WORKS = ""
+SMALL = {"components": 3, "layers": 2, "hidden": 8, "bins": 4}  # of parts, so that a cell takes milliseconds
+ROWS, SIDE = 5, (1, 4, 4)
+
+
+def names() -> list[list[str]]:
+    """The choices of each dimension."""
+    return [[*PARTS[part]] for part in DIMENSIONS[:3]] + [[*GRADIENTS]]
+
+
+def rows_of(likelihood: str) -> torch.Tensor:
+    """Rows in the support of a likelihood, shape (5, *event)."""
+    kind = PARTS["likelihood"][likelihood].measure
+    x = 0.05 + 0.9 * torch.rand(ROWS, *SIDE)
+    if kind == "mass":
+        return (x > 0.5).float()
+    return x if kind == "density" else (8 * x).floor()  # levels and counts
+
+
+def options_of(cell: Cell) -> dict[str, Any]:
+    """A recipe's options for a cell."""
+    chosen: dict[str, Any] = {}
+    for part, name in zip(DIMENSIONS, cell, strict=True):
+        settings = (PARTS[part][name] if part in PARTS else GRADIENTS[name]).settings
+        small = {
+            key: value for key, value in SMALL.items() if key in settings and isinstance(settings[key].default, int)
+        }
+        chosen[part] = {"name": name, **small}
+    elbo = next(word for word, bound in OBJECTIVES.items() if cell[3] in bound.constants["gradients"])
+    given = "conditional" in PARTS["prior"][cell[0]].classes[0].takes
+    return {
+        **chosen,
+        "data": "made up",
+        "elbo": elbo,
+        "K": 2,
+        "latent_dim": [2],
+        "network": {"name": "mlp", "hidden": [8]},
+        "condition": "label" if given else None,
+    }
+
+
+def outcome(cell: Cell) -> str:
+    """What comes of a cell: nothing, for one that works; else the line of the refusal.
+
+    Raises:
+        AssertionError: it neither works nor is refused.
+    """
+    x = rows_of(cell[2])
+    try:
+        recipe = Recipe(**options_of(cell)).settled(event_shape=SIDE, classes=("0", "1") if condition(cell) else ())
+        model: Any = build_model(recipe, SIDE)
+        y = torch.nn.functional.one_hot(torch.arange(ROWS) % 2, 2).float()
+        given = (y,) if condition(cell) else ()
+        model.initialise(x, *given)
+        pair = Pair(model.model, model.guide)
+        loss = build_objective(recipe, 1).loss_of(pair, Batch.of(x, given))
+        loss.backward()
+    except PyrovaeError as error:
+        return plain(str(error))
+    gradients = {name: p.grad for name, p in pair.parts.named_parameters() if p.grad is not None}
+    assert loss.isfinite(), f"{cell}: loss {loss}"
+    assert all(g.isfinite().all() for g in gradients.values()), f"{cell}: a gradient that is not finite"
+    for part in ("encoder", "decoder"):
+        assert any(part in name and g.abs().max() > 0 for name, g in gradients.items()), (
+            f"{cell}: {part} has no gradient"
+        )
+    return WORKS
+
+
+def condition(cell: Cell) -> bool:
+    """Whether a pair of it is given labels."""
+    return options_of(cell)["condition"] is not None
+
+
+def plain(line: str) -> str:
+    """A refusal without shapes, so that equal reasons read alike."""
+    return re.sub(r"\s+", " ", line)
+
+
+def runs(cells: list[Cell]) -> Iterator[tuple[Cell, str]]:
+    """Each cell and what comes of it."""
+    began = time.perf_counter()
+    for i, cell in enumerate(cells):
+        with seeded(0, "combinations"):
+            yield cell, outcome(cell)
+        if i % 500 == 499:
+            print(f"{i + 1} of {len(cells)} cells, {time.perf_counter() - began:.0f} s", file=sys.stderr)
+
+
+def page(found: Mapping[Cell, str]) -> str:
+    """The page: for each two dimensions a table of how many of the cells of two choices work, and the reasons."""
+    reasons = Counter(reason for reason in found.values() if reason)
+    numbers = {reason: i for i, (reason, _) in enumerate(reasons.most_common(), 1)}
+    works = sum(not reason for reason in found.values())
+    lines = [
+        "# What goes together",
+        "",
+        "Every prior with every guide, likelihood and gradient estimator, each with a bound that has it, built and run",
+        f"once by `python benchmarks/combinations.py`, which wrote this page: of {len(found):,} cells {works:,} work,",
+        f"and {len(found) - works:,} are refused, in a line each; there is no third outcome. A test runs a draw.",
+        "",
+        "✓: all cells of the two choices work. A number in brackets: all are refused, for that reason below. A share:",
+        "some work, and what else they are of decides.",
+        "",
+    ]
+    for a, b in itertools.combinations(range(len(DIMENSIONS)), 2):
+        across, down = names()[b], names()[a]
+        if len(across) > len(down):
+            a, b, across, down = b, a, down, across
+        lines += [f"## {DIMENSIONS[a]} by {DIMENSIONS[b]}", "", f"| | {' | '.join(f'`{name}`' for name in across)} |"]
+        lines += ["|---" * (len(across) + 1) + "|"]
+        for one in down:
+            entries = [entry(found, {a: one, b: other}, numbers) for other in across]
+            lines.append(f"| `{one}` | {' | '.join(entries)} |")
+        lines.append("")
+    lines += ["## Reasons", "", "As the first of their cells says them.", ""]
+    lines += [f"{i}. {reason}" for reason, i in numbers.items()]
+    return "\n".join(lines) + "\n"
+
+
+def entry(found: Mapping[Cell, str], chosen: Mapping[int, str], numbers: Mapping[str, int]) -> str:
+    """What a table says of the cells of two choices."""
+    outcomes = [reason for cell, reason in found.items() if all(cell[i] == name for i, name in chosen.items())]
+    refused = [reason for reason in outcomes if reason]
+    if not refused:
+        return "✓"
+    if len(refused) < len(outcomes):
+        return f"{len(outcomes) - len(refused)}/{len(outcomes)}"
+    return f"[{numbers[Counter(refused).most_common(1)[0][0]]}]"
+
+
+def disagreeing(cells: list[Cell], text: str) -> list[str]:
+    """Which cells do otherwise than the page says of two of their choices."""
+    said = tables(text)
+    wrong = []
+    for cell, reason in runs(cells):
+        for (one, other), word in said.items():
+            if {one, other} <= {f"{part} {name}" for part, name in zip(DIMENSIONS, cell, strict=True)} and (
+                (word == "✓" and reason) or (word.startswith("[") and not reason)
+            ):
+                wrong.append(f"{cell}: the page says {word} of {one} and {other}, now {reason or 'it works'}")
+    return wrong
+
+
+def tables(text: str) -> dict[tuple[str, str], str]:
+    """What the tables of the page say of each two choices."""
+    said: dict[tuple[str, str], str] = {}
+    for heading, table in re.findall(r"## (\w+ by \w+)\n\n((?:\|.*\n)+)", text):
+        down, across = heading.split(" by ")
+        head, _, *lines = ([word.strip(" `") for word in line.strip("| ").split(" | ")] for line in table.splitlines())
+        for one, *entries in lines:
+            said |= {(f"{down} {one}", f"{across} {other}"): word for other, word in zip(head, entries, strict=True)}
+    return said
+
+
+def drawn(number: int, seed: int = 0) -> list[Cell]:
+    """A draw of cells, each choice of each dimension in it at least once."""
+    chance = random.Random(seed)
+    every = names()
+    cells = [[chance.choice(choices) for choices in every] for _ in range(number)]
+    for d, choices in enumerate(every):
+        for i, cell in enumerate(cells):
+            if i % len(every) == d:
+                cell[d] = choices[i // len(every) % len(choices)]
+    return [tuple(cell) for cell in cells]  # type: ignore[misc]
+
+
+def main() -> int:
+    """Run cells, and write the page or compare with it."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--cells", type=int, metavar="INT", help="only so many, drawn at random, against the page")
+    given = arguments.parse_args()
+    if given.cells is None:
+        found = dict(runs([*itertools.product(*names())]))  # type: ignore[list-item]
+        PAGE.write_text(page(found), encoding="utf-8")
+        return 0
+    wrong = disagreeing(drawn(given.cells), PAGE.read_text(encoding="utf-8"))
+    print("\n".join(wrong) or f"{given.cells} cells are as the page says")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
