@@ -117,7 +117,14 @@ def test_the_map_of_files_names_every_module_and_nothing_else(map_of: ModuleType
 # What a base class answers for those of its classes that have nothing to say; and a constructor is its class's own.
 HOOKS = {
     *("Network.output_bias", "Network.forward", "Prior.initialise", "Corruption.initialise"),
-    *("Objective.__post_init__", "Objective.constraint", "OfParticles.__post_init__", "OfParticles.order"),
+    *(
+        "Objective.__post_init__",
+        "Objective.constraint",
+        "Objective.evaluated",
+        "Guide.attach",
+        "OfParticles.__post_init__",
+        "OfParticles.order",
+    ),
     *("GradientEstimator.bias",),
     *("Proposal.of_guide", "Proposal.as_guide", "Proposal.computation", "Proposal.summing"),
     *("Likelihood.remarks", "Likelihood.view", "Likelihood.view", "LatentLayers.extend"),
