@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from pyrovae.command import add_option, given, main, parser, say, whole_option
 from pyrovae.errors import UsageError
-from pyrovae.runs.options import OBJECTIVES, SETTINGS, THREADS
+from pyrovae.runs.options import BOUNDS, SETTINGS, THREADS
 from pyrovae.settings import Several, Whole, Words, read
 
 
@@ -22,7 +22,7 @@ def command(words: Sequence[str]) -> int:
     )
     p.add_argument("run", metavar="RUN", help="a directory written by python -m pyrovae.fit")
     add_option(p, "--K", "numbers of particles (default 1,5,25)", "INT")
-    add_option(p, "--elbo", f"of which bound: {', '.join(OBJECTIVES)} (default: the run's), with beta = 1", "NAME")
+    add_option(p, "--elbo", f"of which bound: {', '.join(BOUNDS)} (default: the run's), with beta = 1", "NAME")
     add_option(
         p, "--gradients", "which estimators, as reparameterised,vr-max (default: all of the bound)", "NAME[,NAME]"
     )
@@ -41,7 +41,7 @@ def command(words: Sequence[str]) -> int:
 
     ks = read("K", options.get("K", "1,5,25"), Several(Whole()))
     elbo = options.get("elbo")
-    elbo = None if elbo is None else read("elbo", elbo, Words(tuple(OBJECTIVES)))
+    elbo = None if elbo is None else read("elbo", elbo, Words(tuple(BOUNDS)))
     chosen = str(options["gradients"]).split(",") if "gradients" in options else None
     split, draws = str(options.get("split", "test")), whole_option(options, "draws", 200)
     if split not in SPLITS:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pyrovae.errors import PairError, UsageError
 from pyrovae.processors import pick_device
 from pyrovae.runs.directory import Run
-from pyrovae.runs.options import GRADIENTS, OBJECTIVES
+from pyrovae.runs.options import BOUNDS, GRADIENTS, OBJECTIVES
 from pyrovae.runs.progress import Say, silent
 from pyrovae.runs.report import Report
 from pyrovae.runs.scoring import rows_of
@@ -51,7 +51,7 @@ def analyse(
     recipe = run.recipe
     if not recipe.elbo:
         raise UsageError(f"{run.directory}: holds a {recipe.model.name}, which has no bound and so no gradient of one")
-    elbo = elbo or recipe.elbo
+    elbo = elbo or (recipe.elbo.name if recipe.elbo.name in BOUNDS else BOUNDS[0])
     known = OBJECTIVES[elbo].constants["gradients"]
     for word in words or ():
         if word not in known:
@@ -140,7 +140,7 @@ def build(recipe: Any, elbo: str, k: int, word: str) -> "OfParticles":
     own = recipe.gradient.settings if recipe.gradient.name == word else {}
     given = {"alpha": 0.5 if recipe.alpha is None else recipe.alpha, "partitions": recipe.partitions or 10}
     gradient = GRADIENTS[word].classes[0].build("gradient", own)
-    made: OfParticles = OBJECTIVES[elbo].build("elbo", {}, num_particles=k, gradient=gradient, **given)
+    made: OfParticles = OBJECTIVES[elbo].classes[0].build("elbo", {}, num_particles=k, gradient=gradient, **given)
     return made
 
 

@@ -33,6 +33,8 @@ PROPOSALS = Choices(("pyrovae.inference", "PROPOSALS"))
 
 # What is maximised, by word.
 OBJECTIVES = Choices(("pyrovae.inference.objectives", "OBJECTIVES"), ("pyrovae.inference.weighted", "WEIGHTED"))
+# Those without a penalty, which are reported.
+BOUNDS = tuple(word for word, choice in OBJECTIVES.items() if "maximised" not in choice.constants)
 # How the gradient of what is maximised is estimated.
 GRADIENTS = Choices(("pyrovae.inference.estimators", "GRADIENTS"))
 SWITCH = Words(("auto", "on", "off"))
