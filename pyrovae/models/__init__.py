@@ -68,6 +68,7 @@ from pyrovae.models.priors import MixtureOfGaussians as MixtureOfGaussians
 from pyrovae.models.priors import Prior as Prior
 from pyrovae.models.priors import StandardNormal as StandardNormal
 from pyrovae.models.priors import VampPrior as VampPrior
+from pyrovae.models.product_mixture import MixtureOfProducts as MixtureOfProducts
 from pyrovae.models.row_parameters import RowParameters as RowParameters
 from pyrovae.models.semi_amortised import SemiAmortised as SemiAmortised
 from pyrovae.models.sequences import Markov as Markov

@@ -188,8 +188,7 @@ class Mixture(Exact):
         from sklearn.cluster import KMeans
 
         self._check(x, fitting=True)
-        flat = x.detach().reshape(len(x), -1).cpu()
-        points = flat if flat.is_floating_point() else flat.float()
+        points = self.points(x.detach()).cpu()
         labels = KMeans(self.components, n_init=1, random_state=seed).fit_predict(points.numpy())
         hard = F.one_hot(torch.from_numpy(labels).long(), self.components)
         exact = copy.deepcopy(self).double()
@@ -254,6 +253,11 @@ class Mixture(Exact):
             exact._maximise(x, responsibilities, chunk)
         return history
 
+    def points(self, x: Tensor) -> Tensor:
+        """Rows x (N, *event) as the points that k-means starts from, shape (N, P): their elements."""
+        flat = x.reshape(len(x), -1)
+        return flat if flat.is_floating_point() else flat.float()
+
     def _joint(self, x: Tensor) -> Tensor:
         """log p(x, c) in nats, shape (N, C)."""
         return self.mixing_logits.log_softmax(-1) + self.component_log_prob(self._rows(x))
@@ -292,7 +296,7 @@ class Mixture(Exact):
     def _check(self, x: Tensor, fitting: bool = False) -> None:
         """Refuse x of another shape, outside the support, or too short to fit C components to."""
         check_shape(x, self.event_shape)
-        if not bool((self.support.check(x) & x.isfinite()).all()):
+        if not bool(self.support.check(x).all()) or bool(x.isinf().any()):
             raise DataError(
                 f"x: expected values in {_describe(self.support)}, got others between {x.min().item():g} and "
                 f"{x.max().item():g}; clean or binarise the data, or use the mixture for its kind"
@@ -543,4 +547,5 @@ def _overwrite(parameter: Tensor, value: Tensor, live: Tensor) -> None:
 
 
 def _describe(support: constraints.Constraint) -> str:
-    return "{0, 1}" if support is constraints.boolean else "the real numbers"
+    named = {constraints.boolean: "{0, 1}", constraints.real: "the real numbers"}
+    return named.get(support, str(support))

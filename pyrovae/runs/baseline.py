@@ -1,7 +1,7 @@
 """Exact baselines: of each family that suits the rows, the model with the best validation log p(x)."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pyrovae.errors import UsageError
 from pyrovae.runs.progress import Say, silent
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from pyrovae.columns import Column
     from pyrovae.data import Rows
     from pyrovae.models.exact import Exact
 
@@ -27,6 +28,8 @@ def fit_baselines(
 ) -> "list[Exact]":
     """A model of each family in `BASELINES` that is of the rows' measure, in the order of that tuple.
 
+    Of rows with gaps, of counts and of tables, a mixture of products over their columns.
+
     Args:
         rows: Data of either measure. Training rows that are drawn anew at each use are drawn once.
         components: Numbers of components to try, increasing; a family's search ends when one is worse than the one
@@ -43,11 +46,20 @@ def fit_baselines(
         UsageError: no family can have any of the numbers of components.
     """
     from pyrovae.models.baselines import BASELINES
+    from pyrovae.models.product_mixture import MixtureOfProducts
     from pyrovae.seeding import seeded
 
     with seeded(seed, "baseline rows"):
         train = rows.transform(rows.train[:: -(-len(rows.train) // MOST_ROWS)]).to(device)
-    families = [family for family in BASELINES if family.measure == rows.measure.kind]
+    if columns := columns_of(rows):
+        made = (
+            MixtureOfProducts(rows.event_shape, count, columns=columns).to(device).double()
+            for count in components
+            if count <= len(train)
+        )
+        best = best_model(((model, model.fit(train, seed)) for model in made), rows.validation, components, say)
+        return [] if best is None else [best]
+    families = [family for family in BASELINES if family.measure == rows.measure.kind and not rows.missing]
     if not families:
         say(f"baseline: no exact one is of a {rows.measure.description}")
         return []
@@ -55,6 +67,17 @@ def fit_baselines(
     if not any(model for family, model in zip(families, found, strict=True) if not family.of_rows):
         raise UsageError(f"baseline: none of {list(components)} components can be fit to {len(train)} rows")
     return [model for model in found if model is not None]
+
+
+def columns_of(rows: "Rows") -> "Sequence[Column]":
+    """The columns of which a mixture of products is the baseline: of a table, of counts, and of vectors with gaps."""
+    from pyrovae.columns import BINARY, CONTINUOUS, COUNT, Column
+
+    kinds = {"counts": COUNT} | ({"mass": BINARY, "density": CONTINUOUS} if rows.missing else {})
+    if rows.table is not None:
+        return rows.table
+    of_vectors = len(rows.event_shape) == 1 and rows.measure.kind in kinds
+    return [Column("x", kinds[rows.measure.kind])] * rows.event_shape[0] if of_vectors else []
 
 
 def best_of(
@@ -66,15 +89,24 @@ def best_of(
     say: Say = silent,
 ) -> "Exact | None":
     """The model of a family that has the best validation log p(x); None if it can have no such number of components."""
+    best = best_model(family.fitted(train, validation, components, seed), validation, components, say)
+    if best is None:
+        say(f"baseline: left out {family.word}, of which at most {family.most_components(train)} can be fit here")
+    return best
+
+
+def best_model(
+    fitted: "Iterator[tuple[Any, int]]", validation: "Tensor", components: Sequence[int], say: Say
+) -> "Exact | None":
+    """Of models as they are fit, the first that the next one is no better than on the validation rows; None of none."""
     from pyrovae.models.exact import best_on
 
     def tried(model: "Exact", iterations: int, bound: float) -> None:
         took = "1 iteration" if iterations == 1 else f"{iterations} iterations"
         say(f"baseline: {model.description}, validation log p(x) {bound:.2f} nats after {took}")
 
-    best = best_on(family.fitted(train, validation, components, seed), validation, tried)
+    best: Exact | None = best_on(fitted, validation, tried)
     if best is None:
-        say(f"baseline: left out {family.word}, of which at most {family.most_components(train)} can be fit here")
         return None
     if best.components == max(components) and len(components) > 1:
         say(f"baseline: {best.components} components are the most that are tried; more may be better")
