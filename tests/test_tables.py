@@ -1,7 +1,10 @@
 """Tables with columns of several kinds: a density times a mass, words in and words out, and gaps."""
 
+import importlib
 import itertools
 import math
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -341,3 +344,19 @@ def test_compare_puts_the_mixture_of_products_beside_a_run(run, tmp_path: Path) 
     assert scored[1].results[0].num_particles == 0
     assert scored[0].estimate.mean() < 0
     assert any("density of 2 columns times mass of 3" in line for line in said)
+
+
+def test_the_page_on_tables_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks in order: Python as it stands, commands as they are typed."""
+    monkeypatch.chdir(tmp_path)
+    text = (Path(pyrovae.__file__).parents[1] / "docs" / "tables.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+    for kind, block in re.findall(r"^```(\w+)\n(.*?)^```", text, re.S | re.M):
+        if kind == "python":
+            exec(compile(block, "docs/tables.md", "exec"), names)
+            continue
+        for line in block.splitlines():
+            command, *words = shlex.split(line.removeprefix("python -m "))
+            assert importlib.import_module(command).command(words) == 0, line
+    assert list(pd.read_csv(tmp_path / "draws.csv")) == ["age", "visits", "smoker", "job"]
+    assert names["filled"].mean[:, :3].isfinite().all()
