@@ -394,12 +394,27 @@ def small(part: str, name: str) -> dict:
     return {"name": name} | {key: value for key, value in wanted.items() if key in PARTS[part][name].settings}
 
 
+def fitting(prior: str, guide: str) -> dict | None:
+    """The gradient that a prior and a guide are trained by; None for those of different latents, which are refused."""
+    of_prior, of_guide = (
+        PARTS[part][name].classes[0].constants.get("latents") for part, name in (("prior", prior), ("guide", guide))
+    )
+    if of_prior not in (of_guide, "those of its guide"):
+        with refusal(f"--prior {prior}: is a distribution of .*, and --guide {guide} one of .*; use --guide "):
+            config(prior=small("prior", prior), guide=guide, condition="label" if prior in CONDITIONAL else None)
+        return None
+    return {"gradient": "score-function"} if of_guide else {}
+
+
 # Parts meet in pairs: a prior may be made of the guide, and the guide's and the decoder's network see the event.
 @pytest.mark.parametrize("prior", [name for name, c in PARTS["prior"].items() if "guides" not in c.classes[0].takes])
 @pytest.mark.parametrize("guide", PARTS["guide"])
 @pytest.mark.parametrize(("network", "event"), [("mlp", VECTOR), ("conv", IMAGE)])
 def test_every_prior_trains_with_every_guide(prior, guide, network, event):
-    given = {"prior": small("prior", prior), "guide": guide, "network": small("network", network)}
+    by = fitting(prior, guide)
+    if by is None:
+        return
+    given = {"prior": small("prior", prior), "guide": guide, "network": small("network", network), **by}
     if prior not in CONDITIONAL:
         assert_trains(given, "Bernoulli", event)
     assert_trains({**given, "condition": "label"}, "Bernoulli", event)
@@ -417,8 +432,11 @@ def test_every_likelihood_trains_with_every_network(network, event, likelihood):
 )
 @pytest.mark.parametrize("guide", PARTS["guide"])
 def test_every_hierarchy_trains(prior, guide):
+    by = fitting(prior, guide)
+    if by is None:
+        return
     for network in PARTS["network"]:
-        given = {"prior": small("prior", prior), "guide": guide, "network": network}
+        given = {"prior": small("prior", prior), "guide": guide, "network": network, **by}
         assert_trains({"model": "hierarchical"} | given, "Bernoulli", IMAGE)
 
 

@@ -142,6 +142,7 @@ class VampPrior(Prior):
     """
 
     short = ("vamp",)
+    latents = "those of its guide"
 
     @checked
     def __init__(self, guide: Guide, event_shape: int | tuple[int, ...], components: Count = 500) -> None:

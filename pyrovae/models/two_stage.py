@@ -50,7 +50,7 @@ from torch import Tensor, nn
 from pyrovae.models.guides import Guide
 from pyrovae.models.likelihood import Likelihood
 from pyrovae.models.priors import Prior
-from pyrovae.models.vae import VAE, BottomUp, Layer
+from pyrovae.models.vae import VAE, BottomUp, Layer, check_latents
 from pyrovae.settings import checked
 
 
@@ -182,6 +182,7 @@ class ExPostVAE(SecondStage):
 
     @checked
     def __init__(self, first: VAE, prior: Prior, guide: Literal["held", "adapted"] = "held") -> None:
+        check_latents([(prior, first.guides[0])])
         super().__init__(first, prior, adapted=guide == "adapted")
 
     def initialise(self, x: Tensor) -> None:

@@ -45,6 +45,8 @@ OF_BOUNDS = ("elbo", "K", "M", "alpha", "beta", "partitions", "gradient")
 # Parts of a pair that are chosen for themselves.
 # What the draws of a prior or a guide are that says nothing else.
 REAL = "real numbers"
+# What those of a prior are that is made of the guide.
+OF_GUIDE = "those of its guide"
 OF_PAIRS = ("prior", "guide", "network", "corruption")
 
 
@@ -373,9 +375,9 @@ def complete_parts(values: Options, given: Options) -> None:
     for part in OF_PAIRS:
         values[part] = Part() if part in taken else choose(part, given.get(part), first(part), PARTS[part])
     prior, guide = values["prior"].name, values["guide"].name
-    if guide and "guide" not in PARTS["prior"][prior].classes[0].takes:
+    if guide:
         of_prior, of_guide = latents_of("prior", prior), latents_of("guide", guide)
-        if of_prior != of_guide:
+        if of_prior not in (of_guide, OF_GUIDE):
             fitting = next((name for name in PARTS["guide"] if latents_of("guide", name) == of_prior), "")
             raise UsageError(
                 f"prior={prior}: is a distribution of {of_prior}, and `guide={guide}` one of {of_guide}; "
