@@ -235,6 +235,20 @@ def test_roots() -> None:
     assert ((a + c * a.tanh() - s).abs() <= 1e-13 * (1 + s.abs() + c.abs())).all()
 
 
+@pytest.mark.parametrize("name", ["planar", "Sylvester"])
+def test_no_features_fold_space(name: str) -> None:
+    """However large what is made of them, no slope of a flow falls below a hundredth, and it is inverted."""
+    flow = far(FLOWS[name](3, F), 20.0)
+    features, u = torch.randn(500, F).double(), torch.randn(500, 3).double()
+    with torch.no_grad():
+        z, log_det = flow(u, features)
+        assert log_det.isfinite().all()
+        assert log_det.min() >= (1 if name == "planar" else 3) * math.log(0.0099)
+        back, same = flow.inverse(z, features)
+        assert_close(same, log_det, rtol=0, atol=1e-6)
+        assert_close(back, u, rtol=0, atol=1e-6)
+
+
 def test_columns_are_orthonormal_and_any_subspace_is_in_reach() -> None:
     Q = orthonormal(3 * torch.randn(7, 6, 4).double())
     assert_close(Q.mT @ Q, torch.eye(4).double().expand(7, 4, 4), **EXACTLY)
