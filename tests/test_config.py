@@ -390,7 +390,7 @@ def assert_trains(given: dict, likelihood: str, event: tuple[int, ...]) -> None:
 
 def small(part: str, name: str) -> dict:
     """A choice with settings that make it small."""
-    wanted = {"components": 4, "hidden": 12, "channels": "3,4", "steps": 5, "width": 12, "blocks": 1}
+    wanted = {"components": 4, "hidden": 12, "channels": "3,4", "steps": 3, "width": 12, "blocks": 1}
     return {"name": name} | {key: value for key, value in wanted.items() if key in PARTS[part][name].settings}
 
 

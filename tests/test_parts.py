@@ -129,8 +129,13 @@ def two_layers(below: Guide) -> list[Guide]:
 
 def prior(cls: type[Prior], settings: dict[str, object], takes: tuple[str, ...], guide: Guide) -> Prior:
     """A prior, with what it takes from a pair of that guide."""
-    offered = {"latent_dim": Z, "event_shape": guide.event_shape, "guide": guide, "guides": two_layers(guide)}
-    return cls(**{name: offered[name] for name in takes}, **settings)
+    offered: dict[str, Callable[[], object]] = {
+        "latent_dim": lambda: Z,
+        "event_shape": lambda: guide.event_shape,
+        "guide": lambda: guide,
+        "guides": lambda: two_layers(guide),
+    }
+    return cls(**{name: offered[name]() for name in takes}, **settings)
 
 
 UNCONDITIONAL = [entry for entry in classes("prior") if issubclass(entry[0], Prior)]  # others: test_conditional

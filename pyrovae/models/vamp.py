@@ -48,7 +48,7 @@ class HierarchicalVampPrior(Prior):
         super().__init__(guides[-1].latent_dim)
         for guide in guides:
             check_by_itself(guide, "a VampPrior, which is made of it")
-        self.components = components
+        self.components, self.latents = components, guides[-1].latents
         # In a tuple, so that torch does not register them: each parameter has one name in the pair.
         self._guides = tuple(guides)
         shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
