@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from pyrovae.errors import PairError, UsageError
-from pyrovae.inference import FromPrior, LogMarginal, log_marginal, simulated, to_inference_data, verdict
+from pyrovae.inference import FromPrior, LogMarginal, log_marginal, sandwich, simulated, to_inference_data, verdict
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.enumeration import Summation, summation
 from pyrovae.inference.pair import Pair
@@ -406,6 +406,17 @@ def test_probabilities_of_states_reach_arviz() -> None:
     drawn = to_inference_data(belief_net, bernoulli_guide, x, 50, 20_000, predictive=False, most_states=0)
     assert abs(drawn["state_probability"]["z"].values[..., 1] - posterior.numpy()).max() < 0.1
     assert "importance sampling" in drawn.attrs["estimator"]
+
+
+def test_both_sides_of_a_sandwich_are_the_sum() -> None:
+    """On data of the model, for the states that a guide forgets as for others, and without a guide."""
+    check = sandwich(belief_net, no_guide, torch.zeros(40, 5), seed=0)
+    assert_close(check.forward, belief_net_by_brute_force(check.x), **ROUNDING)
+    assert (check.width, check.validated) == (0, True)
+    assert check.x.std() > 0.3
+    drawn = simulated(belief_net, no_guide, torch.zeros(40, 5), 200)  # from the prior
+    assert drawn.most > 0
+    assert (drawn.upper - drawn.lower).mean() > -5 * drawn.error
 
 
 def test_a_mixed_pair_s_states_are_those_of_its_draws() -> None:

@@ -542,6 +542,13 @@ class Summation:
         """Whether nothing is left to be drawn."""
         return self.model is not None and self.guide is None
 
+    def __call__(self, batch: Batch) -> Tensor:
+        """log p(x) of some rows, in double precision on the CPU, where nothing is left to be drawn: shape (N,)."""
+        assert self.model is not None
+        # A product takes its states in parts, and factors their rows.
+        rows = self.model.rows_at_once if self.model.factorised else len(batch)
+        return torch.cat([self.model(block, {}, 1)[0].cpu() for block in batch.split(rows)])
+
 
 def summation(pair: Pair, batch: Batch, num_particles: int, most_states: int) -> Summation:
     """Find out what of a pair's latents can be summed out at no more than so many joint states.

@@ -258,7 +258,7 @@ def log_marginal(
     pair, without = sums.pair, proposal.summing(sums)
     findings = check_pair(pair, batch, rows)
     if sums.is_exact and without is not None:
-        return summed(sums, batch, findings.rows, findings.whole, progress)
+        return summed(sums, batch, findings.rows, progress)
     if sums.model is not None and without is not None:
         proposal = without
     rows, chunk = findings.rows, max(1, chunk * rows // findings.rows)
@@ -281,16 +281,12 @@ def log_marginal(
     return replace(result, of_guide=proposal.of_guide, origin=origin)
 
 
-def summed(
-    sums: Summation, batch: Batch, rows: int, whole: bool, progress: Callable[[int], object] | None
-) -> LogMarginal:
+def summed(sums: Summation, batch: Batch, rows: int, progress: Callable[[int], object] | None) -> LogMarginal:
     """log p(x) as a sum over all states of the latents, in blocks of rows."""
-    assert sums.model is not None
-    rows = rows if whole else min(rows, sums.model.rows_at_once)
     parts, done = [], 0
     with evaluating(sums.pair), torch.no_grad():
         for block in batch.split(rows):
-            parts.append(sums.model(block, {}, 1)[0].cpu())
+            parts.append(sums(block))
             done += len(block)
             if progress is not None:
                 progress(done)

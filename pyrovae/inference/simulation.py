@@ -39,6 +39,7 @@ from pyrovae.checks import check_count
 from pyrovae.errors import PairError
 from pyrovae.inference.annealed import simulate
 from pyrovae.inference.batch import Batch
+from pyrovae.inference.enumeration import summation
 from pyrovae.inference.estimate import standard_error
 from pyrovae.inference.marginal import block_of, jackknife, summarise
 from pyrovae.inference.modules import evaluating
@@ -155,7 +156,8 @@ def simulated(
     """
     check_count("num_particles (K)", num_particles)
     check_proposal(proposal)
-    pair, batch_like = Pair(model, guide), Batch.of(x_like, given, "x_like")
+    batch_like = Batch.of(x_like, given, "x_like")
+    pair = summation(Pair(model, guide), batch_like, num_particles, 0).pair  # with a guide of every latent
     rows, chunk = block_of(batch_like, num_particles, chunk_size)
     sizes = [min(chunk, num_particles - done) for done in range(0, num_particles, chunk)]
     lower, upper, corrected = [], [], []

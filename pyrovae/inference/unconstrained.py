@@ -15,6 +15,7 @@ from torch.distributions import biject_to
 
 from pyrovae.errors import PairError
 from pyrovae.inference.batch import Batch
+from pyrovae.inference.look import plain
 from pyrovae.inference.pair import Pair
 from pyrovae.inference.weights import NO_LATENTS, At, Particles, draw, log_prob, run, sample_sites
 
@@ -73,8 +74,8 @@ class Unconstrained:
         for name, latent in probe.latents.items():
             if not latent.guide.has_rsample and latent.guide.support.is_discrete:
                 raise PairError(
-                    f"guide site '{name}': {type(latent.guide).__name__} is discrete; this takes continuous latents. "
-                    "Draw from the guide itself, or sum the site out of the model"
+                    f"guide site '{name}': {type(plain(latent.guide)).__name__} is discrete; this takes continuous "
+                    "latents. Draw from the guide itself, or sum the site out of the model"
                 )
             self.transforms[name] = bijection(name, latent.prior.support)
             u = self.transforms[name].inv(latent.value)
