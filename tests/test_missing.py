@@ -117,6 +117,8 @@ def test_parts_start_at_what_is_seen() -> None:
     assert_close(whole[:, :3].mean(0), x[:, :3].nanmean(0), rtol=0.02, atol=0)
     assert (whole[:, 3] == 0).all()
     assert completed(whole) is whole
+    start = part.whole.unit * part.decoder.output_bias
+    assert_close(start[:3], x[:, :3].nanmean(0), rtol=0.02, atol=0)
     part.check_support(x)
     bits = PartlySeen(Bernoulli(MLP(2, 4)))
     bits.check_support((x > 3).float().where(~x.isnan(), math.nan))
