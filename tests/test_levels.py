@@ -11,11 +11,14 @@ from scipy import stats
 from torch import Tensor
 from torch.testing import assert_close
 
+import pyrovae
 from pyrovae.data import load_data
 from pyrovae.data.measure import Measure
-from pyrovae.errors import DataError, UsageError
+from pyrovae.data.others import other_rows
+from pyrovae.errors import CheckpointError, DataError, UsageError
 from pyrovae.models import MLP, Categorical, DiscretizedLogistic, DiscretizedLogisticMixture
 from pyrovae.models.levels import CategoricalLevels, LogisticLevels, LogisticMixture
+from pyrovae.runs.directory import open_run
 
 L = 256
 LEVELS = torch.arange(float(L))
@@ -174,3 +177,28 @@ def test_a_softmax_starts_at_the_shares_of_levels() -> None:
     overall = torch.tensor([3 + 1, 1 + 1, 3 + 1, 1 + 1]).double() / 12
     counts = torch.tensor([[3, 0], [0, 1], [0, 3], [1, 0]]).double()
     assert_close(mass, (counts + overall[:, None]) / 5, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.slow
+def test_a_run_on_levels_is_trained_resumed_loaded_and_drawn_from(tmp_path) -> None:
+    """Its number of levels is that of its data, its bits are those of its log p(x), and its draws are levels."""
+    small = {"latent_dim": [3], "network": {"name": "mlp", "hidden": [20]}, "compile": "off", "threads": 1}
+    options = {"data": "digits", "likelihood": "logistic-mixture", "seed": 0, "eval_rows": 40, "eval_K": 30, **small}
+    whole = pyrovae.train({**options, "epochs": 2}, tmp_path / "whole", plots=False)
+    pyrovae.train({**options, "epochs": 1}, tmp_path / "parts", plots=False)
+    parts = pyrovae.train({"epochs": 2}, tmp_path / "parts", plots=False, resume=True)
+    assert whole.evaluation["log_marginal"] == parts.evaluation["log_marginal"]
+    found = open_run(tmp_path / "whole")
+    assert (found.recipe.levels, found.evaluation["measure"]) == (17, "mass on {0,...,16}^64")
+    bits = -found.evaluation["log_marginal"] / 64 / math.log(2)
+    assert found.evaluation["bits_per_dimension"] == pytest.approx(bits)
+    assert 0 < bits < math.log2(17)
+    assert found.evaluation["reconstruction_quality"]["data_range"] == 16
+    draws = pyrovae.load(tmp_path / "whole").sample(50)
+    assert set(draws.unique().tolist()) <= set(map(float, range(17)))
+    np.savez(tmp_path / "others.npz", x=draws.numpy().astype(np.uint8))
+    assert torch.equal(other_rows(found.rows(), tmp_path / "others.npz").x, draws)
+    config = tmp_path / "whole" / "config.yaml"
+    config.write_text(config.read_text().replace("levels: 17", "levels: 99999999"))
+    with pytest.raises(CheckpointError, match="levels: expected a whole number up to 65536, got 99999999"):
+        open_run(tmp_path / "whole")
