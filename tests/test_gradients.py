@@ -16,6 +16,7 @@ import pyro.distributions as dist
 import pytest
 import test_steps
 import torch
+import yaml
 from conftest import assert_mean
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 from test_bounds import THETA, X, grid_of_noise, log_weight_at
@@ -642,6 +643,22 @@ def test_resumed_is_never_stopped(tmp_path: Path, bound: OfParticles) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize("gradient", ["vimco", "enumerated"])
+def test_the_shipped_pair_of_bits_is_trained_from_the_command(tmp_path: Path, gradient: str) -> None:
+    """The bound of validation rows rises; the configuration records how it was trained."""
+    several = {"elbo": "iwae", "K": 5} if gradient == "vimco" else {"elbo": "elbo"}
+    run = train(
+        {"data": "digits", "epochs": 5, "latent_dim": [4], "network": {"hidden": [20]}, "seed": 1, "eval_rows": 50,
+         "eval_K": 20, "compile": "off", "device": "cpu", "prior": "IndependentBernoulli", "lr": 0.01,
+         "guide": "BernoulliGuide", "gradient": gradient, **several},
+        tmp_path / "run", plots=False,
+    )  # fmt: skip
+    bounds = run.history["validation_bound"].tolist()
+    assert bounds[-1] > bounds[0] + 0.5
+    recorded = yaml.safe_load((run.directory / "config.yaml").read_text())["gradient"]
+    assert recorded == {"name": {"vimco": "leave-one-out"}.get(gradient, gradient)}
 
 
 def test_training_says_that_a_gradient_is_biased() -> None:

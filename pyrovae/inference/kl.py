@@ -44,11 +44,8 @@ def analytic_kl(latent: Latent) -> Tensor | None:
         return of_bits.expand(latent.value.shape).reshape(*latent.log_guide.shape, -1).sum(-1)
     if isinstance(q, dist.LowRankMultivariateNormal):  # torch's form takes each parameter to be of the batch's shape
         q = dist.LowRankMultivariateNormal(q.loc, q.cov_factor, q.cov_diag)
-    p = with_covariance(latent.prior, q)
-    if isinstance(getattr(p, "base_dist", p), dist.Bernoulli):  # torch's form takes both to be of one shape
-        p = p.expand(q.batch_shape)
     try:
-        return kl_divergence(q, p)
+        return kl_divergence(q, with_covariance(latent.prior, q))
     except NotImplementedError:
         return None
 
