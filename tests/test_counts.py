@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import pyrovae
 from pyrovae.data import load_data
-from pyrovae.errors import DataError
+from pyrovae.errors import DataError, UsageError
 from pyrovae.inference import IWAE, Individual, fit, log_marginal
 from pyrovae.models import (
     MLP,
@@ -161,6 +161,20 @@ def test_a_run_of_counts_is_of_their_mass_and_its_encoder_sees_logarithms(tmp_pa
     assert isinstance(run.model().guides[0].encoder.view, LogCounts)
     drawn = run.model().sample(100)
     assert bool(((drawn >= 0) & (drawn == drawn.round())).all())
+
+
+def test_a_run_can_be_given_totals_and_says_so(tmp_path) -> None:
+    """Draws given a total have about that total; log p is named as given it; the library without it is refused."""
+    np.save(tmp_path / "x.npy", made(300).numpy())
+    options = {"data": str(tmp_path / "x.npy"), "likelihood": {"name": "poisson", "library": "given"}, "seed": 0,
+               "latent_dim": [2], "epochs": 2, "eval_K": 20, "device": "cpu"}  # fmt: skip
+    run = pyrovae.train({**options, "condition": "total"}, tmp_path / "run", plots=False)
+    assert run.evaluation["measure"] == "mass on counts {0, 1, ...}^4, given total"
+    drawn = run.model().sample(2000, torch.tensor([500.0]).log()).sum(1)
+    assert abs(drawn.mean().item() - 500) < 5 * math.sqrt(500 / 2000)
+    assert_close(run.rows().given["test"][0], run.rows().test.sum(1, keepdim=True).clamp(min=1).log())
+    with pytest.raises(UsageError, match="which `condition=total` gives"):
+        pyrovae.Recipe(**options)
 
 
 @pytest.mark.slow

@@ -2,7 +2,8 @@
 
 A condition names what y is made of: `label`, or columns of a table, or both (`age,label`). Labels become one-hot
 vectors, one column for each class of the training rows. Columns are taken out of x; one of zeros and ones stays as it
-is, any other is standardised by the training rows, (y - mean) / sd, so that all are of one size.
+is, any other is standardised by the training rows, (y - mean) / sd, so that all are of one size. `total`, the sum of a
+row of counts, becomes its logarithm, for a likelihood whose means are shares of it.
 """
 
 import difflib
@@ -18,7 +19,7 @@ from pyrovae.data.found import SPLITS, require_memory
 from pyrovae.data.raw import Raw
 from pyrovae.errors import DataError, UsageError
 
-LABEL = "label"
+LABEL, TOTAL = "label", "total"
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,23 +57,30 @@ def conditioned(data: Raw, condition: str) -> tuple[Raw, Given]:
         DataError: rows without labels, or with labels that no training row has; or too many classes for the memory.
     """
     names = [name.strip() for name in condition.split(",")]
-    known = [LABEL, *(name for name in named_columns(data) if name != LABEL)]
+    columns = named_columns(data)
+    known = [LABEL, *(name for name in columns if name != LABEL), *([] if TOTAL in columns else [TOTAL])]
     for i, name in enumerate(names):
         if name not in known or name in names[:i]:
             near = difflib.get_close_matches(name, known, 1)
             what = "is named twice" if name in known else f"is none of {', '.join(known[:20])}"
             hint = f"; did you mean {near[0]}?" if near and name not in known else ""
             raise UsageError(f"condition: {name!r} {what}{hint}", settings=("condition",))
-    taken = [name for name in names if name != LABEL]
+    taken = [name for name in names if name != LABEL and name in columns]
+    if TOTAL in names[:-1] and TOTAL not in columns:
+        raise UsageError(f"condition: name {TOTAL} last, where a likelihood looks for it", settings=("condition",))
     rest = without(data, taken) if taken else data
     parts = [
-        labels_as_given(data.labels, data.classes, data.name) if name == LABEL else covariate(data, name)
+        labels_as_given(data.labels, data.classes, data.name)
+        if name == LABEL
+        else covariate(data, name)
+        if name in columns
+        else total_of(data)
         for name in names
     ]
     together = {split: (torch.cat([part.y[split] for part in parts], 1),) for split in SPLITS}
     alone = names == [LABEL]
-    columns = (c if alone or part.of != LABEL else f"label {c}" for part in parts for c in part.columns)
-    return rest, Given(together, ",".join(names), tuple(columns), dict(examples(parts)))
+    of_y = (c if alone or part.of != LABEL else f"label {c}" for part in parts for c in part.columns)
+    return rest, Given(together, ",".join(names), tuple(of_y), dict(examples(parts)))
 
 
 def named_columns(data: Raw) -> list[str]:
@@ -119,6 +127,20 @@ def covariate(data: Raw, name: str) -> _Part:
     y = {split: ((column.double() - mean) / sd).float() for split, column in raw.items()}
     ends = {f"{name} = {(mean + i * sd).item():.3g}": torch.tensor([float(i)]) for i in (-1, 1)}
     return _Part(name, y, (name,), ends)
+
+
+def total_of(data: Raw) -> _Part:
+    """The logarithm of each row's sum, at least 1, shape (N, 1), of rows of whole numbers.
+
+    Raises:
+        DataError: rows have other values, or some are missing.
+    """
+    if data.missing or (data.moments is not None and (data.moments.low < 0 or not data.moments.whole.all())):
+        raise DataError(f"{data.name}: rows are no counts, so that they have no total; condition on something else")
+    y = {split: getattr(data, split)[:].flatten(1).float().sum(1, keepdim=True).clamp(min=1).log() for split in SPLITS}
+    mean, sd = y["train"].mean(), y["train"].std(correction=0)
+    ends = {f"total = {(mean + i * sd).exp().item():.3g}": (mean + i * sd).reshape(1) for i in (-1, 1)}
+    return _Part(TOTAL, y, (f"log {TOTAL}",), ends)
 
 
 def without(data: Raw, names: Sequence[str]) -> Raw:

@@ -145,7 +145,8 @@ OPTIONS: dict[str, dict[str, Setting]] = {
             Text(),
             None,
             "what everything is given: label, for p(x) given the label, with samples of each class; columns of a .csv, "
-            "which are then none of x; or both, as age,label; a vae alone",
+            "which are then none of x; or both, as age,label; total, of counts the logarithm of each row's sum; a vae "
+            "alone",
             "NAME[,NAME]",
         ),
         "stream": Setting(

@@ -224,6 +224,12 @@ def completed(given: Options) -> Options:
         values |= NOT_OF_CLOSED_FORM
     values["likelihood"] = choose_likelihood(given.get("likelihood"), values["model"])
     complete_table(values, given)
+    of_total = values["likelihood"].settings.get("library") == "given"
+    if of_total and (values["condition"] or "").split(",")[-1].strip() != "total":
+        raise UsageError(
+            "likelihood.library=given: means are shares of a total, which `condition=total` gives",
+            settings=("likelihood.library=given", "condition=total"),
+        )
     if values["seed"] is None:
         values["seed"] = secrets.randbelow(2**31)
     if values["optimizer"]:
