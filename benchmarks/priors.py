@@ -199,7 +199,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     """The differences to `standard`, seed by seed, with 95 % intervals of their means."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 2.6), layout="constrained")
+    figure = Figure(figsize=(6.4, 2.8), layout="constrained")
     axes = figure.subplots()
     others = table.iloc[1:]
     for place, row in enumerate(others.to_dict("records")):
@@ -208,7 +208,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     axes.axvline(0, color="0.6", linewidth=1)
     axes.set_yticks(range(len(others)), others["model"])
     axes.set_ylim(len(others) - 0.5, -0.5)
-    axes.set_xlabel("log p(x) less that of N(0, I), nats per datum; 95 % intervals, bars: single seeds")
+    axes.set_xlabel("log p(x) less that of N(0, I), nats per datum\n95 % intervals; bars: single seeds")
     figure.savefig(path, dpi=150)
 
 
@@ -260,8 +260,9 @@ def main() -> None:
     assert rows is not None
     about = (
         f"784-200-200-40, {len(rows.train)} training rows, {rows.measure.description}; log p(x) in nats per datum of "
-        f"the first {asked.rows} test rows (one fixed binarisation), K = {asked.K}, means over {asked.seeds} seeds, ± "
-        "over rows; differences paired by row and seed, ± over rows and seeds."
+        f"the first {asked.rows} test rows (one fixed binarisation), K = {asked.K}, means over "
+        f"{asked.seeds} seed{'s' if asked.seeds > 1 else ''}, ± over rows; "
+        "differences paired by row and seed, ± over rows and seeds."
     )
     RESULTS.mkdir(exist_ok=True)
     table.to_csv(RESULTS / "priors.csv", index=False)

@@ -42,6 +42,7 @@ class HierarchicalVampPrior(Prior):
     """
 
     short = ("hierarchical-vamp",)
+    latents = "those of its guide"
 
     @checked
     def __init__(self, guides: Sequence[Guide], event_shape: int | tuple[int, ...], components: Count = 500) -> None:
