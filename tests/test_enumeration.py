@@ -15,7 +15,17 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from pyrovae.errors import PairError, UsageError
-from pyrovae.inference import FromPrior, LogMarginal, log_marginal, sandwich, simulated, to_inference_data, verdict
+from pyrovae.inference import (
+    Compiled,
+    FromGuide,
+    FromPrior,
+    LogMarginal,
+    log_marginal,
+    sandwich,
+    simulated,
+    to_inference_data,
+    verdict,
+)
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.enumeration import Summation, summation
 from pyrovae.inference.pair import Pair
@@ -297,6 +307,17 @@ def test_the_check_on_simulated_data_is_of_the_summed_weights() -> None:
     assert verdict(log_marginal(labelled, forgets, x, 500, most_states=0)).kind == "lower bound only"
     assert verdict(log_marginal(labelled, narrow, x, 500)).kind == "lower bound only"
     assert simulated(labelled, forgets, x, 100).width > 0.1
+
+
+@pytest.mark.slow
+def test_summed_weights_are_compiled_like_others() -> None:
+    """Compiled, they are those of the pair on the same noise."""
+    x = torch.linspace(-3, 5, 50)
+    compiled = Compiled(FromGuide())
+    fast, plain = (log_marginal(labelled, of_both, x, 300, proposal=p, seed=1) for p in (compiled, FromGuide()))
+    assert compiled.computation()["compiled"]
+    assert fast.estimator == plain.estimator
+    assert_close(fast.estimate, plain.estimate, rtol=0, atol=1e-8)
 
 
 def test_what_is_drawn_counts_against_the_limit() -> None:

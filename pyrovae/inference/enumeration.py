@@ -315,7 +315,8 @@ def log_joint(
     values |= {s: v.expand(count, *v.shape).flatten(0, 1) for s, v in z.items()}
     with At(values):
         sites = of_program(sample_sites(run(program, role, batch, count * k)), role)
-    joint.check(sites)
+    if type(batch.x) is Tensor:  # in a graph it has no values
+        joint.check(sites)
     total = batch.x.new_zeros((count * k, n), dtype=torch.float64)
     for name, site in sites.items():
         log_p = log_prob(site, f"{role} site '{name}'", (count * k, n)).double()
@@ -375,14 +376,14 @@ class Enumerated:
 class Parallel(Messenger):
     """Have discrete sites enumerated in parallel, those of several numbers too, which Pyro does not enumerate."""
 
-    def __init__(self, joint: Joint) -> None:
+    def __init__(self, joint: Joint, looking: bool) -> None:
         super().__init__()
-        self.joint = joint
+        self.joint, self.looking = joint, looking
 
     def _pyro_sample(self, msg: dict) -> None:
         if msg["name"] in self.joint and not msg["done"]:
             states = self.joint[msg["name"]]
-            if not states.same(States.of(msg["fn"])):
+            if self.looking and not states.same(States.of(msg["fn"])):
                 raise dependent(msg["name"])
             msg["infer"]["enumerate"] = "parallel"
             msg["fn"] = Enumerable(msg["fn"], states)
@@ -416,8 +417,8 @@ def enumerated(program: Callable, role: str, joint: Joint, batch: Batch, z: dict
     Raises:
         Unsummable: one of them is not of each row and particle by itself.
     """
-    traced = poutine.trace(program)
-    with At(z), poutine.enum(first_available_dim=-3), Parallel(joint), pyro.plate(PARTICLES, k, dim=-2):
+    traced, looking = poutine.trace(program), type(batch.x) is Tensor  # which has no values in a graph
+    with At(z), poutine.enum(first_available_dim=-3), Parallel(joint, looking), pyro.plate(PARTICLES, k, dim=-2):
         trace = traced.get_trace(*batch.tensors)
     trace.symbolize_dims()
     factors, site_of = [], {}

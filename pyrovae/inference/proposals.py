@@ -166,7 +166,8 @@ class Summed(Proposal):
         def at(values: dict[str, Tensor]) -> Tensor:
             k = particles_in(values)
             z = {name: value for name, value in values.items() if name not in self.summation.joint}
-            return model(batch, z, k) - guide(batch, z, k)
+            # In the numbers of the pair, as other weights are: no more of their digits are right.
+            return (model(batch, z, k) - guide(batch, z, k)).to(next(iter(z.values())).dtype)
 
         return Sampler(lambda k: at(draw_guide(pair, batch, k)), at)
 
