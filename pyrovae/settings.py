@@ -117,7 +117,7 @@ class Text:
 
 
 class Flag:
-    """True or false."""
+    """True or false, typed as true or false in any case."""
 
     def __str__(self) -> str:
         return "true or false"
@@ -126,7 +126,7 @@ class Flag:
         return isinstance(value, bool)
 
     def read(self, word: Any) -> Any:
-        return word
+        return {"true": True, "false": False}.get(str(word).lower(), word)
 
 
 @dataclass(frozen=True)

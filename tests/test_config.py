@@ -208,6 +208,8 @@ def test_optimisers_and_schedules():
 def test_numbers_as_words_or_as_numbers():
     assert resolve({"latent_dim": "40"}).latent_dim == resolve({"latent_dim": 40}).latent_dim == (40,)
     assert resolve({"model": "hierarchical", "latent_dim": "8,4,2"}).latent_dim == (8, 4, 2)
+    for word in ("false", "False", False):
+        assert resolve({"model": {"name": "ladder", "skip": word}}).model.settings["skip"] is False
     assert resolve({"K": "1e3"}).K == resolve({"K": "1000.0"}).K == 1000
     assert resolve({"network": {"hidden": "30"}}).network.settings["hidden"] == [30]
     assert resolve({"likelihood": {"name": "gaussian", "scale": "0.5"}}).likelihood.settings["scale"] == 0.5
