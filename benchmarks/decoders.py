@@ -126,8 +126,9 @@ def main() -> None:
         f"# Likelihoods of grey images: {arguments.epochs} epochs, one seed; {arguments.rows} rows of MNIST; digits",
         "",
         f"log p(x) by importance sampling from the guide, K = {arguments.K}; test rows, {arguments.scored} at most, "
-        "of which the errors are.",
-        "`benchmarks/decoders.py` says what is what.",
+        "of which the errors are. "
+        "Squared errors are in units of x: of [0, 1] for densities, of levels for masses. "
+        "`benchmarks/decoders.py` says more.",
     ]
     for title, (models, data, epochs) in sets.items():
         runs = {
