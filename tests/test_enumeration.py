@@ -169,7 +169,7 @@ def two_sites(front: bool) -> Callable:
 
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
-            a = pyro.sample("a", dist.Categorical(torch.ones(3)))
+            a = pyro.sample("a", dist.Categorical(torch.ones(4)))
             b = pyro.sample("b", dist.Categorical(torch.tensor([0.2, 0.8])))
             if front:  # the states of another site take the first dimension, where this looks for particles
                 a = a.reshape(a.shape[0], *b.shape[1:]) if a.ndim == b.ndim else a.sum(0) * torch.ones_like(b)
@@ -183,9 +183,11 @@ def test_the_product_takes_over_where_a_program_is_not_for_more_dimensions(front
     x = torch.randn(10)
     sums = of(two_sites(front), x)
     assert sums.model is not None
-    assert sums.model.factorised is not front or sums.model.width == 6
+    assert sums.model.factorised is not front or sums.model.width == 8
     terms = [
-        math.log(p / 3) + dist.Normal(MEANS[a] + b, 1.0).log_prob(x) for a in range(3) for b, p in ((0, 0.2), (1, 0.8))
+        math.log(p / 4) + dist.Normal(MEANS[a % 3] + b, 1.0).log_prob(x)
+        for a in range(4)
+        for b, p in ((0, 0.2), (1, 0.8))
     ]
     truth = torch.logsumexp(torch.stack(terms), 0)
     assert_close(log_marginal(two_sites(front), no_guide, x).estimate, truth, **ROUNDING)

@@ -54,7 +54,7 @@ MOST_STATES = 2**16
 ELEMENTS_AT_ONCE = 2**22
 MOST_ELEMENTS_OF_A_ROW = 2**24
 # Joint states at which the two ways are compared.
-COMPARED = 3
+COMPARED = 32
 
 
 class Unsummable(PairError):
