@@ -94,6 +94,8 @@ class PartlySeen(Likelihood):
     def __init__(self, likelihood: Likelihood) -> None:
         super().__init__(likelihood.decoder, likelihood.event_shape)
         self.whole = likelihood
+        # A plain attribute: torch would register the decoder, which is the likelihood's, a second time.
+        self.__dict__["decoder"] = self._modules.pop("decoder")
         self.register_buffer("fill", torch.zeros(likelihood.event_shape))
 
     @classmethod
