@@ -454,7 +454,7 @@ def test_the_command_line_wins_over_the_file():
     words = "--config first/config.yaml --elbo iwae --K 3 --prior standard --out second"
     assert fit.command(words.split()) == 0
     recipe = open_run("second").recipe
-    assert (recipe.elbo, recipe.K, recipe.beta) == ("iwae", 3, None)
+    assert (recipe.elbo.name, recipe.K, recipe.beta) == ("iwae", 3, None)
     assert recipe.prior == Part("StandardNormal")
 
 
