@@ -152,7 +152,7 @@ PRIORS: dict[str, Callable[[], Prior]] = {
     for cls, settings, takes in UNCONDITIONAL
     if {"guide", "guides"} & set(takes)
     for name, make in GUIDES.items()
-    if not make().of_pair
+    if not make().of_pair and name.endswith("-MLP")
 }
 # Events of two numbers for densities, which are integrated over the plane; of a few elements for masses.
 EVENTS = {

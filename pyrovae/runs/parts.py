@@ -149,7 +149,7 @@ class Choice:
         if not found:
             of = " or ".join(dict.fromkeys(str(cls.constants["measure"]) for cls in self.classes))
             raise UsageError(
-                f"model={self.name}: is for a {of}, and the rows are for one of {measure}; choose a `likelihood` "
+                f"model={self.name}: is for a {of}, and the rows are of a {measure}; choose a `likelihood` "
                 f"that is a {of}, or another model",
                 settings=(f"model={self.name}", "likelihood"),
             )
