@@ -116,8 +116,10 @@ def condition(cell: Cell) -> bool:
 
 
 def plain(line: str) -> str:
-    """A refusal without the names of parts, so that equal reasons read alike."""
-    return re.sub(r"(prior|guide)=\w+", r"\1=...", re.sub(r"\s+", " ", line))
+    """A refusal without the names of parts, sites and remedies, so that equal reasons read alike."""
+    line = re.sub(r"(prior|guide)=\w+", r"\1=...", re.sub(r"\s+", " ", line))
+    line = re.sub(r"site 'z\d?' \(\w+\)", "site 'z'", line)
+    return re.sub(r"(; use )`gradient=.*", r"\1another `gradient`", line)
 
 
 def runs(cells: list[Cell]) -> Iterator[tuple[Cell, str]]:
@@ -142,8 +144,8 @@ def page(found: Mapping[Cell, str]) -> str:
         f"once by `python benchmarks/combinations.py`, which wrote this page: of {len(found):,} cells {works:,} work,",
         f"and {len(found) - works:,} are refused, in a line each; there is no third outcome. A test runs a draw.",
         "",
-        "✓: all cells of the two choices work. A number in brackets: all are refused, for that reason below. A share:",
-        "some work, and what else they are of decides.",
+        "✓: all cells of the two choices work. ✓ but [1]: all but those that are refused for reason 1 below, by what",
+        "else they are of. [1]: all are refused, for that reason.",
         "",
     ]
     for a, b in itertools.combinations(range(len(DIMENSIONS)), 2):
@@ -164,23 +166,22 @@ def page(found: Mapping[Cell, str]) -> str:
 def entry(found: Mapping[Cell, str], chosen: Mapping[int, str], numbers: Mapping[str, int]) -> str:
     """What a table says of the cells of two choices."""
     outcomes = [reason for cell, reason in found.items() if all(cell[i] == name for i, name in chosen.items())]
-    refused = [reason for reason in outcomes if reason]
-    if not refused:
+    why = "".join(f"[{number}]" for number in sorted({numbers[reason] for reason in outcomes if reason}))
+    if not why:
         return "✓"
-    if len(refused) < len(outcomes):
-        return f"{len(outcomes) - len(refused)}/{len(outcomes)}"
-    return f"[{numbers[Counter(refused).most_common(1)[0][0]]}]"
+    return why if all(outcomes) else f"✓ but {why}"
 
 
 def disagreeing(cells: list[Cell], text: str) -> list[str]:
     """Which cells do otherwise than the page says of two of their choices."""
     said = tables(text)
+    numbers = {reason: number for number, reason in re.findall(r"^(\d+)\. (.*)$", text, re.M)}
     wrong = []
     for cell, reason in runs(cells):
+        choices = {f"{part} {name}" for part, name in zip(DIMENSIONS, cell, strict=True)}
         for (one, other), word in said.items():
-            if {one, other} <= {f"{part} {name}" for part, name in zip(DIMENSIONS, cell, strict=True)} and (
-                (word == "✓" and reason) or (word.startswith("[") and not reason)
-            ):
+            expected = f"[{numbers.get(reason)}]" in word if reason else word.startswith("✓")
+            if {one, other} <= choices and not expected:
                 wrong.append(f"{cell}: the page says {word} of {one} and {other}, now {reason or 'it works'}")
     return wrong
 

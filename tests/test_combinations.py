@@ -38,7 +38,12 @@ def test_the_page_has_every_choice_of_today(combinations: ModuleType) -> None:
 
 def test_a_page_that_says_otherwise_is_found_out(combinations: ModuleType) -> None:
     cell = ("StandardNormal", "MeanFieldNormal", "Bernoulli", "enumerated")
-    table = "## gradient by guide\n\n| | `MeanFieldNormal` |\n|---|---|\n| `enumerated` | {} |\n"
-    assert combinations.disagreeing([cell], table.format("[1]")) == []
+    table = (
+        "## gradient by guide\n\n| | `MeanFieldNormal` |\n|---|---|\n| `enumerated` | {} |\n\n1. "
+        + combinations.outcome(cell)
+    )
+    for right in ("[1]", "✓ but [1]"):
+        assert combinations.disagreeing([cell], table.format(right)) == []
+    assert combinations.disagreeing([cell], table.format("[2]")) != []
     (wrong,) = combinations.disagreeing([cell], table.format("✓"))
     assert "the page says ✓ of gradient enumerated and guide MeanFieldNormal, now gradient=enumerated" in wrong

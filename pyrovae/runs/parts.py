@@ -249,7 +249,7 @@ def tuple_in(module: str, name: str) -> list[ast.expr]:
     raise LookupError(f"{module}: has no tuple {name}")
 
 
-@lru_cache(maxsize=2)  # to take apart many trees at the end would take longer than to parse again
+@lru_cache(maxsize=4)  # to take apart many trees at the end would take longer than to parse again
 def tree(module: str) -> ast.Module:
     """The source of a module of this package."""
     path = ROOT.joinpath(*module.split(".")[1:])
