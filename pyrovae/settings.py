@@ -116,6 +116,7 @@ class Text:
         return str(word) if isinstance(word, PathLike) else word
 
 
+@dataclass(frozen=True)
 class Flag:
     """True or false, typed as true or false in any case."""
 

@@ -421,7 +421,7 @@ def test_zeros_and_ones_that_are_left_are_binary(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("condition", "words"),
     [
-        ("agee", "condition: 'agee' is none of label, age, sex, a, b; did you mean age"),
+        ("agee", "condition: 'agee' is none of label, age, sex, a, b, total; did you mean age"),
         ("age,age", "condition: 'age' is named twice"),
         ("age,,sex", "condition: '' is none of"),
         ("b,a,sex,age", "condition: takes all columns, so that no x is left"),
@@ -430,7 +430,7 @@ def test_zeros_and_ones_that_are_left_are_binary(tmp_path: Path) -> None:
 def test_columns_that_cannot_be_given(table: Path, condition: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         load_data(table).rows("density", condition=condition)
-    with pytest.raises(UsageError, match=r"none of label$"):
+    with pytest.raises(UsageError, match=r"none of label, total$"):
         load_data("three-gaussians").rows("density", condition="age")
 
 

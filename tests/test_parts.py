@@ -950,7 +950,7 @@ def test_a_value_that_is_not_allowed_is_refused_by_name(cls: Class) -> None:
     }
     for name, setting in cls.settings.items():
         with pytest.raises(UsageError, match=f"^{name}: expected {re.escape(str(setting.kind))}, got 'no such'"):
-            cls.load()(**{key: offered[key] for key in cls.takes}, **{name: "no such"})
+            cls.load()(**{key: offered.get(key) for key in cls.takes}, **{name: "no such"})
         with pytest.raises(UsageError, match=f"^part.{name}: expected {re.escape(str(setting.kind))}, got no such"):
             read(f"part.{name}", "no such", setting.kind)
 

@@ -80,6 +80,7 @@ class PartlySeen(Likelihood):
         likelihood: p(x|z).
 
     Example:
+        >>> import math
         >>> from pyrovae.models import MLP, Gaussian
         >>> part = PartlySeen(Gaussian(MLP(2, 3), scale=1.0))
         >>> z, x = torch.zeros(1, 2), torch.tensor([[0.0, math.nan, math.nan]])

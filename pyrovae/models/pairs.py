@@ -1,4 +1,4 @@
-"""The pairs that go by a name, which `--model` chooses from, beside models whose log p(x) is exact or not there."""
+"""The pairs that go by a name, which `model` chooses from, beside models whose log p(x) is exact or not there."""
 
 from pyrovae.models.auxiliary import AuxiliaryVAE
 from pyrovae.models.ladder import LadderVAE

@@ -237,6 +237,8 @@ def read_recipe(directory: Path) -> Recipe:
         raise CheckpointError(f"{file}: {error}") from error
     if bool(classes) != (recipe.condition is not None):
         raise CheckpointError(f"{file}: classes: expected those of the condition, {recipe.condition}, got {classes!r}")
+    if not recipe.likelihood:
+        raise CheckpointError(f"{file}: likelihood: expected one by its name, got {content['likelihood']!r}")
     if bool(levels) != ("levels" in PARTS["likelihood"][recipe.likelihood.name].classes[0].takes):
         raise CheckpointError(f"{file}: levels: expected those of a {recipe.likelihood.name}, got {levels}")
     return recipe.settled(data_hash=digest, event_shape=tuple(shape), classes=tuple(classes), levels=levels)

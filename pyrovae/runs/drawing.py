@@ -54,14 +54,14 @@ class Draws(Way):
         from pyrovae import plots
         from pyrovae.models.conditional import ConditionalVAE
 
-        model, shape = looked.model, looked.rows.event_shape
-        chosen = looked.condition  # also refuses a class that is none
-        what = self.words(looked)
-        drawable = is_picture(shape) or shape == (2,)
         options: dict[str, Any] = {"mean": self.mean}
         if self.temperature != 1:
             self.check_noise(looked)
             options["temperature"] = self.temperature
+        model, shape = looked.model, looked.rows.event_shape
+        chosen = looked.condition  # also refuses a class that is none
+        what = self.words(looked)
+        drawable = is_picture(shape) or shape == (2,)
         if not isinstance(model, ConditionalVAE):
             x = model.sample(self.number, **options)
             said = (counted(f"{self.number} {what}", shape),)

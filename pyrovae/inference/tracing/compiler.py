@@ -7,6 +7,7 @@ References:
 import copy
 import logging
 import operator
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -45,7 +46,8 @@ def compile_graph(graph: fx.GraphModule) -> Callable[..., Any]:
     @torch.no_grad()
     def call(*inputs: Tensor) -> Any:
         if not compiled:
-            with quiet("torch.utils.cpp_extension"), same_noise(inputs[0].device):
+            with quiet("torch.utils.cpp_extension"), same_noise(inputs[0].device), warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of torch, for its own code
                 compiled.append(inductor(graph, [*constants, *inputs]))
         return compiled[0](*constants, *inputs)
 
