@@ -422,8 +422,10 @@ def total_correlation(particles: Particles, num_rows: int, stratified: bool = Tr
         raise PairError(f"objective: expected batches of 2 to {num_rows} rows, those of the data set, got {rows}")
     z = latent.value.transpose(0, 1).unsqueeze(2)  # each draw under each row: (N, K, 1, Z) under (K, N, Z)
     log_weight = _log_weights(rows, num_rows, stratified, z)
-    joint = (latent.guide.log_prob(z) + log_weight).logsumexp(-1)
-    each = (q.log_prob(z) + log_weight.unsqueeze(-1)).logsumexp(-2).sum(-1)
+    of_elements = q.log_prob(z)  # (N, K, N, Z): where the guide factorises, its density is their sum
+    log_q = of_elements.sum(-1) if isinstance(latent.guide, Independent) else latent.guide.log_prob(z)
+    joint = (log_q + log_weight).logsumexp(-1)
+    each = (of_elements + log_weight.unsqueeze(-1)).logsumexp(-2).sum(-1)
     return (joint - each).T
 
 

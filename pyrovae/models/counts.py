@@ -24,7 +24,8 @@ References:
         https://doi.org/10.1038/s41592-018-0229-2
 """
 
-from typing import Any, Literal
+from abc import ABC
+from typing import Any, Literal, final
 
 import pyro.distributions as dist
 import torch
@@ -42,7 +43,19 @@ LEAST_MEAN = 1e-2  # that a column starts at, whose training rows may all be zer
 THETA = (1e-2, 1e4)  # inverse dispersions to start from: beyond, a negative binomial is a Poisson to four digits
 
 
-class Poisson(Likelihood):
+class OfCounts(Likelihood, ABC):
+    """A mass on counts, of which encoders see the logarithms."""
+
+    @final
+    def check_support(self, x: Tensor) -> None:
+        check_counts(x)
+
+    @final
+    def view(self, event_shape: tuple[int, ...]) -> View:
+        return LogCounts(event_shape)
+
+
+class Poisson(OfCounts):
     """A mass on counts: independent Poisson elements, with the decoder's output as logarithm of the mean.
 
     Args:
@@ -70,14 +83,8 @@ class Poisson(Likelihood):
         """Start at the mean of each column, at least 0.01."""
         set_output_bias(self.decoder, x.mean(0).clamp(min=LEAST_MEAN).log())
 
-    def check_support(self, x: Tensor) -> None:
-        check_counts(x)
 
-    def view(self, event_shape: tuple[int, ...]) -> View:
-        return LogCounts(event_shape)
-
-
-class NegativeBinomial(Likelihood):
+class NegativeBinomial(OfCounts):
     """A mass on counts that vary more than a Poisson's: independent negative binomial elements.
 
     Their variance is mu + mu^2 / theta, with the decoder's output as log mu.
@@ -125,14 +132,8 @@ class NegativeBinomial(Likelihood):
         with torch.no_grad():
             self.log_theta.copy_(log_theta)
 
-    def check_support(self, x: Tensor) -> None:
-        check_counts(x)
 
-    def view(self, event_shape: tuple[int, ...]) -> View:
-        return LogCounts(event_shape)
-
-
-class ZeroInflatedNegativeBinomial(Likelihood):
+class ZeroInflatedNegativeBinomial(OfCounts):
     """A mass on counts with more zeros than their mean explains: a negative binomial, or 0 with a probability pi.
 
     Args:
@@ -177,12 +178,6 @@ class ZeroInflatedNegativeBinomial(Likelihood):
         set_output_bias(self.decoder, torch.stack([log_mean, gate]))
         with torch.no_grad():
             self.log_theta.copy_(log_theta)
-
-    def check_support(self, x: Tensor) -> None:
-        check_counts(x)
-
-    def view(self, event_shape: tuple[int, ...]) -> View:
-        return LogCounts(event_shape)
 
 
 def log_mean_of(out: Tensor, z: Tensor, library: Library, event_shape: tuple[int, ...]) -> Tensor:

@@ -190,10 +190,6 @@ class DiscretizedLogistic(LocationScale):
         super().__init__(decoder, scale, floor, "identity")
         self.levels = levels
 
-    @classmethod
-    def decoder_shape(cls, event_shape: tuple[int, ...], **settings: Any) -> tuple[int, ...]:
-        return (2, *event_shape) if settings.get("scale") == "predicted" else event_shape
-
     @property
     def deviation(self) -> float:
         return DEVIATION

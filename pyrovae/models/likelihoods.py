@@ -93,10 +93,6 @@ class Gaussian(LocationScale):
     ) -> None:
         super().__init__(decoder, scale, floor, mean)
 
-    @classmethod
-    def decoder_shape(cls, event_shape: tuple[int, ...], **settings: Any) -> tuple[int, ...]:
-        return (2, *event_shape) if settings.get("scale") == "predicted" else event_shape
-
     @property
     def deviation(self) -> float:
         return 1.0
@@ -138,10 +134,6 @@ class Laplace(LocationScale):
         mean: Literal["identity", "sigmoid"] = "identity",
     ) -> None:
         super().__init__(decoder, scale, floor, mean)
-
-    @classmethod
-    def decoder_shape(cls, event_shape: tuple[int, ...], **settings: Any) -> tuple[int, ...]:
-        return (2, *event_shape) if settings.get("scale") == "predicted" else event_shape
 
     @property
     def deviation(self) -> float:
@@ -194,10 +186,6 @@ class StudentT(LocationScale):
         if df == "learned":
             self.raw_df = nn.Parameter(torch.tensor(inverse_softplus(3.0)))
 
-    @classmethod
-    def decoder_shape(cls, event_shape: tuple[int, ...], **settings: Any) -> tuple[int, ...]:
-        return (2, *event_shape) if settings.get("scale") == "predicted" else event_shape
-
     @property
     def deviation(self) -> float:
         df = 5.0 if isinstance(self.df, str) else self.df
@@ -240,10 +228,6 @@ class LogNormal(LocationScale):
         floor: NotNegative | None = None,
     ) -> None:
         super().__init__(decoder, scale, floor, "identity")
-
-    @classmethod
-    def decoder_shape(cls, event_shape: tuple[int, ...], **settings: Any) -> tuple[int, ...]:
-        return (2, *event_shape) if settings.get("scale") == "predicted" else event_shape
 
     @property
     def deviation(self) -> float:

@@ -27,7 +27,7 @@ References:
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, final
 
 import pyro.distributions as dist
 import torch
@@ -84,6 +84,11 @@ class LocationScale(Likelihood, ABC):
         if scale in ("learned", "per-dimension"):
             shape = out_shape if scale == "per-dimension" else ()
             self.raw_scale = nn.Parameter(torch.full(shape, inverse_softplus(1.0)))
+
+    @classmethod
+    @final
+    def decoder_shape(cls, event_shape: tuple[int, ...], **settings: Any) -> tuple[int, ...]:
+        return (2, *event_shape) if settings.get("scale") == "predicted" else event_shape
 
     @property
     @abstractmethod

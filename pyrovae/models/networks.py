@@ -97,6 +97,27 @@ class Network(nn.Module):
         return out.reshape(*batch, *self.out_shape)
 
 
+class Biased(Network):
+    """A network and a bias for each element of its output, so that a likelihood can start it at the mean of the data.
+
+    Args:
+        body: Maps (B, *in_shape) to (B, *out_shape).
+        in_shape: Event shape of the input.
+        out_shape: Event shape of the output.
+    """
+
+    def __init__(self, body: nn.Module, in_shape: Shape, out_shape: Shape) -> None:
+        super().__init__(body, in_shape, out_shape)
+        self.bias = nn.Parameter(torch.zeros(self.out_shape))
+
+    @property
+    def output_bias(self) -> nn.Parameter:
+        return self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.bias
+
+
 class MLP(Network):
     """Dense layers: a multilayer perceptron between any two event shapes.
 
@@ -235,7 +256,7 @@ class ConvEncoder(Network):
         super().__init__(nn.Sequential(*layers), in_shape, hidden)
 
 
-class ConvDecoder(Network):
+class ConvDecoder(Biased):
     """Nearest-neighbour upsampling and convolutions from a vector to an image of any shape.
 
     Upsampling to the exact sizes that the encoder passed through serves odd sizes and leaves no checkerboard.
@@ -278,15 +299,6 @@ class ConvDecoder(Network):
             if not last:
                 layers.append(ACTIVATIONS[activation]())
         super().__init__(nn.Sequential(*layers, nn.Flatten(), nn.Unflatten(1, out_shape)), in_shape, out_shape)
-        # One bias per pixel, not per channel: the mean image of the data is then where the decoder starts.
-        self.bias = nn.Parameter(torch.zeros(out_shape))
-
-    @property
-    def output_bias(self) -> nn.Parameter:
-        return self.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.bias
 
 
 class Channels(nn.Module):
@@ -330,7 +342,7 @@ class SequenceEncoder(Network):
         super().__init__(nn.Sequential(*layers, nn.Flatten()), in_shape, steps * [width, *hidden][-1])
 
 
-class SequenceDecoder(Network):
+class SequenceDecoder(Biased):
     """One dense network for all steps of a sequence: x_t depends on z_t alone.
 
     Args:
@@ -365,15 +377,6 @@ class SequenceDecoder(Network):
         each = MLP(latent // steps, of_a_step or (1,), hidden, activation)
         body = nn.Sequential(nn.Flatten(), nn.Unflatten(1, (steps, latent // steps)), each, TimeAt(before, out_shape))
         super().__init__(body, in_shape, out_shape)
-        # One for each element at each step: the mean sequence of the data is then where the decoder starts.
-        self.bias = nn.Parameter(torch.zeros(out_shape))
-
-    @property
-    def output_bias(self) -> nn.Parameter:
-        return self.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.bias
 
 
 # Each an encoder and a decoder.

@@ -24,7 +24,7 @@ from pyrovae.errors import DataError, UsageError
 from pyrovae.models.counts import NegativeBinomial, Poisson
 from pyrovae.models.likelihood import Likelihood, set_output_bias
 from pyrovae.models.likelihoods import Bernoulli, Gaussian
-from pyrovae.models.networks import Network
+from pyrovae.models.networks import Biased, Network
 from pyrovae.models.views import View
 from pyrovae.settings import checked
 
@@ -162,19 +162,11 @@ def at_kind(columns: Sequence[Column], kind: str) -> list[int]:
     return [i for i, column in enumerate(columns) if column.kind == kind]
 
 
-class Head(Network):
+class Head(Biased):
     """A part of a vector as the output of a decoder of its own, with a bias that a likelihood starts."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__(nn.Unflatten(1, shape), math.prod(shape), shape)
-        self.bias = nn.Parameter(torch.zeros(shape))
-
-    @property
-    def output_bias(self) -> nn.Parameter:
-        return self.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.bias
 
 
 class OfColumns(dist.TorchDistribution):

@@ -26,9 +26,8 @@ p(z) = q(z). For N(m, diag s^2) the maximum has a closed form, the moments of q(
 After that q(z|x) is the guide of another posterior, p(z|x) under the new prior, than the one it was trained for. It may
 be `adapted`: trained on, by the same bound, together with the prior, while p(x|z) stays.
 
- A bound of several draws (IWAE) is closer to log p(x), and better where the
-codes lie in patches: the u of a z at an edge are not spread as a Gaussian q(u|z) is, and the ELBO keeps p(z) near those
-that are.
+A bound of several draws (IWAE) is closer to log p(x), and better where the codes lie in patches: the u of a z at an
+edge are not spread as a Gaussian q(u|z) is, and the ELBO keeps p(z) near those that are.
 
 A KL weight of the whole, beta, would only scale these gradients: everything of a second stage is in its KL.
 

@@ -260,20 +260,18 @@ def build_objective(recipe: Recipe, steps_per_epoch: int = 1, num_rows: int = 1)
         return TraceEnum_ELBO(max_plate_nesting=1, strict_enumeration_warning=False)  # for those without a site
     if recipe.is_reconstruction:  # of its flat prior and its point, what is left is log p(x|z)
         return ELBO()
-    built: PyroELBO = (
-        OBJECTIVES[recipe.elbo.name]
-        .classes[0]
-        .build(
-            "elbo",
-            recipe.elbo.settings,
-            num_rows=num_rows,
-            num_particles=recipe.K,
-            num_averages=recipe.M,
-            alpha=recipe.alpha,
-            beta=build_beta(recipe.beta, steps_per_epoch),
-            partitions=recipe.partitions,
-            gradient=GRADIENTS[recipe.gradient.name].classes[0].build("gradient", recipe.gradient.settings),
-        )
+    bound = OBJECTIVES[recipe.elbo.name].classes[0]
+    estimator = GRADIENTS[recipe.gradient.name].classes[0]
+    built: PyroELBO = bound.build(
+        "elbo",
+        recipe.elbo.settings,
+        num_rows=num_rows,
+        num_particles=recipe.K,
+        num_averages=recipe.M,
+        alpha=recipe.alpha,
+        beta=build_beta(recipe.beta, steps_per_epoch),
+        partitions=recipe.partitions,
+        gradient=estimator.build("gradient", recipe.gradient.settings),
     )
     return built
 

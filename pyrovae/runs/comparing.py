@@ -76,9 +76,9 @@ def compare_runs(
         if scored:
             present(table(scored, how.seed), rows, kind, len(batch), members[0].recipe.data, out, say)
         everything += scored
-        models = ((name, [run.model(device) for run in seeds]) for name, seeds in of_kind)
         if not rows.of_one_unit:
             continue
+        models = ((name, [run.model(device) for run in seeds]) for name, seeds in of_kind)
         seen = of_quality(models, batch, rows.data_range, baselines, features, how.seed)
         present_quality(seen, rows, kind, len(batch), out, features, say)
     say(f"tables and figures in {out}")

@@ -119,7 +119,7 @@ OPTIONS: dict[str, dict[str, Setting]] = {
             Several(Whole()),
             None,
             "latent dimensions; for hierarchical and ladder one per layer from the data up, for auxiliary of z "
-            "and a (default 50; 50,25; for two-stage the first stage's)",
+            "and a (default 50; 50,25; for two-stage and ex-post the first stage's)",
             "INT",
         ),
         "first": Setting(

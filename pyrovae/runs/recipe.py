@@ -42,11 +42,11 @@ NOT_OF_CLOSED_FORM: Options = {
 }
 # What is said of a bound.
 OF_BOUNDS = ("elbo", "K", "M", "alpha", "beta", "partitions", "gradient")
-# Parts of a pair that are chosen for themselves.
 # What the draws of a prior or a guide are that says nothing else.
 REAL = "real numbers"
 # What those of a prior are that is made of the guide.
 OF_GUIDE = "those of its guide"
+# Parts of a pair that are chosen for themselves.
 OF_PAIRS = ("prior", "guide", "network", "corruption")
 
 
