@@ -127,9 +127,10 @@ def exchanged(value: Any, rng: random.Random) -> Any:
                 node[key] = [node[key]]
         else:
             other, place = rng.choice(places)
-            node[key] = rng.choice((*VALUES, *VALUES, other[place] if other is not node else None))
-            with contextlib.suppress(ValueError, RecursionError):
-                node[key] = json.loads(json.dumps(node[key]))  # no value is in two places
+            new = rng.choice((*VALUES, *VALUES, other[place]))
+            with contextlib.suppress(RecursionError):  # of one that is nested too deep to be copied
+                new = json.loads(json.dumps(new))  # as it was before the exchange: no value holds itself
+            node[key] = new
     return value
 
 
