@@ -456,7 +456,10 @@ def test_every_prior_trains_with_every_guide(prior, guide):
             assert_trains({**of_network, "condition": "label"}, "Bernoulli", event)
 
 
-@pytest.mark.parametrize(("network", "event"), [("mlp", VECTOR), ("mlp", IMAGE), ("conv", IMAGE), ("conv", (3, 9, 11))])
+@pytest.mark.parametrize(
+    ("network", "event"),
+    [("mlp", VECTOR), ("mlp", IMAGE), ("conv", IMAGE), ("conv", (3, 9, 11)), ("residual-conv", (3, 5, 6))],
+)
 @pytest.mark.parametrize("likelihood", PARTS["likelihood"])
 def test_every_likelihood_trains_with_every_network(network, event, likelihood):
     if PARTS["likelihood"][likelihood].measure == "columns" and network != "mlp":

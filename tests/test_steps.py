@@ -66,6 +66,8 @@ from pyrovae.models import (
     LowRankNormal,
     MeanFieldNormal,
     MixtureOfGaussians,
+    ResidualConvDecoder,
+    ResidualConvEncoder,
     ResidualMLP,
     StandardNormal,
     VampPrior,
@@ -121,6 +123,13 @@ def convolutional() -> VAE:
     torch.manual_seed(0)
     guide = MeanFieldNormal(ConvEncoder((1, 4, 4), (3,), 6), 2)
     return VAE(StandardNormal(2), Bernoulli(ConvDecoder(2, (1, 4, 4), (3,), 6)), guide).double()
+
+
+def residual() -> VAE:
+    """Residual convolutions."""
+    torch.manual_seed(0)
+    guide = MeanFieldNormal(ResidualConvEncoder((1, 4, 4), (3,), 1, 6), 2)
+    return VAE(StandardNormal(2), Bernoulli(ResidualConvDecoder(2, (1, 4, 4), (3,), 1, 6)), guide).double()
 
 
 def bits(n: int, *shape: int) -> Tensor:
@@ -190,6 +199,7 @@ def test_a_graph_has_the_loss_and_gradient_of_every_objective(name: str) -> None
         (lambda: ladder("precision"), bits(7)),
         (auxiliary, bits(7)),
         (convolutional, bits(7, 1, 4, 4)),
+        (residual, bits(7, 1, 4, 4)),
     ],
     ids=[
         "full covariance",
@@ -201,6 +211,7 @@ def test_a_graph_has_the_loss_and_gradient_of_every_objective(name: str) -> None
         "precision",
         "auxiliary",
         "convolutional",
+        "residual convolutions",
     ],
 )
 def test_a_graph_has_the_loss_and_gradient_of_every_kind_of_pair(make: Callable, x: Tensor) -> None:

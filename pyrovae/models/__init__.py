@@ -31,6 +31,10 @@ from pyrovae.models.flow_priors import MaskedAutoregressivePrior as MaskedAutore
 from pyrovae.models.flow_priors import NeuralSplinePrior as NeuralSplinePrior
 from pyrovae.models.gaps import PartlySeen as PartlySeen
 from pyrovae.models.gaps import WithMask as WithMask
+from pyrovae.models.grids import GridDecoder as GridDecoder
+from pyrovae.models.grids import GridEncoder as GridEncoder
+from pyrovae.models.grids import ResidualConvDecoder as ResidualConvDecoder
+from pyrovae.models.grids import ResidualConvEncoder as ResidualConvEncoder
 from pyrovae.models.guides import FullCovarianceNormal as FullCovarianceNormal
 from pyrovae.models.guides import Guide as Guide
 from pyrovae.models.guides import LowRankNormal as LowRankNormal

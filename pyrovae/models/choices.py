@@ -1,14 +1,23 @@
-"""The priors, guides and likelihoods that can be chosen by name: the first prior and guide are the default."""
+"""What can be chosen by name: priors, guides, likelihoods and networks; of all but likelihoods the first is usual."""
 
 from pyrovae.models.conditional import AmortisedPrior
 from pyrovae.models.counts import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from pyrovae.models.discrete import BernoulliGuide, CategoricalGuide, CategoricalPrior, IndependentBernoulli
 from pyrovae.models.flow_guides import InverseAutoregressiveFlow, PlanarFlow, SplineFlow, SylvesterFlow
 from pyrovae.models.flow_priors import AutoregressivePrior, MaskedAutoregressivePrior, NeuralSplinePrior
+from pyrovae.models.grids import ResidualConvDecoder, ResidualConvEncoder
 from pyrovae.models.guides import FullCovarianceNormal, LowRankNormal, MeanFieldNormal
 from pyrovae.models.levels import Categorical, DiscretizedLogistic, DiscretizedLogisticMixture
 from pyrovae.models.likelihoods import Bernoulli, Beta, ContinuousBernoulli, Gaussian, Laplace, LogNormal, StudentT
 from pyrovae.models.mixture_guide import MixtureOfNormals
+from pyrovae.models.networks import (
+    MLP,
+    ConvDecoder,
+    ConvEncoder,
+    ResidualMLP,
+    SequenceDecoder,
+    SequenceEncoder,
+)
 from pyrovae.models.priors import FlowPrior, IsotropicNormal, MixtureOfGaussians, StandardNormal, VampPrior
 from pyrovae.models.semi_amortised import SemiAmortised
 from pyrovae.models.sequences import Markov, OrnsteinUhlenbeck
@@ -69,4 +78,13 @@ LIKELIHOODS = (
     Poisson,
     ZeroInflatedNegativeBinomial,
     Columns,
+)
+
+# Each an encoder and a decoder, with the same settings.
+NETWORKS = (
+    (MLP, MLP),
+    (ConvEncoder, ConvDecoder),
+    (ResidualMLP, ResidualMLP),
+    (SequenceEncoder, SequenceDecoder),
+    (ResidualConvEncoder, ResidualConvDecoder),
 )

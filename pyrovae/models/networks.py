@@ -2,8 +2,8 @@
 
 Every network maps one event to one event, and carries any number of leading (batch, particle) dimensions along:
 they are flattened into one before the layers and restored after them, so that a convolution never sees a particle
-dimension. Wrap a module of your own in `Network` to give it the same manners. `NETWORKS` are the architectures that go
-by a name: an encoder and a decoder, with the same settings.
+dimension. Wrap a module of your own in `Network` to give it the same manners. Residual convolutions are in `grids`; the
+architectures that go by a name, each an encoder and a decoder with the same settings, in `NETWORKS` of `choices`.
 """
 
 import math
@@ -377,10 +377,6 @@ class SequenceDecoder(Biased):
         each = MLP(latent // steps, of_a_step or (1,), hidden, activation)
         body = nn.Sequential(nn.Flatten(), nn.Unflatten(1, (steps, latent // steps)), each, TimeAt(before, out_shape))
         super().__init__(body, in_shape, out_shape)
-
-
-# Each an encoder and a decoder.
-NETWORKS = ((MLP, MLP), (ConvEncoder, ConvDecoder), (ResidualMLP, ResidualMLP), (SequenceEncoder, SequenceDecoder))
 
 
 def bias_of_output(body: nn.Module) -> nn.Parameter | None:

@@ -25,7 +25,7 @@ PARTS = {
     "prior": Choices(("pyrovae.models.choices", "PRIORS"), GIVEN),
     "likelihood": Choices(("pyrovae.models.choices", "LIKELIHOODS")),
     "guide": Choices(("pyrovae.models.choices", "GUIDES")),
-    "network": Choices(("pyrovae.models.networks", "NETWORKS")),
+    "network": Choices(("pyrovae.models.choices", "NETWORKS")),
     "corruption": Choices(("pyrovae.models.corruptions", "CORRUPTIONS")),
 }
 # Where the draws of an estimate of log p(x) come from.
