@@ -387,11 +387,12 @@ def test_the_baseline_has_the_log_p_of_scikit_learn(count):
 def test_the_baseline_is_chosen_on_the_validation_rows():
     rows = load_data("three-gaussians").rows("density")
     lines: list[str] = []
-    mixture, pca, factors, kernels = fit_baselines(rows, (1, 2, 3, 6, 50), say=lines.append)
+    mixture, pca, factors, analysers, kernels = fit_baselines(rows, (1, 2, 3, 6, 50), say=lines.append)
     assert pca.description == "probabilistic PCA, 1 component"  # of two elements
     assert factors.description == "factor analysis, 1 factor"
+    assert analysers.description == "mixture of 3 factor analysers, 1 factor each"
     assert kernels.description.startswith("kernel density, 4000 rows, width 0.")
-    lines = [line for line in lines if "mixture" in line]
+    lines = [line for line in lines if "Gaussians" in line]
     bounds = [float(re.search(r"validation log p\(x\) (\S+) nats", line)[1]) for line in lines]
     best = bounds.index(max(bounds))
     assert len(bounds) == min(best + 2, 5)  # the search ends at the first that is worse
@@ -433,7 +434,7 @@ def test_the_baseline_of_a_mass_is_of_bernoullis():
 def test_a_family_without_such_a_number_of_components_is_left_out():
     rows = load_data("three-gaussians").rows("density")
     lines: list[str] = []
-    mixture, _kernels = fit_baselines(rows, (2,), say=lines.append)
+    mixture, _analysers, _kernels = fit_baselines(rows, (2,), say=lines.append)
     assert mixture.description == "mixture of 2 Gaussians, full covariance"
     assert "baseline: left out ppca, of which at most 1 can be fit here" in lines
     assert "baseline: left out factor-analysis, of which at most 1 can be fit here" in lines
@@ -460,6 +461,7 @@ def test_one_table_per_measure(runs, capsys):
         f"{runs}/other/a",
         "mixture",
         "mixture of 2 Gaussians, full covariance",
+        "mixture of 2 factor analysers, 1 factor each",
         "kernel density, 4000 rows, width 0.22",
     }
     assert set(mass["name"]) == {

@@ -22,6 +22,7 @@ from pyrovae.models.discrete import CategoricalGuide as CategoricalGuide
 from pyrovae.models.discrete import CategoricalPrior as CategoricalPrior
 from pyrovae.models.discrete import IndependentBernoulli as IndependentBernoulli
 from pyrovae.models.exact import Exact as Exact
+from pyrovae.models.factor_mixture import MixtureOfFactorAnalysers as MixtureOfFactorAnalysers
 from pyrovae.models.flow_guides import InverseAutoregressiveFlow as InverseAutoregressiveFlow
 from pyrovae.models.flow_guides import PlanarFlow as PlanarFlow
 from pyrovae.models.flow_guides import SplineFlow as SplineFlow

@@ -337,10 +337,8 @@ class FactorAnalysis(LinearGaussian):
             options={"maxiter": MOST_STEPS, "maxfun": 2 * MOST_STEPS, "ftol": LEAST_GAIN, "gtol": 1e-9},
         )
         noise = torch.from_numpy(result.x).to(variances).exp()
-        values, vectors = _whitened(moments.covariance, noise)
-        lengths = (values[-self.components :] - 1).clamp(min=0).sqrt()
         self.loc.copy_(moments.mean)
-        self._take(noise.sqrt().unsqueeze(1) * vectors[:, -self.components :] * lengths, noise)
+        self._take(loadings(moments.covariance, noise, self.components), noise)
         return int(result.nit)
 
 
@@ -355,10 +353,17 @@ def _profile(moments: Moments, log_noise: Tensor, components: int) -> tuple[floa
     return value.item(), gradient.cpu().numpy()
 
 
+def loadings(covariance: Tensor, noise: Tensor, components: int) -> Tensor:
+    """The W of so many factors that is best for a noise, of shape (*batch, D), and a covariance, (*batch, D, D)."""
+    values, vectors = _whitened(covariance, noise)
+    lengths = (values[..., -components:] - 1).clamp(min=0).sqrt()
+    return noise.sqrt().unsqueeze(-1) * vectors[..., -components:] * lengths.unsqueeze(-2)
+
+
 def _whitened(covariance: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, rising, and eigenvectors of Psi^{-1/2} S Psi^{-1/2}."""
+    """Eigenvalues, rising, and eigenvectors of Psi^{-1/2} S Psi^{-1/2}, of any batch of both."""
     scales = noise.sqrt()
-    values, vectors = torch.linalg.eigh(covariance / scales / scales.unsqueeze(1))
+    values, vectors = torch.linalg.eigh(covariance / scales.unsqueeze(-2) / scales.unsqueeze(-1))
     return values, vectors
 
 

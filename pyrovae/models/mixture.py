@@ -283,6 +283,21 @@ class Mixture(Exact):
             total += r.T @ self._rows(rows).flatten(1)
         return total / counts.clamp_min(EMPTY).unsqueeze(-1)
 
+    def _scatter(self, x: Tensor, responsibilities: Tensor, chunk: int, dense: bool) -> Tensor:
+        """N_c S_c about the current means: (C, D, D), or its diagonal (C, D) where no more is needed."""
+        C, D = self.components, self.event_numel
+        means = self.means.flatten(1)
+        total = means.new_zeros((C, D, D) if dense else (C, D))
+        for rows, r in zip(x.split(chunk), responsibilities.split(chunk), strict=True):
+            flat = self._rows(rows).flatten(1)
+            for c in range(C):
+                # Between images most responsibilities underflow to zero; such rows add nothing and cost D^2 each.
+                counted = r[:, c] > 0
+                residual, weight = flat[counted] - means[c], r[counted, c].unsqueeze(-1)
+                weighted = weight * residual
+                total[c] += weighted.T @ residual if dense else (weighted * residual).sum(0)
+        return total
+
     def _chunk(self, batch_size: int | None) -> int:
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"batch_size: expected at least 1, got {batch_size}; pass None for the default")
@@ -402,10 +417,10 @@ class GaussianMixture(Mixture):
     def _fit_components(self, x: Tensor, responsibilities: Tensor, chunk: int) -> None:
         counts = responsibilities.sum(0)
         live = counts > EMPTY
-        _overwrite(self.means, self._means(x, responsibilities, counts, chunk).view_as(self.means), live)
+        overwrite(self.means, self._means(x, responsibilities, counts, chunk).view_as(self.means), live)
 
         floor = self._floor(x)
-        scatter = self._scatter(x, responsibilities, chunk)
+        scatter = self._scatter(x, responsibilities, chunk, dense=self.covariance in ("full", "tied"))
         if self.covariance == "tied":
             scatter, counts = scatter.sum(0, keepdim=True), counts.sum(0, keepdim=True)
             live = counts > EMPTY
@@ -414,7 +429,7 @@ class GaussianMixture(Mixture):
             if self.covariance == "spherical":
                 variances = variances.mean(-1, keepdim=True)
             self._require_positive(variances[live].min() > 0)
-            _overwrite(self.log_scale, variances.log() / 2, live)
+            overwrite(self.log_scale, variances.log() / 2, live)
         else:
             identity = torch.eye(self.event_numel).to(scatter)
             covariances = scatter / counts.clamp_min(EMPTY)[:, None, None] + floor * identity
@@ -422,8 +437,8 @@ class GaussianMixture(Mixture):
             factor, failed = torch.linalg.cholesky_ex(covariances)
             self._require_positive(~failed.any())
             scale = factor.diagonal(dim1=-2, dim2=-1)
-            _overwrite(self.log_scale, scale.log(), live)
-            _overwrite(self.unit_lower, (factor / scale.unsqueeze(-1)).tril(-1), live)
+            overwrite(self.log_scale, scale.log(), live)
+            overwrite(self.unit_lower, (factor / scale.unsqueeze(-1)).tril(-1), live)
 
     def _floor(self, x: Tensor) -> float:
         """What is added to variances when x is fitted."""
@@ -438,22 +453,6 @@ class GaussianMixture(Mixture):
                 f"x: expected positive definite covariances, got a singular one with floor={self.floor}; "
                 "raise floor, or use fewer components or covariance='diagonal'"
             )
-
-    def _scatter(self, x: Tensor, responsibilities: Tensor, chunk: int) -> Tensor:
-        """N_c S_c about the current means: (C, D, D), or its diagonal (C, D) where no more is needed."""
-        C, D = self.components, self.event_numel
-        dense = self.covariance in ("full", "tied")
-        means = self.means.flatten(1)
-        total = means.new_zeros((C, D, D) if dense else (C, D))
-        for rows, r in zip(x.split(chunk), responsibilities.split(chunk), strict=True):
-            flat = self._rows(rows).flatten(1)
-            for c in range(C):
-                # Between images most responsibilities underflow to zero; such rows add nothing and cost D^2 each.
-                counted = r[:, c] > 0
-                residual, weight = flat[counted] - means[c], r[counted, c].unsqueeze(-1)
-                weighted = weight * residual
-                total[c] += weighted.T @ residual if dense else (weighted * residual).sum(0)
-        return total
 
 
 class BernoulliMixture(Mixture):
@@ -518,7 +517,7 @@ class BernoulliMixture(Mixture):
     def _fit_components(self, x: Tensor, responsibilities: Tensor, chunk: int) -> None:
         counts = responsibilities.sum(0)
         probabilities = self._means(x, responsibilities, counts, chunk).clamp(self.floor, 1 - self.floor)
-        _overwrite(self.logits, probabilities.logit().view_as(self.logits), counts > EMPTY)
+        overwrite(self.logits, probabilities.logit().view_as(self.logits), counts > EMPTY)
 
 
 def check_shape(x: Tensor, event_shape: torch.Size) -> None:
@@ -541,7 +540,7 @@ def _factor(log_scale: Tensor, unit_lower: Tensor) -> Tensor:
     return log_scale.exp().unsqueeze(-1) * (identity + unit_lower.tril(-1))
 
 
-def _overwrite(parameter: Tensor, value: Tensor, live: Tensor) -> None:
+def overwrite(parameter: Tensor, value: Tensor, live: Tensor) -> None:
     """Copy `value` into the parameter, except in the components that are not live."""
     parameter.copy_(torch.where(live.view(-1, *[1] * (value.dim() - 1)), value, parameter))
 
