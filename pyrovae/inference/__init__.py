@@ -26,6 +26,8 @@ from pyrovae.inference.inference_data import elpd as elpd
 from pyrovae.inference.inference_data import to_inference_data as to_inference_data
 from pyrovae.inference.information import AggregateKL as AggregateKL
 from pyrovae.inference.information import aggregate_kl as aggregate_kl
+from pyrovae.inference.judged import VAEGAN as VAEGAN
+from pyrovae.inference.judged import Perceptual as Perceptual
 from pyrovae.inference.layer_table import layers as layers
 from pyrovae.inference.marginal import LogMarginal as LogMarginal
 from pyrovae.inference.marginal import log_marginal as log_marginal

@@ -86,12 +86,19 @@ class Objective(PyroELBO, ABC):
         title: What tables call it.
         usual_particles: K there, unless given.
         keeps_last: Whether the last epoch is kept and not the best by the bound, which is not what it asks for.
+        train_name: What the mean of what is maximised over training rows is recorded as: a bound, unless it is none.
+        others: Names, in the record, of the losses that others than the pair minimise, such as an adversary's: those of
+            the last of the terms.
+        rate: The learning rate of these others, as a multiple of the pair's.
     """
 
     num_particles: int
     num_averages: int
     of_particles: ClassVar[bool]
     keeps_last: ClassVar[bool] = False
+    train_name: ClassVar[str] = "train_bound"
+    others: ClassVar[tuple[str, ...]] = ()
+    rate: float = 1.0
 
     def __init_subclass__(cls) -> None:
         """Refuse a subclass that writes anew what nothing would ask it for."""
@@ -136,6 +143,11 @@ class Objective(PyroELBO, ABC):
     def constraint(self) -> Constraint | None:
         """What adapts the beta of `settings` to what steps find; None: it depends on their number alone."""
         return None
+
+    @final
+    def losses_of_others(self, terms: Tensor) -> tuple[Tensor, ...]:
+        """What others than the pair minimise, the last of the terms, each averaged over draws and summed over rows."""
+        return tuple(loss.detach().mean(0).sum() for loss in terms[len(terms) - len(self.others) :])
 
     @property
     @final

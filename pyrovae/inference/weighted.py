@@ -49,6 +49,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 import torch
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Distribution, Independent, kl_divergence
 
@@ -58,7 +59,7 @@ from pyrovae.inference.gaussians import marginals
 from pyrovae.inference.kl import kl_terms
 from pyrovae.inference.objectives import ELBO, OfParticles
 from pyrovae.inference.weights import Latent, Particles
-from pyrovae.settings import NotNegative, check_fields
+from pyrovae.settings import NotNegative, Positive, check_fields
 
 SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of the kernel, as shares of its usual 2 Z
 
@@ -238,6 +239,7 @@ class Factor(Weighted):
     Args:
         num_particles: Number of draws averaged.
         weight: Gamma, of the total correlation, beside the ELBO's own.
+        rate: Learning rate of the critic, as a multiple of the pair's.
         num_averages: M; the same as more particles.
         gradient: How its gradient is estimated.
     """
@@ -251,22 +253,23 @@ class Factor(Weighted):
         "ratio"
     )
     by_critic: ClassVar[bool] = True
+    others: ClassVar[tuple[str, ...]] = ("critic_loss",)
 
     num_particles: int = 1
     weight: NotNegative = 10.0
+    rate: Positive = 1.0
     num_averages: int = 1
     gradient: GradientEstimator = USUAL
 
     def penalised(self, particles: Particles) -> Tensor:
         """The critic's log-density ratio and its loss, shape (2, K', N)."""
-        sites = [particles.guide_trace.nodes.get(name) for name in ("critic_ratio", "critic_loss")]
-        ratio, loss = (None if site is None else site["value"] for site in sites)
-        if ratio is None or loss is None:
+        found = left_at(particles.guide_trace, "critic_ratio", "critic_loss")
+        if found is None:
             raise PairError(
                 "objective: Factor needs a critic in the guide that is in training mode; build the pair with "
                 "VAE(..., critic=Critic(latent_dim))"
             )
-        return torch.stack([ratio, loss]).expand(2, *particles.log_likelihood.shape)
+        return torch.stack(found).expand(2, *particles.log_likelihood.shape)
 
     def maximise(self, log_likelihood: Tensor, kl: Tensor, penalised: Tensor, **settings: Tensor | float) -> Tensor:
         ratio, loss = penalised
@@ -349,6 +352,13 @@ class WAE(Matched):
 
     def maximise(self, log_likelihood: Tensor, kl: Tensor, penalised: Tensor, **settings: Tensor | float) -> Tensor:
         return log_likelihood - settings["weight"] * penalised[0]
+
+
+def left_at(trace: Trace, *names: str) -> list[Tensor] | None:
+    """What a critic or a judge left at deterministic sites of those names; None where one is missing."""
+    sites = [trace.nodes.get(name) for name in names]
+    values = [site["value"] for site in sites if site is not None]
+    return values if len(values) == len(names) else None
 
 
 def only_site(particles: Particles) -> tuple[str, Latent]:

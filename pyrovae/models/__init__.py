@@ -40,6 +40,10 @@ from pyrovae.models.guides import FullCovarianceNormal as FullCovarianceNormal
 from pyrovae.models.guides import Guide as Guide
 from pyrovae.models.guides import LowRankNormal as LowRankNormal
 from pyrovae.models.guides import MeanFieldNormal as MeanFieldNormal
+from pyrovae.models.judges import Adversary as Adversary
+from pyrovae.models.judges import Discriminator as Discriminator
+from pyrovae.models.judges import Judge as Judge
+from pyrovae.models.judges import Perception as Perception
 from pyrovae.models.kernels import BernoulliKernelDensity as BernoulliKernelDensity
 from pyrovae.models.kernels import KernelDensity as KernelDensity
 from pyrovae.models.ladder import LadderVAE as LadderVAE

@@ -7,7 +7,7 @@ element of z permuted over the rows by itself. A network D with one output, trai
 
 is at its best where D(z) = log q(z) - log prod_d q(z_d), whose mean over q(z) is the total correlation. The pair's
 gradient is by that mean with D's parameters held, and D's by its loss with the draws held; the two are trained
-together.
+together, each with an optimiser's state and a rate of its own (`pyrovae.inference.training.optimizers`).
 
 References:
     Kim and Mnih 2018, Disentangling by Factorising, https://arxiv.org/abs/1802.05983
@@ -29,7 +29,12 @@ class Critic(nn.Module):
     Args:
         latent_dim: Z.
         hidden: Widths of the hidden layers.
+
+    Attributes:
+        minimises: The site of the loss that its parameters minimise, and nothing else of the pair.
     """
+
+    minimises = "critic_loss"
 
     @checked
     def __init__(self, latent_dim: Count, hidden: tuple[Count, ...] = (256, 256)) -> None:

@@ -27,6 +27,7 @@ from pyrovae.models.critic import Critic
 from pyrovae.models.descent import descend
 from pyrovae.models.gaps import completed
 from pyrovae.models.guides import Guide, check_by_itself
+from pyrovae.models.judges import Judge
 from pyrovae.models.likelihood import Likelihood
 from pyrovae.models.moments import moments_of
 from pyrovae.models.priors import Prior
@@ -60,6 +61,7 @@ class LatentLayers(nn.Module, ABC):
         likelihood: p(x|z1).
         corruption: What the guide sees of x while it is trained; None: x.
         skip: Each layer, and x, is given all layers above it and not only the next one.
+        judge: What looks at x and at what is decoded while it is trained, for an objective that asks; None: nothing.
 
     Attributes:
         word: What it is called where it is chosen by name.
@@ -81,8 +83,10 @@ class LatentLayers(nn.Module, ABC):
         likelihood: Likelihood,
         corruption: Corruption | None = None,
         skip: bool = False,
+        judge: Judge | None = None,
     ) -> None:
         super().__init__()
+        self.judge = judge
         self.prior = prior
         self.conditionals: Sequence[Layer] = nn.ModuleList(conditionals)  # type: ignore[arg-type, assignment]
         self.likelihood = likelihood
@@ -131,8 +135,11 @@ class LatentLayers(nn.Module, ABC):
             self.likelihood.check_support(x)
         with pyro.plate("data", len(x)):
             z = self.latent()
-            x = pyro.sample("x", self.likelihood(z), obs=x)
+            p = self.likelihood(z)
+            x = pyro.sample("x", p, obs=x)
             self.extend(x, z)
+            if self.judge is not None and self.training:
+                self.judge(x, p, z, self.prior, self.likelihood)
         return x
 
     def extend(self, x: Tensor, z: Tensor) -> None:
@@ -231,6 +238,7 @@ class BottomUp(LatentLayers, ABC):
         guides: q(z1|x), q(z2|z1), ..., q(zL|zL-1), from the data upwards.
         corruption: What q(z1|x) sees of x while it is trained; None: x.
         critic: What judges draws of the top layer while it is trained, for an objective that asks one; None: nothing.
+        judge: What looks at x and at what is decoded while it is trained, for an objective that asks; None: nothing.
 
     Raises:
         UsageError: neighbouring parts disagree on the number of latent dimensions; both sides are named.
@@ -245,8 +253,9 @@ class BottomUp(LatentLayers, ABC):
         guides: Sequence[Guide],
         corruption: Corruption | None = None,
         critic: Critic | None = None,
+        judge: Judge | None = None,
     ) -> None:
-        super().__init__(prior, conditionals, likelihood, corruption)
+        super().__init__(prior, conditionals, likelihood, corruption, judge=judge)
         self.critic = critic
         self.guides: Sequence[Guide] = nn.ModuleList(guides)  # type: ignore[assignment]
         self.check_shapes()
@@ -297,6 +306,7 @@ class VAE(BottomUp):
         guide: q(z|x).
         corruption: What q(z|x) sees of x while it is trained; None: x.
         critic: What judges draws of z while it is trained, for an objective that asks one; None: nothing.
+        judge: What looks at x and at what is decoded while it is trained, for an objective that asks; None: nothing.
 
     References:
         Kingma and Welling 2014, Auto-Encoding Variational Bayes, https://arxiv.org/abs/1312.6114
@@ -312,8 +322,9 @@ class VAE(BottomUp):
         guide: Guide,
         corruption: Corruption | None = None,
         critic: Critic | None = None,
+        judge: Judge | None = None,
     ) -> None:
-        super().__init__(prior, [], likelihood, [guide], corruption, critic)
+        super().__init__(prior, [], likelihood, [guide], corruption, critic, judge)
         guide.attach(self.log_joint)
 
     def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
@@ -372,3 +383,5 @@ def start(model: BottomUp, x: Tensor) -> None:
     model.guides[0].initialise(x)
     model.likelihood.initialise(x)
     model.prior.initialise(whole)
+    if model.judge is not None:
+        model.judge.initialise(whole)

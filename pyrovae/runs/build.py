@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pyrovae.models.autoencoder import Reconstruction
     from pyrovae.models.conditional import ConditionalVAE
     from pyrovae.models.exact import Exact
+    from pyrovae.models.judges import Judge
     from pyrovae.models.networks import Network
     from pyrovae.models.vae import LatentLayers
 
@@ -133,6 +134,7 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
     offered: dict[str, Any] = {"likelihood": likelihood, "corruption": corruption, "latent_dim": latent[0]}
     if recipe.elbo and OBJECTIVES[recipe.elbo.name].constants.get("by_critic"):
         offered["critic"] = Critic(latent[0])
+    offered["judge"] = build_judge(recipe, networks, event_shape)
     if recipe.is_reconstruction:
         model = make("model", recipe.model, **offered, encoder=encoder)
         return model
@@ -150,6 +152,16 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
         return ConditionalVAE(given, likelihood, offered["guide"], corruption)
     model = make("model", recipe.model, **offered, prior=prior)
     return model
+
+
+def build_judge(recipe: Recipe, networks: "Networks", event_shape: tuple[int, ...]) -> "Judge | None":
+    """What looks at x and at what is decoded, for an objective that asks for it."""
+    from pyrovae.models import Discriminator, Perception
+
+    judge = OBJECTIVES[recipe.elbo.name].constants.get("judge") if recipe.elbo else None
+    if judge == Discriminator.__name__:  # of the encoder's architecture
+        return Discriminator(networks.encoder(event_shape))
+    return Perception() if judge == Perception.__name__ else None  # which gets its network where it is trained
 
 
 class Networks:

@@ -8,13 +8,15 @@ its seed is fixed, whatever that of a run or an evaluation is, so that the dista
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pyrovae.errors import UsageError
-from pyrovae.models.networks import MLP, ConvEncoder
+from pyrovae.inference.tracing.recording import reason
+from pyrovae.models.networks import MLP, ConvEncoder, Network
 from pyrovae.quality import Frechet, frechet_distance
 from pyrovae.quality.frechet import check_enough
 from pyrovae.quality.reconstructions import is_image
@@ -96,6 +98,56 @@ def classifier_features(rows: "Rows", device: torch.device | str = "cpu", say: S
     )
     say(f"features: {description}")
     return Features(body, description)
+
+
+def network_for(chosen: str, rows: "Rows", say: Say = silent) -> Network:
+    """What a pair is trained to look through (`pyrovae.models.Perception`): of rows, to a vector of features.
+
+    Args:
+        chosen: "classifier", the body of `classifier_features`; or a file that `torch.export.save` wrote.
+        rows: To train the classifier on.
+        say: Called with what it is.
+
+    Raises:
+        UsageError: the rows have no labels; or the file cannot be read, or is of other rows.
+    """
+    if chosen == "classifier":
+        body = classifier_features(rows, say=say).of
+        assert isinstance(body, Network)
+        return body
+    return exported_network(chosen, rows.event_shape)
+
+
+def exported_network(file: str, event_shape: tuple[int, ...]) -> Network:
+    """The module in a file that `torch.export.save` wrote, from rows of an event shape to flat features.
+
+    Raises:
+        UsageError: there is none, or it does not map any number of such rows to features.
+    """
+    named = ("elbo.network",)
+    if not Path(file).is_file():
+        raise UsageError(
+            f"elbo.network: {file} ({Path(file).absolute()}) is no file; give one that torch.export.save wrote, or "
+            "classifier",
+            settings=named,
+        )
+    try:
+        module: Any = torch.export.load(file).module()
+        body = nn.Sequential(fx.GraphModule(module, module.graph), nn.Flatten())
+        two, three = (body(torch.zeros(rows, *event_shape)) for rows in (2, 3))
+    except Exception as error:  # of zip files, of shapes: of whatever is in it
+        raise UsageError(
+            f"elbo.network: {file} holds no module of torch.export that takes any number of rows of shape "
+            f"{event_shape} ({reason(error)}); export it for them, with dynamic_shapes for the rows",
+            settings=named,
+        ) from error
+    if not two.is_floating_point() or two.shape[1:] != three.shape[1:] or (len(two), len(three)) != (2, 3):
+        raise UsageError(
+            f"elbo.network: {file} gives {tuple(two.shape)} for 2 rows; expected features, floating-point numbers, of "
+            "each row",
+            settings=named,
+        )
+    return Network(body, event_shape, two.shape[1:])
 
 
 def features_for(make: MakeFeatures, rows: "Rows", batch: "Batch", say: Say = silent) -> Features:

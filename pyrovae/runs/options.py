@@ -32,7 +32,11 @@ PARTS = {
 PROPOSALS = Choices(("pyrovae.inference", "PROPOSALS"))
 
 # What is maximised, by word.
-OBJECTIVES = Choices(("pyrovae.inference.objectives", "OBJECTIVES"), ("pyrovae.inference.weighted", "WEIGHTED"))
+OBJECTIVES = Choices(
+    ("pyrovae.inference.objectives", "OBJECTIVES"),
+    ("pyrovae.inference.weighted", "WEIGHTED"),
+    ("pyrovae.inference.judged", "JUDGED"),
+)
 # Those without a penalty, which are reported.
 BOUNDS = tuple(word for word, choice in OBJECTIVES.items() if "maximised" not in choice.constants)
 # How the gradient of what is maximised is estimated.

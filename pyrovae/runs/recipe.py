@@ -224,6 +224,7 @@ def completed(given: Options) -> Options:
         values |= NOT_OF_CLOSED_FORM
     values["likelihood"] = choose_likelihood(given.get("likelihood"), values["model"])
     complete_table(values, given)
+    check_judged(values)
     of_total = values["likelihood"].settings.get("library") == "given"
     if of_total and (values["condition"] or "").split(",")[-1].strip() != "total":
         raise UsageError(
@@ -455,6 +456,35 @@ def complete_bound(values: Options, given: Options) -> None:
         refuse(given, ("patience",), "under a constraint the last epoch is kept")
     if bound.constants.get("keeps_last"):
         refuse(given, ("patience",), f"of `elbo={elbo}`, which is no bound, the last epoch is kept", of=f"elbo={elbo}")
+
+
+def check_judged(values: Options) -> None:
+    """Refuse an objective by a judge where there can be none, or where nothing would set the scale of p(x|z).
+
+    Raises:
+        UsageError: the model has no place for it, or is of other rows than it can look at.
+    """
+    elbo, name = values["elbo"].name, values["model"].name
+    judge = OBJECTIVES[elbo].constants.get("judge") if elbo else None
+    if judge is None:
+        return
+    if "judge" not in PARTS["model"][name].classes[0].takes:
+        raise UsageError(
+            f"elbo={elbo}: needs a {judge} in the pair, which {a(name)} has no place for; use `model={first('model')}`",
+            settings=(f"elbo={elbo}", f"model={first('model')}"),
+        )
+    for key in ("condition", "columns", "missing"):
+        if values[key]:
+            raise UsageError(
+                f"elbo={elbo}: is for whole rows of one kind, given nothing; leave `{key}` out",
+                settings=(f"elbo={elbo}", key),
+            )
+    if values["likelihood"].settings.get("scale") != "optimal":
+        raise UsageError(
+            f"elbo={elbo}: what it maximises need not have p(x|z) in it, whose scale is then to be set in closed form; "
+            "use `likelihood=gaussian` with `likelihood.scale=optimal`",
+            settings=(f"elbo={elbo}", "likelihood=gaussian", "likelihood.scale=optimal"),
+        )
 
 
 def choose_gradient(elbo: str, value: Any) -> Part:

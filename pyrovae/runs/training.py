@@ -18,7 +18,7 @@ from pyrovae.inference.training.checkpoint import Checkpoint, kept_in, load_late
 from pyrovae.inference.training.record import Progress, Record
 from pyrovae.inference.training.trainer import Fit, fit
 from pyrovae.inference.verdicts import Kind
-from pyrovae.models import Exact, Reconstruction
+from pyrovae.models import VAE, Exact, Perception, Reconstruction
 from pyrovae.models.two_stage import SecondStage
 from pyrovae.processes import leading, several
 from pyrovae.processors import pick_device, threads
@@ -36,6 +36,7 @@ from pyrovae.runs.directory import (
     position,
     write_recipe,
 )
+from pyrovae.runs.features import network_for
 from pyrovae.runs.figures import write_plots
 from pyrovae.runs.options import RESUMABLE
 from pyrovae.runs.progress import Say, silent
@@ -197,7 +198,7 @@ def prepare(recipe: Recipe, directory: str | Path | None, resume: bool, say: Say
     if below is not None:
         below.check_rows(rows, recipe.first.name)
     recipe = settle(recipe, rows)
-    model = initialised_model(recipe, rows, below)
+    model = initialised_model(recipe, rows, below, say)
     check_optimizer(recipe, model)
     run = Run(fresh_directory(title(recipe)) if directory is None else Path(directory), recipe)
     return Prepared(run, rows, model, device, resume)
@@ -215,7 +216,7 @@ def begin_run(run: Run, resume: bool) -> Callable[[], None]:
     return begin
 
 
-def initialised_model(recipe: Recipe, rows: "Rows", below: FirstStage | None = None) -> "Model":
+def initialised_model(recipe: Recipe, rows: "Rows", below: FirstStage | None = None, say: Say = silent) -> "Model":
     """The pair with its parameters drawn and started at the training rows, on a trained first stage if it has one."""
     with seeded(recipe.seed, "model"):
         model = build_model(recipe, rows.event_shape)
@@ -227,6 +228,8 @@ def initialised_model(recipe: Recipe, rows: "Rows", below: FirstStage | None = N
             return model
         if below is not None and isinstance(model, SecondStage):
             model.first.load_state_dict(below.vae.state_dict())
+        if isinstance(model, VAE) and isinstance(model.judge, Perception):
+            model.judge.through(network_for(recipe.elbo.settings["network"], rows, say))
         given: Any = (value[::spread] for value in rows.given["train"])  # nothing, but for what takes it
         model.initialise(rows.transform(rows.train[::spread]), *given)
     return model
@@ -281,6 +284,11 @@ def take_steps(prepared: Prepared, begin: Callable[[], None], say: Say | None, s
     def note(text: str) -> None:
         tell(f"note: {text}")
 
+    def on_start() -> None:
+        if isinstance(model, VAE) and isinstance(model.judge, Perception):
+            model.judge.check_resumed()
+        begin()
+
     with stopping as should_stop:
         return fit(
             model.model,
@@ -305,7 +313,7 @@ def take_steps(prepared: Prepared, begin: Callable[[], None], say: Say | None, s
             directory=prepared.run.directory,
             resume=resume,
             progress=say is not None,
-            on_start=begin,
+            on_start=on_start,
             on_epoch=on_epoch,
             on_notice=note,
             should_stop=should_stop,
@@ -326,12 +334,16 @@ def check_finished(run: Run, fitted: Fit) -> None:
 
 def epoch_in_words(metrics: dict[str, float]) -> str:
     """What is said of an epoch."""
-    kind = "bound" if "train_bound" in metrics else "objective"  # of a pair that has no bound
-    counted = kind == "bound" and "active_units" in metrics
+    train, validation = (
+        f"{part}_bound" if f"{part}_bound" in metrics else f"{part}_objective" for part in ("train", "validation")
+    )
+    bounded = validation == "validation_bound"
+    word = "train" if bounded == (train == "train_bound") else "maximised"  # which is no bound, as the other is
+    counted = bounded and "active_units" in metrics
     active = f", {int(metrics['active_units'])} active units" if counted else ""
     return (
-        f"epoch {int(metrics['epoch']):>4}  train {metrics[f'train_{kind}']:.2f}, "
-        f"validation {metrics[f'validation_{kind}']:.2f} nats{active}, {metrics['rows_per_second']:,.0f} rows/s"
+        f"epoch {int(metrics['epoch']):>4}  {word} {metrics[train]:.2f}, "
+        f"validation {metrics[validation]:.2f} nats{active}, {metrics['rows_per_second']:,.0f} rows/s"
     )
 
 

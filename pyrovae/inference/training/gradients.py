@@ -2,7 +2,7 @@ r"""The loss of a pair on a batch and its gradient, as modules that can be run a
 
 The loss is -sum_n L_n, with the bound L_n of an objective:
 
-    Gradient    (x, *given, *settings)  ->  loss, gradients, and what the objective's constraint observes of t_kn
+    Gradient    (x, *given, *settings)  ->  loss, gradients, and what else is observed of t_kn
     Terms       (x, *given)             ->  t_kn, the strands that the objective makes of each particle and datum
     Pullback    (x, *given, s)          ->  the gradients of sum_kn s_kn t_kn
 
@@ -96,7 +96,7 @@ class Part(nn.Module, ABC):
 
 
 class Gradient(Part):
-    """(x, *given, *settings) -> loss, gradients, observed; None for parameters on which the loss does not depend."""
+    """(x, *given, *settings) -> loss, gradients, `observed`; None for parameters on which the loss does not depend."""
 
     def compute(self, leaves: Sequence[Tensor], *inputs: Any) -> Any:
         tensors = len(inputs) - len(self.settings)
@@ -105,9 +105,7 @@ class Gradient(Part):
             settings = dict(zip(self.settings, inputs[tensors:], strict=True))
             loss = -self.objective.surrogate(terms, **settings).sum()
             gradients = self.gradients(loss, leaves)
-            constraint = self.objective.constraint
-            observed = () if constraint is None else constraint.observed(terms)
-        return loss.detach(), *gradients, *observed
+        return loss.detach(), *gradients, *observed(self.objective, terms)
 
 
 class Terms(Part):
@@ -125,6 +123,13 @@ class Pullback(Part):
         *tensors, slope = inputs
         with torch.enable_grad():
             return self.gradients((self.draw(tensors) * slope).sum(), leaves)
+
+
+def observed(objective: Objective, terms: Tensor) -> tuple[Tensor, ...]:
+    """What a step sees of all terms beside the loss: sums that a constraint adapts to, and the losses of others."""
+    constraint = objective.constraint
+    seen = () if constraint is None else constraint.observed(terms)
+    return *seen, *objective.losses_of_others(terms)
 
 
 class Code:

@@ -1,7 +1,18 @@
-"""Optimisers and schedules of their rate, and the gradients that they can be given."""
+"""Optimisers and schedules of their rate, whom they update, and the gradients that they can be given.
 
-from collections.abc import Callable, Sequence
-from typing import Any
+Some modules of a pair are not the pair's: an adversary minimises a loss of its own. A step takes one gradient, of
+
+    -bound + (adversary's loss - its value),
+
+in which what is held and detached sees to it that the parameters of each get the gradient of its own loss and no other
+(`pyrovae.models.judges`, `pyrovae.models.critic`). Their updates are apart as well: the adversary's parameters are a
+group of the optimiser with a learning rate of its own. Every optimiser of torch but LBFGS, which is refused, updates
+each parameter by its own gradient and moments, so that two groups are two optimisers that step together, to the last
+bit; and one schedule, one checkpoint and one captured step hold both.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -9,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from pyrovae.errors import UsageError
+from pyrovae.inference.objectives import Objective
 from pyrovae.inference.pair import Pair
 
 Factory = Callable[[list[Tensor]], Optimizer]
@@ -20,6 +32,41 @@ def adam(parameters: list[Tensor], lr: float = 1e-3, eps: float = 1e-8) -> Optim
     # There steps are captured as a CUDA graph, which reads a rate that is a tensor anew at every step.
     rate = torch.tensor(lr, device=parameters[0].device) if on_gpu else lr
     return torch.optim.Adam(parameters, lr=rate, eps=eps, fused=True, capturable=on_gpu)
+
+
+@runtime_checkable
+class Other(Protocol):
+    """A module in a pair that minimises a loss of its own, at the site of that name, and nothing of the pair's."""
+
+    minimises: str
+
+    def parameters(self) -> Iterator[Tensor]:
+        """What it is trained by."""
+
+
+def grouped(make: Factory, pair: Pair, objective: Objective) -> Optimizer:
+    """The optimiser of a pair, with a group for each module in it that minimises a loss of its own.
+
+    Args:
+        make: Makes an optimiser of the pair's own parameters.
+        pair: The pair.
+        objective: Whose `rate` is the others' learning rate, as a multiple of the pair's.
+    """
+    every = list(pair.trainable().values())
+    others = [[*module.parameters()] for module in pair.modules() if isinstance(module, Other)]
+    theirs = {id(p) for parameters in others for p in parameters}
+    own = [p for p in every if id(p) not in theirs]
+    if not own:  # nothing but an adversary is trained
+        return make(every)
+    optimizer = make(own)
+    rate = optimizer.param_groups[0].get("lr")
+    for parameters in others:
+        group: dict[str, Any] = {"params": [p for p in parameters if p.requires_grad]}
+        if rate is not None:
+            group["lr"] = rate * objective.rate  # a tensor of its own, where the pair's is one
+        if group["params"]:
+            optimizer.add_param_group(group)
+    return optimizer
 
 
 def staged(optimizer: Optimizer, stages: int = 8) -> LRScheduler:

@@ -66,6 +66,7 @@ class Progress:
     compiled: list[int] | None = None  # numbers of rows for which steps are compiled, once that is decided
     refused: str | None = None  # why they could not be
     beta: float | None = None  # to which a constraint has adapted it
+    losses: list[float] = field(default_factory=list)  # of others than the pair, of the current epoch: sums over rows
     history: list[Metrics] = field(default_factory=list)
 
 

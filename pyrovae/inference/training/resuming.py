@@ -224,6 +224,7 @@ def check_progress(fresh: Mapping[str, Any], saved: Any, step: int, rows: int, b
         ),
         "refused": lambda value: value is None or isinstance(value, str),
         "beta": lambda value: value is None or (is_number(value) and value > 0),
+        "losses": lambda value: isinstance(value, list) and all(map(is_number, value)),
         "history": lambda value: isinstance(value, list) and len(value) == saved["epoch"] and all(map(record, value)),
     }
     for name, right in rules.items():

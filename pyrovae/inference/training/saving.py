@@ -102,6 +102,8 @@ class Keeper:
         faults: list[str] = []
         progress, rows = training["progress"], len(self.source)
         check_progress(vars(Progress()), progress, saved.step, rows, self.settings.batch_size, faults)
+        if not faults and len(progress["losses"]) not in (0, len(self.objective.others)):
+            faults.append("its losses are not those of this objective")
         same_torch = then.get("torch") == now["torch"]
         optimizer = optimizer_state(
             self.optimizer,

@@ -36,7 +36,7 @@ from pyrovae.inference.precision import check_precision
 from pyrovae.inference.tracing.checked import Before, changed, compare_gradients, held_by
 from pyrovae.inference.tracing.recording import Refused, reason
 from pyrovae.inference.training.capture import WARM_UP, Captured
-from pyrovae.inference.training.gradients import Code, Gradient, Part, Pullback, Terms, check_chunk
+from pyrovae.inference.training.gradients import Code, Gradient, Part, Pullback, Terms, check_chunk, observed
 from pyrovae.inference.training.optimizers import as_accumulated
 from pyrovae.seeding import reseed
 
@@ -57,7 +57,7 @@ class NotFinite(ArithmeticError):
 
 
 Shapes = tuple[torch.Size, ...]
-# The loss of a batch, its gradients, and what the objective's constraint observed, if it has one.
+# The loss of a batch, its gradients, and what else is observed of it, see `observed`.
 Found = tuple[Tensor, list[Tensor | None], list[Tensor]]
 
 
@@ -78,6 +78,7 @@ class Step:
         precision: "fp32"; "tf32", which the caller sets in torch; "bf16-mixed", with matrix products in bfloat16.
         together: Sums a vector over processes, each of which steps on rows of its own.
         beta: To what the objective's constraint had adapted its beta; None: to nothing yet.
+        losses: What the losses of others than the pair had come to in this epoch; nothing yet, if empty.
         on_notice: Called with a sentence when something was compiled.
         on_refusal: Called with one when it could not be.
 
@@ -97,6 +98,7 @@ class Step:
         precision: str = "fp32",
         together: Callable[[Tensor], Tensor] | None = None,
         beta: float | None = None,
+        losses: Sequence[float] = (),
         on_notice: Callable[[str], None] | None = None,
         on_refusal: Callable[[str], None] | None = None,
     ) -> None:
@@ -128,6 +130,7 @@ class Step:
         capturable = all(group.get("capturable", False) for group in optimizer.param_groups)
         self.capturing = self.deferred and capturable and together is None and len(self.sizes) == 1
         self.total = torch.zeros((), dtype=torch.float64, device=device)
+        self.losses = torch.tensor([*losses] or [0.0] * len(objective.others), dtype=torch.float64, device=device)
         self.failed = torch.zeros((), dtype=torch.float32, device=device)  # 1 after a step that was not finite, else 0
         self.taken = torch.zeros((), device=device)
         if self.deferred:
@@ -152,8 +155,8 @@ class Step:
             return None
         found = self.checked_gradient(batch, number) if due else self.gradient(batch, number)
         if absent:
-            loss, gradients, observed = found
-            found = loss * 0, [None if g is None else g * 0 for g in gradients], [value * 0 for value in observed]
+            loss, gradients, seen = found
+            found = loss * 0, [None if g is None else g * 0 for g in gradients], [value * 0 for value in seen]
         if self.together is not None:
             found = self.summed(*found, due)
         return self.update(*found)
@@ -193,7 +196,7 @@ class Step:
             if name := changed(held, held_by(self.pair)):
                 raise Refused(f"running the pair changes {name}, which a graph would not")
             before.restore()
-            loss, gradients, observed = self.gradient(batch, number)
+            loss, gradients, seen = self.gradient(batch, number)
             compare_gradients(
                 [loss, *(g for g in gradients if g is not None)],
                 wanted,
@@ -213,7 +216,7 @@ class Step:
         self.held = held if self.held is None else self.held
         self.steps_since[shapes_of(batch)] = 0
         self.stale.discard(shapes_of(batch))
-        return loss, gradients, observed
+        return loss, gradients, seen
 
     def refuse(self, why: str) -> None:
         """Compute everything by the pair itself from here on."""
@@ -242,14 +245,14 @@ class Step:
             named = dict(zip(self.objective.settings(number), settings, strict=True))
             loss = -self.objective.surrogate(terms, **named).sum()
             (slope,) = torch.autograd.grad(loss, terms)
-        observed = [] if self.constraint is None else [*self.constraint.observed(terms)]
+        seen = [*observed(self.objective, terms)]
         sums: list[Tensor | None] = []
         for i, (k, piece) in enumerate(zip(self.sizes, slope.split(self.sizes, 1), strict=True)):
             reseed(seed + i, device)
             inputs = (*tensors, piece.contiguous())
             gradients = list(make(Pullback, *inputs, num_particles=k)(*inputs))
             sums = gradients if i == 0 else [a if b is None else a + b for a, b in zip(sums, gradients, strict=True)]
-        return loss.detach(), sums, observed
+        return loss.detach(), sums, seen
 
     def parted(self, outputs: Sequence[Any]) -> Found:
         """What a `Gradient` gives, in its three parts."""
@@ -317,7 +320,7 @@ class Step:
 
         return take
 
-    def summed(self, loss: Tensor, gradients: Sequence[Tensor | None], observed: Sequence[Tensor], due: bool) -> Found:
+    def summed(self, loss: Tensor, gradients: Sequence[Tensor | None], seen: Sequence[Tensor], due: bool) -> Found:
         """The sums over processes; a gradient is None if it is None in all of them."""
         assert self.together is not None
         have = torch.tensor([float(self.refused is not None), *(g is not None for g in gradients)])
@@ -326,7 +329,7 @@ class Step:
             loss.reshape(1),
             have.to(loss),
             *(g.flatten() for g in filled),
-            *(value.reshape(1) for value in observed),
+            *(value.reshape(1) for value in seen),
         ]
         total, had, *pieces = self.together(torch.cat(own)).split([len(piece) for piece in own])
         count = len(self.parameters)
@@ -339,7 +342,7 @@ class Step:
             sums = [g if having else None for g, having in zip(sums, had[1:].tolist(), strict=True)]
         return total[0], sums, [piece[0] for piece in pieces[count:]]
 
-    def update(self, loss: Tensor, gradients: Sequence[Tensor | None], observed: Sequence[Tensor]) -> float | None:
+    def update(self, loss: Tensor, gradients: Sequence[Tensor | None], seen: Sequence[Tensor]) -> float | None:
         """Let optimiser and constraint take a step, unless a number is not finite; the loss, where it can be read."""
         value, size = None, get_total_norm([g for g in gradients if g is not None])
         if self.deferred:
@@ -356,8 +359,12 @@ class Step:
         self.optimizer.step()
         for parameter in self.parameters:
             parameter.grad = None
+        for_beta = seen[: len(seen) - len(self.losses)]
+        if len(self.losses):
+            losses = torch.stack([*seen[len(for_beta) :]]).double()
+            self.losses += torch.where(self.failed > 0, 0.0, losses)
         if self.constraint is not None and self.beta is not None:
-            beta = self.constraint.adapted(self.beta, *observed)
+            beta = self.constraint.adapted(self.beta, *for_beta)
             self.beta.copy_(torch.where(self.failed > 0, self.beta, beta))
         return value
 

@@ -33,7 +33,7 @@ from pyrovae.inference.training.closed_form import set_closed_forms
 from pyrovae.inference.training.counts import worth_compiling
 from pyrovae.inference.training.diagnosis import Diagnosis, look_at_constraint, look_for_divergence
 from pyrovae.inference.training.gradients import check_chunk
-from pyrovae.inference.training.optimizers import Factory, adam, check_layout
+from pyrovae.inference.training.optimizers import Factory, adam, check_layout, grouped
 from pyrovae.inference.training.processes import Processes, accelerated, is_of_the_network
 from pyrovae.inference.training.record import Bar, Fit, Metrics, Notices, Progress, Record, without_bounds
 from pyrovae.inference.training.saving import Keeper
@@ -89,7 +89,8 @@ def fit(
             batch, is what is minimised.
         epochs: Passes over the data, counted from the start also when resuming.
         batch_size: Rows per step over all processes; the last batch of an epoch has the rows that are left.
-        optimizer: Makes a torch optimiser of a list of parameters.
+        optimizer: Makes a torch optimiser of a list of parameters. Modules of the pair that minimise a loss of their
+            own, such as a critic, get a group of it with a rate of their own (`Objective.rate`).
         schedule: Makes a scheduler of the optimiser; it is stepped once per epoch.
         given: What everything is conditioned on, such as labels: tensors with a row for each of the data.
         validation: Rows of shape (V, *event), not transformed. The epoch of the best validation bound (with beta = 1)
@@ -237,7 +238,7 @@ class Trainer:
         if on_start is None and not resume:
             self.refuse_others()
         self.discover()
-        self.keeper.optimizer = make_optimizer(list(self.pair.trainable().values()))
+        self.keeper.optimizer = grouped(make_optimizer, self.pair, self.objective)
         check_layout(self.pair, self.keeper.optimizer)
         self.keeper.scheduler = make_schedule(self.keeper.optimizer) if make_schedule else None
         if isinstance(self.keeper.optimizer, torch.optim.LBFGS):
@@ -273,6 +274,7 @@ class Trainer:
             precision=self.settings.precision,
             together=None if self.processes.alone else self.processes.total,
             beta=self.progress.beta,
+            losses=self.progress.losses,
             on_notice=self.notice,
             on_refusal=self.notice.not_compiled,
         )
@@ -379,6 +381,7 @@ class Trainer:
         finally:
             state.refused = self.step.refused
             state.beta = None if self.step.beta is None else self.step.beta.item()
+            state.losses = self.step.losses.tolist()
             state.seconds += time.perf_counter() - started - (self.step.compile_seconds - compiling)
         return state.batch == len(batches)
 
@@ -417,8 +420,9 @@ class Trainer:
         metrics: Metrics = {
             "epoch": state.epoch + 1,
             "step": state.step,
-            "train_bound": state.total / max(1, state.rows),
+            self.objective.train_name: state.total / max(1, state.rows),
         }
+        metrics |= {name: loss / state.rows for name, loss in zip(self.objective.others, state.losses, strict=True)}
         closed = set_closed_forms(self.pair, self.objective, self.source, self.settings, state.epoch)
         if self.validation is not None:
             if not self.processes.alone and any(True for _ in self.pair.buffers()):
@@ -436,6 +440,7 @@ class Trainer:
         state.history.append(metrics if self.trial.no_density is None else without_bounds(metrics))
         state.epoch += 1
         state.batch, state.total, state.rows, state.seconds = 0, 0.0, 0, 0.0
+        state.losses = self.step.losses.zero_().tolist()
         if self.keeper.scheduler is not None:
             self.keeper.scheduler.step()
         # Under a constraint a better bound may be one that breaks it: there the last epoch is kept.
