@@ -127,7 +127,7 @@ HOOKS = {
     ),
     *("GradientEstimator.bias",),
     *("Proposal.of_guide", "Proposal.as_guide", "Proposal.computation", "Proposal.summing"),
-    *("Likelihood.remarks", "Likelihood.view", "Mixture.points", "LatentLayers.extend"),
+    *("Likelihood.remarks", "Likelihood.view", "Mixture.points", "Mixture._forget", "LatentLayers.extend"),
 }
 
 

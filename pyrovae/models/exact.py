@@ -209,8 +209,18 @@ def best_on(
     return best
 
 
-def check_real(x: Tensor, event_shape: torch.Size) -> None:
+def has_gaps(x: Tensor) -> bool:
+    """Whether an element of rows is missing, which NaN stands for."""
+    return bool(x.isnan().any())
+
+
+def check_real(x: Tensor, event_shape: torch.Size, gaps: bool = False) -> None:
     """Refuse x of another event shape, or that is not finite, for a density on all real numbers.
+
+    Args:
+        x: Rows.
+        event_shape: Of one row.
+        gaps: Whether elements may be missing, NaN.
 
     Raises:
         UsageError: x does not have the event shape.
@@ -218,5 +228,6 @@ def check_real(x: Tensor, event_shape: torch.Size) -> None:
     """
     if x.shape[1:] != event_shape or x.dim() == 0:
         raise UsageError(f"x: expected event shape {tuple(event_shape)}, got a tensor of {tuple(x.shape)}")
-    if not x.isfinite().all():
-        raise DataError(f"x: expected finite values, got {int((~x.isfinite()).sum())} that are not")
+    wrong = ~x.isfinite() & ~x.isnan() if gaps else ~x.isfinite()
+    if wrong.any():
+        raise DataError(f"x: expected finite values, got {int(wrong.sum())} that are not")

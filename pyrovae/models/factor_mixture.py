@@ -43,8 +43,9 @@ from torch.distributions import constraints
 from torch.distributions.transforms import ReshapeTransform
 
 from pyrovae.errors import UsageError
+from pyrovae.models.exact import has_gaps
 from pyrovae.models.linear_gaussian import Moments, loadings
-from pyrovae.models.mixture import EMPTY, Mixture, Weights, overwrite
+from pyrovae.models.mixture import EMPTY, Mixture, Weights, overwrite, seen_under
 from pyrovae.models.seen import Conditional, gaussian_parts, mixture_given
 from pyrovae.settings import Count, checked
 
@@ -104,6 +105,11 @@ class MixtureOfFactorAnalysers(Mixture):
         """What a table of models calls it."""
         return f"mixture of {self.components} factor analysers, {self.factors} factor{'s' * (self.factors > 1)} each"
 
+    @property
+    def covariances(self) -> Tensor:  # type: ignore[override]
+        """C_c of each flattened component, shape (C, D, D)."""
+        return self.weight @ self.weight.mT + torch.diag_embed((2 * self.log_scale).exp())
+
     def component(self, c: Tensor) -> dist.TorchDistribution:
         """N(mu_c, C_c) for integer c of any shape: batch shape that of c, event shape that of x."""
         log_scale = self.log_scale.expand(self.components, -1)[c]
@@ -113,6 +119,8 @@ class MixtureOfFactorAnalysers(Mixture):
     def component_log_prob(self, x: Tensor) -> Tensor:
         """log N(x; mu_c, C_c) in nats for every row and component, shape (N, C)."""
         # One component at a time: (N, D) numbers each, where broadcasting would hold (N, C, D).
+        if has_gaps(x):
+            return seen_under(self.means, self.covariances, x)
         every = torch.arange(self.components, device=self.means.device)
         return torch.stack([self.component(c).log_prob(x) for c in every], -1)
 
@@ -127,11 +135,10 @@ class MixtureOfFactorAnalysers(Mixture):
         return mixture_given(self.mixing_logits.double().log_softmax(-1) + log_probs, components)
 
     def _fit_components(self, x: Tensor, responsibilities: Tensor, chunk: int) -> None:
-        counts = responsibilities.sum(0)
-        live, shares = counts > EMPTY, counts / counts.sum()
-        overwrite(self.means, self._means(x, responsibilities, counts, chunk).view_as(self.means), live)
-        covariances = self._scatter(x, responsibilities, chunk, dense=True) / counts.clamp_min(EMPTY)[:, None, None]
-        covariances[~live] = torch.eye(self.event_numel).to(covariances)  # not used, but it has to factorise
+        counts, scatter = self._center(x, responsibilities, chunk, dense=True)
+        live, shares = counts > EMPTY, counts.squeeze(1) / counts.sum()
+        covariances = scatter / counts.clamp_min(EMPTY).unsqueeze(-1)
+        covariances[~live.squeeze(1)] = torch.eye(self.event_numel).to(covariances)  # not used, but it has to factorise
         floors = self._overall(shares, covariances).floors
         variances = covariances.diagonal(dim1=-2, dim2=-1)
         noise = torch.maximum((2 * self.log_scale).exp(), floors).expand_as(variances)
@@ -144,6 +151,14 @@ class MixtureOfFactorAnalysers(Mixture):
         overwrite(self.weight, loadings(covariances, noise, self.factors), live)
         at = live if self.noise == "per-component" else live[:1] | True
         overwrite(self.log_scale, noise[: len(at)].log() / 2, at)
+
+    def _forget(self, x: Tensor) -> None:
+        """Every component has the means of the elements, and independent noise of their variances."""
+        wide = x.double().flatten(1)
+        variances = (wide - wide.nanmean(0)).square().nanmean(0).nan_to_num(0.0)
+        self.means.copy_(wide.nanmean(0).nan_to_num(0.0).view(self.event_shape).expand_as(self.means))
+        self.weight.zero_()
+        self.log_scale.copy_((variances.clamp_min(EMPTY).log() / 2).expand_as(self.log_scale))
 
     def _overall(self, shares: Tensor, covariances: Tensor) -> Moments:
         """Mean and covariance of all rows, from those of the components."""

@@ -31,6 +31,12 @@ V = I - B W + B S B^T the mean of E[z z^T | x] over the rows, its M step is
 
     W <- S B^T V^-1      psi <- diag(S - W B S), of which probabilistic PCA takes the mean
 
+Of rows with gaps, p(x_seen) is the Gaussian of what is seen, and EM takes what is missing for latent as well: its E
+step puts the mean and the covariance of the rows that are expected, given what is seen of them and the current
+parameters (`pyrovae.models.seen.Gaps`), in the place of theirs. Any M step above then goes up in log p(x_seen): `em`
+takes one of EM, `fit` the maximum for these moments, in closed form of probabilistic PCA, until an iteration gains no
+more.
+
 The noise's variance is at least a millionth of the mean variance of the rows, and in factor analysis, of an element, a
 millionth of that element's own, or of the mean where an element is constant, which would drive it to 0.
 
@@ -40,6 +46,7 @@ References:
     Joreskog 1967, Some Contributions to Maximum Likelihood Factor Analysis, Psychometrika 32
 """
 
+import copy
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -54,14 +61,17 @@ from torch import Tensor, nn
 from torch.distributions.transforms import ReshapeTransform
 
 from pyrovae.errors import DataError, UsageError
-from pyrovae.models.exact import RELATIVE_FLOOR, Exact, check_real
-from pyrovae.models.seen import Conditional, gaussian_parts
+from pyrovae.models.exact import RELATIVE_FLOOR, Exact, check_real, has_gaps
+from pyrovae.models.gaps import completed
+from pyrovae.models.seen import Conditional, Gaps, gaussian_parts
 from pyrovae.settings import Count, Number, Whole, check, checked
 
 BLOCK = 4096  # rows whose squares are summed at a time, in double precision
 ROUNDING = 1e-12  # a standard deviation below this share of an element's mean is rounding: the element is constant
 # L-BFGS over the noise ends with a step that gains less of the mean log p(x) than this share, or after so many.
 LEAST_GAIN, MOST_STEPS = 1e-12, 2000
+GAPS_GAIN, GAPS_STEPS = 1e-6, 1000  # of a fit to rows with gaps: nats per datum, and M steps
+MOST_NUMBERS = 2**20  # in covariances of rows with gaps that are looked at together
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,22 @@ class Moments:
         if not found.floor > 0:
             raise DataError("x: expected rows that differ, got variance 0; there is nothing to model")
         return found
+
+    @classmethod
+    def expected(cls, x: Tensor, loc: Tensor, covariance: Tensor) -> "tuple[Moments, float]":
+        """Those of rows with gaps (N, D) that are expected given what is seen under N(loc, covariance).
+
+        Returns:
+            With them the mean log p(x_seen) in nats per row.
+        """
+        first, second, nats = torch.zeros_like(loc), torch.zeros_like(covariance), 0.0
+        for rows in x.double().split(max(1, MOST_NUMBERS // x.shape[1] ** 2)):
+            gaps = Gaps(rows)
+            one, two = gaps.moments(loc, covariance, torch.ones_like(rows[:, 0]))
+            first, second = first + one, second + two
+            nats += gaps.log_prob(loc, covariance).sum().item()
+        away = first / len(x)
+        return cls(len(x), loc + away, second / len(x) - torch.outer(away, away)), nats / len(x)
 
     @cached_property
     def eigen(self) -> tuple[Tensor, Tensor]:
@@ -151,12 +177,12 @@ class LinearGaussian(Exact):
         cls, x: Tensor, validation: Tensor, components: Sequence[int], seed: int = 0
     ) -> Iterator[tuple[Self, int]]:
         """One for each number of components, from the same moments."""
-        moments = Moments.of(x)
+        moments = Moments.of(completed(x))
         for count in components:
             if count > cls.most_components(x):
                 return
             model = cls(x.shape[1:], components=count).to(x.device).double()  # type: ignore[call-arg]
-            yield model, model.fit_moments(moments)
+            yield model, model.fit_moments(moments) + (model._climb(x) if has_gaps(x) else 0)
 
     def forward(self) -> dist.Distribution:
         """p(x), batch shape (), the event shape of x."""
@@ -170,8 +196,22 @@ class LinearGaussian(Exact):
             pyro.sample("x", self(), obs=x)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        check_real(x, self.event_shape)
+        """Exact log p(x) in nats, shape (N,), differentiable; where elements are missing, NaN, that of what is seen.
+
+        Raises:
+            UsageError: x does not have the model's event shape.
+            DataError: x is infinite.
+        """
+        check_real(x, self.event_shape, gaps=True)
+        if has_gaps(x):
+            blocks = x.to(self.loc).flatten(1).split(max(1, MOST_NUMBERS // self.event_numel**2))
+            return torch.cat([Gaps(rows).log_prob(self.loc, self.covariance) for rows in blocks])
         return self().log_prob(x.to(self.loc))
+
+    @property
+    def covariance(self) -> Tensor:
+        """C = W W^T + Psi, shape (D, D)."""
+        return self.weight @ self.weight.T + (2 * self.log_scale).exp().expand(self.event_numel).diag()
 
     def conditional(self, x: Tensor, seen: Tensor) -> Conditional:
         """Of the Gaussian p(x), in double precision."""
@@ -197,46 +237,70 @@ class LinearGaussian(Exact):
     def fit(self, x: Tensor, seed: int = 0, validation: Tensor | None = None) -> int:
         """Maximise log p(x) over x of shape (N, *event); `seed` and `validation` are not used.
 
+        Rows may have gaps, NaN where an element is missing: then it starts with other rows' values in them, and climbs.
+
         Returns:
             The iterations it took: 1 in closed form.
         Raises:
             UsageError: x does not have the model's event shape, or no more rows than components.
             DataError: x has values that are not finite, or no variance.
         """
-        return self.fit_moments(self._moments(x))
+        return self.fit_moments(self._moments(x)) + (self._climb(x) if has_gaps(x) else 0)
+
+    @torch.no_grad()
+    def _climb(self, x: Tensor) -> int:
+        """From the current parameters, EM on rows with gaps until an iteration gains too little; returns how many."""
+        exact, best, flat = copy.deepcopy(self).double(), -math.inf, x.flatten(1)
+        for iteration in range(GAPS_STEPS):
+            moments, nats = Moments.expected(flat, exact.loc, exact.covariance)
+            if nats < best:
+                return iteration  # the floor of the noise, or another maximum of factor analysis
+            self.load_state_dict(exact.state_dict())
+            if nats - best < GAPS_GAIN:
+                return iteration
+            best = nats
+            exact.fit_moments(moments)
+        return GAPS_STEPS
 
     @torch.no_grad()
     def em(self, x: Tensor, max_iterations: int = 1000, tolerance: float = 1e-6) -> list[float]:
         """Climb to the maximum by expectation maximisation, from the current W and noise; `fit` is there at once.
 
         Args:
-            x: Data, shape (N, *event), N over the number of components.
+            x: Data, shape (N, *event), N over the number of components; NaN where an element is missing.
             max_iterations: Most M steps to take.
             tolerance: Least gain in nats per datum that is worth another iteration.
         Returns:
-            Mean log p(x) in nats per datum, at the start (with the mean of x as mu) and after each iteration.
+            Mean log p(x) in nats per datum, at the start (with the mean of x as mu) and after each iteration; of rows
+            with gaps, of what is seen.
         Raises:
             UsageError: an argument is out of its range, or as for `fit`.
             DataError: as for `fit`.
         """
         check("max_iterations", max_iterations, Whole(1))
         check("tolerance", tolerance, Number(least=0))
-        moments = self._moments(x)
+        moments, gaps = self._moments(x), has_gaps(x)
         self.loc.copy_(moments.mean)
-        weight, noise = self.weight.double(), (2 * self.log_scale).exp().double().expand(self.event_numel)
-        history = [_mean_log_prob(moments, weight, noise)]
-        for _ in range(max_iterations):
+        mean, weight = moments.mean, self.weight.double()
+        noise = (2 * self.log_scale).exp().double().expand(self.event_numel)
+        history: list[float] = []
+        while True:
             covariance = weight @ weight.T + noise.diag()
+            if gaps:
+                moments, nats = Moments.expected(x.flatten(1), mean, covariance)
+            else:
+                nats = _mean_log_prob(moments, weight, noise)
+            history.append(nats)
+            if len(history) > max_iterations or (len(history) > 1 and history[-1] - history[-2] < tolerance):
+                break
             to_codes = torch.linalg.solve(covariance, weight).T  # B
             crossed = moments.covariance @ to_codes.T  # S B^T
             second = torch.eye(self.components).to(noise) - to_codes @ weight + to_codes @ crossed
-            weight = torch.linalg.solve(second, crossed.T).T
+            mean, weight = moments.mean, torch.linalg.solve(second, crossed.T).T
             left = moments.covariance.diagonal() - (weight * crossed).sum(1)
             shared = left.mean().clamp(min=moments.floor).expand_as(left)
             noise = torch.maximum(left, moments.floors) if self.log_scale.dim() else shared
-            history.append(_mean_log_prob(moments, weight, noise))
-            if history[-1] - history[-2] < tolerance:
-                break
+        self.loc.copy_(mean)
         self._take(weight, noise)
         return history
 
@@ -247,10 +311,10 @@ class LinearGaussian(Exact):
 
     def _moments(self, x: Tensor) -> Moments:
         """Those of x, checked."""
-        check_real(x, self.event_shape)
+        check_real(x, self.event_shape, gaps=True)
         if len(x) <= self.components:
             raise UsageError(f"x: expected more rows than the {self.components} components, got {len(x)}; pass more")
-        return Moments.of(x)
+        return Moments.of(completed(x))
 
 
 class PPCA(LinearGaussian):

@@ -17,6 +17,11 @@ current parameters. Its maximiser is the M step, with N_c = sum_n r_nc:
 
     full  Sigma_c = S_c     diagonal  diag(S_c)     spherical  (tr(S_c) / D) I     tied  sum_c (N_c / N) S_c
 
+Rows may have gaps, NaN where an element is missing: then log p(x) is that of what is seen, p(x_seen | c) in the place
+of p(x | c), and EM climbs it. Independent elements that are missing are left out of both steps, N_c being a number for
+each element; a full or tied covariance takes E[x | x_seen, c] and Cov[x | x_seen, c] at the current parameters in the
+place of x and of 0 (`pyrovae.models.seen.Gaps`).
+
 Parameters are unconstrained, so that a gradient step is as lawful as an EM step: w is the softmax of `mixing_logits`,
 and a full or tied Sigma = L L^T with L = diag(exp(log_scale)) (I + strictly lower triangle of `unit_lower`), whose rows
 carry their scale apart because pixels differ in scale by a thousandfold. The floors act in the M step only; training by
@@ -45,8 +50,9 @@ from torch.distributions.transforms import ReshapeTransform
 from torch.nn import functional as F
 
 from pyrovae.errors import DataError, NumericalError, UsageError
-from pyrovae.models.exact import RELATIVE_FLOOR, Exact, each_of
-from pyrovae.models.seen import Conditional, gaussian_parts, mixture_given
+from pyrovae.models.exact import RELATIVE_FLOOR, Exact, each_of, has_gaps
+from pyrovae.models.gaps import OfSeen
+from pyrovae.models.seen import Conditional, Gaps, gaussian_parts, mixture_given
 from pyrovae.settings import Count, NotNegative, Number, Whole, check, checked
 
 Covariance = Literal["full", "diagonal", "tied", "spherical"]
@@ -77,6 +83,7 @@ class Mixture(Exact):
     support: ClassVar[constraints.Constraint]  # of one number of x
     mixing_logits: Tensor
     means: Tensor  # of p(x | c), shape (C, *event)
+    covariances: Tensor  # of Gaussians p(x | c), shape (C, D, D)
 
     @checked
     def __init__(self, event_shape: int | Sequence[int], components: Count, weights: Weights) -> None:
@@ -131,9 +138,10 @@ class Mixture(Exact):
         Keeps about N * C * D numbers for the gradient: pass many images in batches.
 
         Args:
-            x: Data, shape (N, *event); taken to the dtype and device of the parameters.
+            x: Data, shape (N, *event), NaN where an element is missing; taken to the dtype and device of the
+                parameters.
         Returns:
-            log p(x) in nats, shape (N,).
+            log p(x) in nats, of what is seen of each row, shape (N,).
         Raises:
             UsageError: x does not have the mixture's event shape.
             DataError: x is outside the support.
@@ -175,10 +183,11 @@ class Mixture(Exact):
     def initialise(self, x: Tensor, seed: int = 0) -> None:
         """Start from k-means, the start of scikit-learn's mixtures: hard assignments, then one M step.
 
-        With one component this is the maximum likelihood fit: the sample mean and covariance (plus the floor).
+        With one component this is the maximum likelihood fit: the sample mean and covariance (plus the floor). Gaps are
+        filled with the medians of their elements for k-means.
 
         Args:
-            x: Data, shape (N, *event), N at least C.
+            x: Data, shape (N, *event), N at least C; NaN where an element is missing.
             seed: Of k-means alone; the global random states of torch and NumPy are left as they are.
         Raises:
             UsageError: x does not have the mixture's event shape, or has fewer rows than components.
@@ -192,6 +201,8 @@ class Mixture(Exact):
         labels = KMeans(self.components, n_init=1, random_state=seed).fit_predict(points.numpy())
         hard = F.one_hot(torch.from_numpy(labels).long(), self.components)
         exact = copy.deepcopy(self).double()
+        if has_gaps(x):
+            exact._forget(x)
         exact._maximise(x, hard.to(exact.mixing_logits), self._chunk(None))
         self.load_state_dict(exact.state_dict())
 
@@ -218,7 +229,7 @@ class Mixture(Exact):
         parameters and loses its weight.
 
         Args:
-            x: Data, shape (N, *event), N at least C.
+            x: Data, shape (N, *event), N at least C; NaN where an element is missing.
             max_iterations: Most M steps to take.
             tolerance: Least gain in nats per datum that is worth another iteration.
             batch_size: Rows per chunk, which bounds memory and changes nothing else; by default 8 MiB worth.
@@ -254,9 +265,16 @@ class Mixture(Exact):
         return history
 
     def points(self, x: Tensor) -> Tensor:
-        """Rows x (N, *event) as the points that k-means starts from, shape (N, P): their elements."""
+        """Rows x (N, *event) as the points that k-means starts from, (N, P): their elements, medians in the gaps."""
         flat = x.reshape(len(x), -1)
-        return flat if flat.is_floating_point() else flat.float()
+        flat = flat if flat.is_floating_point() else flat.float()
+        return flat.where(~flat.isnan(), flat.nanmedian(0).values.nan_to_num(0.0)) if has_gaps(flat) else flat
+
+    def _forget(self, x: Tensor) -> None:
+        """Before a first M step on rows with gaps: parameters by which what is missing is like what is seen.
+
+        None, where an M step does not depend on the parameters that it starts from.
+        """
 
     def _joint(self, x: Tensor) -> Tensor:
         """log p(x, c) in nats, shape (N, C)."""
@@ -276,12 +294,35 @@ class Mixture(Exact):
             self.mixing_logits.copy_(responsibilities.mean(0).clamp_min(smallest).log())
         self._fit_components(x, responsibilities, chunk)
 
+    def _counts(self, x: Tensor, responsibilities: Tensor, chunk: int) -> Tensor:
+        """N_c, shape (C, 1); of rows with gaps for each element, shape (C, D): over the rows in which it is seen."""
+        if not has_gaps(x):
+            return responsibilities.sum(0).unsqueeze(-1)
+        pairs = zip(x.split(chunk), responsibilities.split(chunk), strict=True)
+        return sum((r.T @ (~rows.flatten(1).isnan()).to(r) for rows, r in pairs), start=torch.zeros(()))
+
     def _means(self, x: Tensor, responsibilities: Tensor, counts: Tensor, chunk: int) -> Tensor:
-        """sum_n r_nc x_n / N_c, shape (C, D); meaningless where a component is empty."""
+        """sum_n r_nc x_n / N_c over what is seen, shape (C, D); meaningless where a component is empty."""
         total = counts.new_zeros(self.components, self.event_numel)
         for rows, r in zip(x.split(chunk), responsibilities.split(chunk), strict=True):
-            total += r.T @ self._rows(rows).flatten(1)
-        return total / counts.clamp_min(EMPTY).unsqueeze(-1)
+            total += r.T @ self._rows(rows).flatten(1).nan_to_num(0.0)
+        return total / counts.clamp_min(EMPTY)
+
+    def _center(self, x: Tensor, responsibilities: Tensor, chunk: int, dense: bool) -> tuple[Tensor, Tensor]:
+        """Set the means; return N_c, (C, 1) or (C, D), and N_c S_c about them.
+
+        Of Gaussians of dense covariances all of S_c, (C, D, D), with what these expect in the gaps of rows; of others
+        its diagonal, (C, D), and gaps are left out.
+        """
+        if dense and has_gaps(x):
+            counts = responsibilities.sum(0).unsqueeze(-1)
+            away, second = expected(self._rows(x), responsibilities, self.means, self.covariances)
+            away = away / counts.clamp_min(EMPTY)
+            overwrite(self.means, self.means.flatten(1) + away, counts > EMPTY)
+            return counts, second - counts.unsqueeze(-1) * away.unsqueeze(2) * away.unsqueeze(1)
+        counts = self._counts(x, responsibilities, chunk)
+        overwrite(self.means, self._means(x, responsibilities, counts, chunk), counts > EMPTY)
+        return counts, self._scatter(x, responsibilities, chunk, dense)
 
     def _scatter(self, x: Tensor, responsibilities: Tensor, chunk: int, dense: bool) -> Tensor:
         """N_c S_c about the current means: (C, D, D), or its diagonal (C, D) where no more is needed."""
@@ -293,7 +334,7 @@ class Mixture(Exact):
             for c in range(C):
                 # Between images most responsibilities underflow to zero; such rows add nothing and cost D^2 each.
                 counted = r[:, c] > 0
-                residual, weight = flat[counted] - means[c], r[counted, c].unsqueeze(-1)
+                residual, weight = (flat[counted] - means[c]).nan_to_num(0.0), r[counted, c].unsqueeze(-1)
                 weighted = weight * residual
                 total[c] += weighted.T @ residual if dense else (weighted * residual).sum(0)
         return total
@@ -311,10 +352,12 @@ class Mixture(Exact):
     def _check(self, x: Tensor, fitting: bool = False) -> None:
         """Refuse x of another shape, outside the support, or too short to fit C components to."""
         check_shape(x, self.event_shape)
-        if not bool(self.support.check(x).all()) or bool(x.isinf().any()):
+        wrong = (~self.support.check(x) & ~x.isnan()) | x.isinf()
+        if bool(wrong.any()):
+            numbers = x[~x.isnan()]
             raise DataError(
-                f"x: expected values in {_describe(self.support)}, got others between {x.min().item():g} and "
-                f"{x.max().item():g}; clean or binarise the data, or use the mixture for its kind"
+                f"x: expected values in {_describe(self.support)}, got others between {numbers.min().item():g} and "
+                f"{numbers.max().item():g}; clean or binarise the data, or use the mixture for its kind"
             )
         if fitting and len(x) < self.components:
             raise UsageError(
@@ -363,6 +406,7 @@ class GaussianMixture(Mixture):
     ) -> None:
         super().__init__(event_shape, components, weights)
         self.covariance, self.floor = covariance, floor
+        self.dense = covariance in ("full", "tied")
         C, D = components, self.event_numel
         self.means = nn.Parameter(torch.randn(C, *self.event_shape))
         scales = {"full": (C, D), "diagonal": (C, D), "tied": (1, D), "spherical": (C, 1)}[covariance]
@@ -384,7 +428,7 @@ class GaussianMixture(Mixture):
         return torch.diag_embed(self.log_scale.exp().expand(C, D))
 
     @property
-    def covariances(self) -> Tensor:
+    def covariances(self) -> Tensor:  # type: ignore[override]
         """Covariance of each flattened component, shape (C, D, D) whatever its kind."""
         return self.scale_tril @ self.scale_tril.mT
 
@@ -403,7 +447,27 @@ class GaussianMixture(Mixture):
         """log N(x; mu_c, Sigma_c) in nats for every row and component, shape (N, C)."""
         # One component at a time: a triangular solve on (N, D) each, where broadcasting would hold (N, C, D).
         every = torch.arange(self.components, device=self.means.device)
+        if has_gaps(x):
+            return self._log_prob_seen(x)
         return torch.stack([self.component(c).log_prob(x) for c in every], -1)
+
+    def _log_prob_seen(self, x: Tensor) -> Tensor:
+        """log N(x_seen; mu_c, Sigma_c), shape (N, C), of rows with gaps."""
+        if self.dense:
+            return seen_under(self.means, self.covariances, x)
+        elements = dist.Normal(self.means.flatten(1), self.log_scale.exp(), validate_args=False)
+        return OfSeen(elements, self.means.new_zeros(())).to_event(1).log_prob(x.flatten(1).unsqueeze(1))
+
+    @torch.no_grad()
+    def rescale(self, unit: Tensor) -> Self:
+        """Take x for x times a unit of each element, shape (*event,); covariances are not spherical.
+
+        A fit to elements of one unit each, in which neither the floor nor k-means prefers one, is so taken back to
+        theirs: log p(x) falls by the sum of the units' logarithms.
+        """
+        self.means.mul_(unit)
+        self.log_scale.add_(unit.flatten().log())
+        return self
 
     def conditional(self, x: Tensor, seen: Tensor) -> Conditional:
         """A mixture of the components' Gaussians, in double precision."""
@@ -415,37 +479,45 @@ class GaussianMixture(Mixture):
         return mixture_given(self.mixing_logits.double().log_softmax(-1) + log_probs, components)
 
     def _fit_components(self, x: Tensor, responsibilities: Tensor, chunk: int) -> None:
-        counts = responsibilities.sum(0)
-        live = counts > EMPTY
-        overwrite(self.means, self._means(x, responsibilities, counts, chunk).view_as(self.means), live)
-
         floor = self._floor(x)
-        scatter = self._scatter(x, responsibilities, chunk, dense=self.covariance in ("full", "tied"))
+        counts, scatter = self._center(x, responsibilities, chunk, self.dense)
         if self.covariance == "tied":
             scatter, counts = scatter.sum(0, keepdim=True), counts.sum(0, keepdim=True)
-            live = counts > EMPTY
-        if self.covariance in ("diagonal", "spherical"):
-            variances = scatter / counts.clamp_min(EMPTY).unsqueeze(-1) + floor
+        live = counts > EMPTY
+        if not self.dense:
+            variances = scatter / counts.clamp_min(EMPTY) + floor
             if self.covariance == "spherical":
-                variances = variances.mean(-1, keepdim=True)
-            self._require_positive(variances[live].min() > 0)
+                variances, live = _overall(variances, counts), live.any(-1, keepdim=True)
+            self._require_positive(variances[live.expand_as(variances)].min() > 0)
             overwrite(self.log_scale, variances.log() / 2, live)
         else:
             identity = torch.eye(self.event_numel).to(scatter)
-            covariances = scatter / counts.clamp_min(EMPTY)[:, None, None] + floor * identity
-            covariances[~live] = identity  # not used, but it has to factorise
+            covariances = scatter / counts.clamp_min(EMPTY).unsqueeze(-1) + floor * identity
+            covariances[~live.squeeze(-1)] = identity  # not used, but it has to factorise
             factor, failed = torch.linalg.cholesky_ex(covariances)
             self._require_positive(~failed.any())
             scale = factor.diagonal(dim1=-2, dim2=-1)
             overwrite(self.log_scale, scale.log(), live)
             overwrite(self.unit_lower, (factor / scale.unsqueeze(-1)).tril(-1), live)
 
+    def _forget(self, x: Tensor) -> None:
+        """Every component has the means of the elements, and their mean variance."""
+        self.means.copy_(x.double().nanmean(0).nan_to_num(0.0).expand_as(self.means))
+        self.log_scale.fill_(math.log(max(self._variance(x), EMPTY)) / 2)
+        if self.dense:
+            self.unit_lower.zero_()
+
     def _floor(self, x: Tensor) -> float:
         """What is added to variances when x is fitted."""
-        if self.floor is not None:
-            return self.floor
+        return RELATIVE_FLOOR * self._variance(x) if self.floor is None else self.floor
+
+    def _variance(self, x: Tensor) -> float:
+        """The mean variance of the elements of x, of what is seen of them."""
         values = x if x.is_floating_point() else x.float()  # in the type of x, of which a copy may not fit
-        return RELATIVE_FLOOR * values.var(0, correction=0).double().mean().item()
+        if has_gaps(x):
+            values = values.double()
+            return (values - values.nanmean(0)).square().nanmean(0).nanmean().item()
+        return values.var(0, correction=0).double().mean().item()
 
     def _require_positive(self, positive: Tensor) -> None:
         if not bool(positive):
@@ -504,8 +576,10 @@ class BernoulliMixture(Mixture):
     def component_log_prob(self, x: Tensor) -> Tensor:
         """log p(x | c) in nats for every row and component, shape (N, C)."""
         # x l - softplus(l), summed over dimensions: one matrix product, where broadcasting would hold (N, C, D).
-        logits = self.logits.flatten(1)
-        return x.flatten(1) @ logits.T + F.logsigmoid(-logits).sum(-1)
+        logits, flat = self.logits.flatten(1), x.flatten(1)
+        if has_gaps(x):
+            return flat.nan_to_num(0.0) @ logits.T + (~flat.isnan()).to(logits) @ F.logsigmoid(-logits).T
+        return flat @ logits.T + F.logsigmoid(-logits).sum(-1)
 
     def conditional(self, x: Tensor, seen: Tensor) -> Conditional:
         """A mixture of what is missing of each component, whose elements are independent."""
@@ -515,9 +589,9 @@ class BernoulliMixture(Mixture):
         return mixture_given(self.mixing_logits.log_softmax(-1) + log_probs, components)
 
     def _fit_components(self, x: Tensor, responsibilities: Tensor, chunk: int) -> None:
-        counts = responsibilities.sum(0)
+        counts = self._counts(x, responsibilities, chunk)
         probabilities = self._means(x, responsibilities, counts, chunk).clamp(self.floor, 1 - self.floor)
-        overwrite(self.logits, probabilities.logit().view_as(self.logits), counts > EMPTY)
+        overwrite(self.logits, probabilities.logit(), counts > EMPTY)
 
 
 def check_shape(x: Tensor, event_shape: torch.Size) -> None:
@@ -540,9 +614,42 @@ def _factor(log_scale: Tensor, unit_lower: Tensor) -> Tensor:
     return log_scale.exp().unsqueeze(-1) * (identity + unit_lower.tril(-1))
 
 
+def seen_under(means: Tensor, covariances: Tensor, x: Tensor) -> Tensor:
+    """log N(x_seen; mu_c, Sigma_c) in nats, shape (N, C), of rows with gaps, for any batch of C Gaussians."""
+    parts = list(zip(means.flatten(1), covariances, strict=True))
+    blocks = (Gaps(rows) for rows in x.flatten(1).split(_block(covariances)))
+    return torch.cat([torch.stack([gaps.log_prob(*part) for part in parts], -1) for gaps in blocks])
+
+
+def expected(x: Tensor, responsibilities: Tensor, means: Tensor, covariances: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_n r_nc E[x_n - mu_c | x_seen, c], shape (C, D), of rows with gaps, and of (x_n - mu_c) squared, (C, D, D)."""
+    first, second = torch.zeros_like(covariances[..., 0]), torch.zeros_like(covariances)
+    size = _block(covariances)
+    for rows, r in zip(x.flatten(1).split(size), responsibilities.split(size), strict=True):
+        gaps = Gaps(rows)
+        for c, (loc, covariance) in enumerate(zip(means.flatten(1), covariances, strict=True)):
+            one, two = gaps.moments(loc, covariance, r[:, c])
+            first[c] += one
+            second[c] += two
+    return first, second
+
+
+def _block(covariances: Tensor) -> int:
+    """Rows with gaps that are looked at together: each may need a covariance of its own."""
+    return max(1, CHUNK // covariances[0].numel())
+
+
 def overwrite(parameter: Tensor, value: Tensor, live: Tensor) -> None:
-    """Copy `value` into the parameter, except in the components that are not live."""
-    parameter.copy_(torch.where(live.view(-1, *[1] * (value.dim() - 1)), value, parameter))
+    """Copy `value` into the parameter, but for components, or elements of them, that are not live: (C, 1) or (C, D)."""
+    flat = parameter.flatten(1)
+    parameter.copy_(torch.where(live, value.reshape(flat.shape), flat).view_as(parameter))
+
+
+def _overall(variances: Tensor, counts: Tensor) -> Tensor:
+    """The mean over elements, shape (C, 1), each counting as often as it is seen."""
+    if counts.shape[-1] == 1:
+        return variances.mean(-1, keepdim=True)
+    return (counts * variances).sum(-1, keepdim=True) / counts.sum(-1, keepdim=True).clamp_min(EMPTY)
 
 
 def _describe(support: constraints.Constraint) -> str:

@@ -12,6 +12,19 @@ so that one triangular factor has all of it: the transposed R of a QR decomposit
 covariance. A mixture's parts are mixtures, its weights given the seen part being those of Bayes' rule:
 
     p(x_seen) = sum_c w_c p(x_seen | c)      p(x_missing | x_seen) = sum_c p(c | x_seen) p(x_missing | x_seen, c)
+
+EM of a Gaussian with gaps (`Gaps`) takes what is missing for latent. Its E step needs the two moments of whole rows
+given what is seen of them, and with S the covariance and M the diagonal matrix of zeros and ones that keeps what is
+seen,
+
+    A = M S M + (I - M)      E[x | x_seen] = mu + S M A^-1 M (x - mu)      Cov[x | x_seen] = S - S M A^-1 M S
+
+where A is the covariance of what is seen with a one for each missing element, so that masks of all sizes make one batch
+of Cholesky factors, |A| is that of what is seen, and rows with the same mask share them.
+
+References:
+    Little and Rubin 2002, Statistical Analysis with Missing Data, chapter 11
+    Ghahramani and Jordan 1994, Supervised Learning from Incomplete Data via an EM Approach
 """
 
 import math
@@ -59,6 +72,46 @@ def gaussian_parts(loc: Tensor, factor: Tensor, x: Tensor, seen: Tensor) -> tupl
     white = torch.linalg.solve_triangular(A, away.mT, upper=False)  # (S, N)
     log_prob = -0.5 * white.square().sum(0) - A.diagonal().log().sum() - 0.5 * count * math.log(2 * math.pi)
     return log_prob, loc.double()[~seen] + (B @ white).mT, C
+
+
+class Gaps:
+    """Rows with gaps, each with its own, under Gaussians.
+
+    Args:
+        x: Rows, shape (N, D), NaN where an element is missing.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.seen = ~x.isnan()
+        self.x = x.where(self.seen, 0.0)
+        self.masks, self.which = self.seen.unique(dim=0, return_inverse=True)
+
+    def factors(self, covariance: Tensor) -> Tensor:
+        """Cholesky factors of A, shape (P, D, D): of each of the P different masks."""
+        both = self.masks.unsqueeze(2) & self.masks.unsqueeze(1)
+        return torch.linalg.cholesky(covariance.where(both, torch.eye(len(covariance)).to(covariance)))
+
+    def log_prob(self, loc: Tensor, covariance: Tensor) -> Tensor:
+        """log N(x_seen; mu, S) in nats, shape (N,); of mu (D,) and S (D, D)."""
+        away = (self.x - loc).where(self.seen, 0.0).unsqueeze(2)
+        factors = self.factors(covariance)
+        white = torch.linalg.solve_triangular(factors[self.which], away, upper=False).squeeze(2)
+        of_mask = factors.diagonal(dim1=1, dim2=2).log().sum(1) + 0.5 * math.log(2 * math.pi) * self.masks.to(loc).sum(
+            1
+        )
+        return -0.5 * white.square().sum(1) - of_mask[self.which]
+
+    def moments(self, loc: Tensor, covariance: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over rows, with weights (N,), of E[x - mu | x_seen], (D,), and E[(x - mu)(x - mu)' | x_seen], (D, D)."""
+        kept = covariance.where(self.masks.unsqueeze(2), 0.0)  # M S
+        gain = torch.cholesky_solve(kept, self.factors(covariance)).mT  # S M A^-1
+        missing = ~(self.masks.unsqueeze(2) | self.masks.unsqueeze(1))
+        left = (covariance - gain @ kept).where(missing, 0.0)  # Cov[x | x_seen]
+        away = (self.x - loc).where(self.seen, 0.0)
+        away = away.where(self.seen, (gain[self.which] @ away.unsqueeze(2)).squeeze(2))
+        of_mask = weights.new_zeros(len(self.masks)).index_add_(0, self.which, weights)
+        weighted = weights.unsqueeze(1) * away
+        return weighted.sum(0), weighted.mT @ away + (of_mask[:, None, None] * left).sum(0)
 
 
 def mixture_given(log_joint: Tensor, components: dist.Distribution) -> Conditional:

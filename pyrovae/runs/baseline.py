@@ -28,7 +28,8 @@ def fit_baselines(
 ) -> "list[Exact]":
     """A model of each family in `BASELINES` that is of the rows' measure, in the order of that tuple.
 
-    Of rows with gaps, of counts and of tables, a mixture of products over their columns.
+    Of rows with gaps, of counts and of tables, a mixture of products over their columns; where all of these are
+    continuous, a mixture of Gaussians of full covariance as well.
 
     Args:
         rows: Data of either measure. Training rows that are drawn anew at each use are drawn once.
@@ -45,6 +46,7 @@ def fit_baselines(
     Raises:
         UsageError: no family can have any of the numbers of components.
     """
+    from pyrovae.columns import CONTINUOUS
     from pyrovae.models.baselines import BASELINES
     from pyrovae.models.product_mixture import MixtureOfProducts
     from pyrovae.seeding import seeded
@@ -57,8 +59,11 @@ def fit_baselines(
             for count in components
             if count <= len(train)
         )
-        best = best_model(((model, model.fit(train, seed)) for model in made), rows.validation, components, say)
-        return [] if best is None else [best]
+        fitted: list[Iterator[tuple[Any, int]]] = [((model, model.fit(train, seed)) for model in made)]
+        if all(column.kind == CONTINUOUS for column in columns):
+            fitted.append(full_covariance(train, rows.validation, components, seed))
+        found = [best_model(models, rows.validation, components, say) for models in fitted]
+        return [model for model in found if model is not None]
     families = [family for family in BASELINES if family.measure == rows.measure.kind and not rows.missing]
     if not families:
         say(f"baseline: no exact one is of a {rows.measure.description}")
@@ -67,6 +72,19 @@ def fit_baselines(
     if not any(model for family, model in zip(families, found, strict=True) if not family.of_rows):
         raise UsageError(f"baseline: none of {list(components)} components can be fit to {len(train)} rows")
     return [model for model in found if model is not None]
+
+
+def full_covariance(
+    train: "Tensor", validation: "Tensor", components: Sequence[int], seed: int
+) -> "Iterator[tuple[Any, int]]":
+    """Mixtures of Gaussians of columns (N, D), maybe with gaps: fit in the columns' standard deviations."""
+    from pyrovae.models.mixture import GaussianMixture
+
+    wide = train.double()
+    unit = (wide - wide.nanmean(0)).square().nanmean(0).sqrt()
+    unit = unit.where(unit > 0, 1.0)
+    for model, iterations in GaussianMixture.fitted(wide / unit, validation / unit, components, seed):
+        yield model.rescale(unit), iterations
 
 
 def columns_of(rows: "Rows") -> "Sequence[Column]":
