@@ -5,6 +5,7 @@ marginals, its family is "other" or "flow", and its parameters cannot be freed f
 register its class with the functions below.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
@@ -268,10 +269,15 @@ def held(moved: Sequence[Tensor]) -> list[Tensor]:
     return [p.detach() for p in moved]
 
 
-def with_covariance(p: Distribution, q: Distribution) -> Distribution:
-    """A factorised Gaussian p as a multivariate one when q is, since torch has no KL between the two classes."""
+def kl_to_factorised(q: Distribution, p: Distribution) -> Tensor | None:
+    """KL(q || p) of a Gaussian with correlations to one of independent elements, in nats; None if they are others.
+
+    It is -H(q) - E_q log p, and the second asks for the variances of q alone. torch has no form for the two classes.
+    """
     correlated = isinstance(q, MultivariateNormal | LowRankMultivariateNormal)
     factorised = isinstance(p, Independent) and isinstance(p.base_dist, Normal)
-    if correlated and factorised and len(p.event_shape) == 1:
-        return dist.MultivariateNormal(p.mean, scale_tril=torch.diag_embed(p.stddev))
-    return p
+    if not (correlated and factorised and len(p.event_shape) == 1):
+        return None
+    scale = p.stddev
+    squares = (q.variance + (q.mean - p.mean).square()) / scale.square()
+    return (0.5 * (squares + math.log(2 * math.pi)) + scale.log()).sum(-1) - q.entropy()

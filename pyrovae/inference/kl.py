@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
-from pyrovae.inference.gaussians import with_covariance
+from pyrovae.inference.gaussians import kl_to_factorised
 from pyrovae.inference.look import plain
 from pyrovae.inference.weights import Latent, Particles
 
@@ -42,10 +42,12 @@ def analytic_kl(latent: Latent) -> Tensor | None:
     q = latent.guide
     if (of_bits := kl_of_bits(q, latent.prior)) is not None:
         return of_bits.expand(latent.value.shape).reshape(*latent.log_guide.shape, -1).sum(-1)
+    if (of_gaussian := kl_to_factorised(q, latent.prior)) is not None:
+        return of_gaussian
     if isinstance(q, dist.LowRankMultivariateNormal):  # torch's form takes each parameter to be of the batch's shape
         q = dist.LowRankMultivariateNormal(q.loc, q.cov_factor, q.cov_diag)
     try:
-        return kl_divergence(q, with_covariance(latent.prior, q))
+        return kl_divergence(q, latent.prior)
     except NotImplementedError:
         return None
 

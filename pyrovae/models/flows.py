@@ -43,7 +43,7 @@ References:
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import pyro.distributions as dist
@@ -62,6 +62,8 @@ SLACK = 1e-2
 MOST_LOG_SCALE = 3.0
 # Least width, height and slope of a bin of a spline, as a share of the bins together and as a slope.
 LEAST = 1e-3
+# Up to so many groups, all are had sooner one after the other than in one pass, half of whose weights are masked.
+FEW_GROUPS = 2
 # Enough for any c that fits into a network's output.
 NEWTON_STEPS = 20
 
@@ -252,18 +254,35 @@ class Autoregressive(Flow):
         self.network = MADE(size, monotone.outputs, hidden, groups, features)
 
     def forward(self, u: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, log_slope = self.monotone.forward(u, NEAR * self.network(u, features))
-        return z.flip(-1), log_slope.sum(-1)
+        if self.network.groups > FEW_GROUPS:
+            z, log_slope = self.monotone.forward(u, NEAR * self.network(u, features))
+            return z.flip(-1), log_slope.sum(-1)
+        moved: list[Tensor] = []
+
+        def group(elements: slice, raw: Tensor) -> tuple[Tensor, Tensor]:
+            z, log_slope = self.monotone.forward(u[..., elements], NEAR * raw)
+            moved.append(z)
+            return u[..., elements], log_slope
+
+        _, log_det = self.by_groups(group, features)
+        return torch.cat(moved, -1).flip(-1), log_det
 
     def inverse(self, z: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, log_slopes = z.flip(-1), []
+        z = z.flip(-1)
+        return self.by_groups(lambda elements, raw: self.monotone.inverse(z[..., elements], NEAR * raw), features)
 
-        def group(elements: slice, raw: Tensor) -> Tensor:
-            u, log_slope = self.monotone.inverse(z[..., elements], NEAR * raw)
+    def by_groups(
+        self, group: Callable[[slice, Tensor], tuple[Tensor, Tensor]], features: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """u and log |det df/du|, from the first group to the last: `group` gives both of some elements, see `MADE`."""
+        log_slopes: list[Tensor] = []
+
+        def known(elements: slice, raw: Tensor) -> Tensor:
+            u, log_slope = group(elements, raw)
             log_slopes.append(log_slope.sum(-1))
             return u
 
-        u = self.network.unrolled(group, features)
+        u = self.network.unrolled(known, features)
         return u, sum(log_slopes, u.new_zeros(u.shape[:-1]))
 
 
