@@ -15,9 +15,19 @@ import pyrovae
 from pyrovae.data import load_data
 from pyrovae.data.measure import Measure
 from pyrovae.data.others import other_rows
-from pyrovae.errors import CheckpointError, DataError, UsageError
-from pyrovae.models import MLP, Categorical, DiscretizedLogistic, DiscretizedLogisticMixture
-from pyrovae.models.levels import CategoricalLevels, LogisticLevels, LogisticMixture
+from pyrovae.errors import CheckpointError, DataError, PairError, UsageError
+from pyrovae.inference import IWAE, fit
+from pyrovae.models import (
+    MLP,
+    VAE,
+    Categorical,
+    DiscretizedLogistic,
+    DiscretizedLogisticMixture,
+    MeanFieldNormal,
+    PartlySeen,
+    StandardNormal,
+)
+from pyrovae.models.levels import CategoricalLevels, ColourMixture, LogisticLevels, LogisticMixture
 from pyrovae.runs.directory import open_run
 
 L = 256
@@ -202,3 +212,102 @@ def test_a_run_on_levels_is_trained_resumed_loaded_and_drawn_from(tmp_path) -> N
     config.write_text(config.read_text().replace("levels: 17", "levels: 99999999"))
     with pytest.raises(CheckpointError, match="levels: expected a whole number up to 65536, got 99999999"):
         open_run(tmp_path / "whole")
+
+
+def colours(levels: int, seed: int = 0, shape: tuple[int, ...] = ()) -> ColourMixture:
+    """Two components for each of two pixels, with strong and different coefficients."""
+    torch.manual_seed(seed)
+    event = (*shape, 3, 1, 2, 2)
+    loc, scale = (levels - 1) * torch.rand(event).double(), 0.3 + torch.rand(event).double()
+    return ColourMixture(torch.randn(*shape, 1, 2, 2).double(), loc, scale, torch.randn(event).double().tanh(), levels)
+
+
+def test_channels_that_depend_on_one_another_are_as_they_are_written() -> None:
+    """By hand, pixel by pixel; over all levels of two pixels, of which each is by itself, they sum to 1."""
+    p, levels = colours(4), 4
+    pixels = torch.tensor(list(itertools.product(range(levels), repeat=3))).double()
+    wanted = torch.zeros(2, levels**3).double()
+    for pixel in range(2):
+        weights = p.logits[0, pixel].softmax(0)
+        for c in range(2):
+            for i, (r, g, b) in enumerate(pixels - 1.5):
+                alpha, beta, gamma = p.coefficients[:, 0, pixel, c]
+                moved = torch.stack([torch.zeros(()).double(), alpha * r, beta * r + gamma * g])
+                part = LogisticLevels(p.loc[:, 0, pixel, c] + moved, p.scale[:, 0, pixel, c], levels)
+                wanted[pixel, i] += weights[c] * part.log_prob(torch.stack([r, g, b]) + 1.5).sum().exp()
+    both = torch.tensor(list(itertools.product(range(len(pixels)), repeat=2)))
+    images = pixels[both].movedim(1, 2).unsqueeze(2)  # (P, 3, 1, 2)
+    mass = p.log_prob(images).exp()
+    assert_close(mass, wanted[0][both[:, 0]] * wanted[1][both[:, 1]], **EXACT)
+    assert mass.sum().item() == pytest.approx(1, abs=1e-10)
+
+
+def test_draws_of_dependent_channels_are_those_of_the_mass() -> None:
+    """A chi-squared test over all levels of a pixel; green follows red, which channels by themselves do not."""
+    p = colours(4)
+    drawn = p.sample((40_000,))[..., 0, 0]
+    pixels = torch.tensor(list(itertools.product(range(4), repeat=3))).double()
+    other = torch.zeros(64, 3, 1, 2).double()
+    other[..., 0, 0] = pixels
+    mass = p.log_prob(other).exp()
+    wanted = 40_000 * mass / mass.sum()
+    counts = (drawn.long() * torch.tensor([16, 4, 1])).sum(1).bincount(minlength=64)
+    often = wanted > 5
+    expected = wanted[often] * counts[often].sum() / wanted[often].sum()
+    assert stats.chisquare(counts[often].double(), expected).pvalue > 1e-4
+    assert p.expand((5,)).sample((2,)).shape == (2, 5, 3, 1, 2)
+
+
+def test_the_mean_of_dependent_channels_is_near_what_draws_have() -> None:
+    """Exact of red; of green and blue to the levels that are cut off: little, where few are."""
+    p = colours(64, shape=(3,))
+    p = ColourMixture(p.logits, 20 + p.loc / 3, p.scale, p.coefficients, 64)
+    draws = p.sample((20_000,))
+    error = draws.std(0) / math.sqrt(20_000)
+    assert ((draws.mean(0) - p.mean).abs() < 5 * error + 0.02).all()
+
+
+def test_green_that_follows_red_is_learned() -> None:
+    """Of pixels whose channels differ by noise alone: half a bit less for each than with channels by themselves."""
+    torch.manual_seed(0)
+    red = torch.randint(2, 14, (400, 1, 1, 1)).float()
+    x = (red + torch.randint(-1, 2, (400, 3, 1, 1))).clamp(0, 15)
+    bits = []
+    for channels in ("independent", "autoregressive"):
+        shape = DiscretizedLogisticMixture.decoder_shape((3, 1, 1), components=2, channels=channels)
+        part = DiscretizedLogisticMixture(MLP(1, shape, hidden=(2,)), 16, 2, channels)
+        part.initialise(x)
+        optimiser, z = torch.optim.Adam(part.parameters(), 0.05), torch.zeros(1, 1)
+        for _ in range(150):
+            optimiser.zero_grad()
+            loss = -part(z).log_prob(x).mean()
+            loss.backward()
+            optimiser.step()
+        bits.append(loss.item() / 3 / math.log(2))
+    assert bits[0] - bits[1] > 0.5
+
+
+def test_only_images_of_three_channels_have_channels_that_depend_on_one_another() -> None:
+    for shape in ((64,), (1, 8, 8), (3,), (2, 4, 4)):
+        with pytest.raises(UsageError, match=r"is of images of 3 channels, \(3, H, W\), got rows of shape"):
+            DiscretizedLogisticMixture.decoder_shape(shape, channels="autoregressive")
+    with pytest.raises(UsageError, match=r"expect an output of shape \(10, 5, H, W\), got \(3, 5, 3, 2, 2\)"):
+        DiscretizedLogisticMixture(MLP(2, (3, 5, 3, 2, 2)), 16, 5, "autoregressive")
+    shape = DiscretizedLogisticMixture.decoder_shape((3, 2, 2), channels="autoregressive")
+    part = PartlySeen(DiscretizedLogisticMixture(MLP(2, shape), 16, 5, "autoregressive"))
+    with pytest.raises(PairError, match="elements that are not independent given z"):
+        part(torch.zeros(1, 2))
+
+
+@pytest.mark.slow
+def test_compiled_steps_of_dependent_channels_are_those_of_the_pair() -> None:
+    x, weights = torch.randint(0, 16, (40, 3, 2, 2)).float(), []
+    for mode in ("off", "on"):
+        torch.manual_seed(0)
+        shape = DiscretizedLogisticMixture.decoder_shape((3, 2, 2), components=2, channels="autoregressive")
+        part = DiscretizedLogisticMixture(MLP(2, shape, hidden=(8,)), 16, 2, "autoregressive")
+        vae = VAE(StandardNormal(2), part, MeanFieldNormal(MLP((3, 2, 2), hidden=(8,)), 2))
+        vae.initialise(x)
+        fit(vae.model, vae.guide, x, IWAE(3), epochs=2, batch_size=20, seed=0, compile=mode, progress=False)
+        weights.append(torch.nn.utils.parameters_to_vector(vae.parameters()).detach())
+    assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-r"""Likelihoods of grey levels: masses on {0, ..., L - 1}^D, with independent elements given z.
+r"""Likelihoods of grey levels: masses on {0, ..., L - 1}^D, with independent elements or pixels given z.
 
 A discretised logistic gives a level the mass of a logistic density between l - 1/2 and l + 1/2, and to the ends what is
 beyond them as well. With b = (l + 1/2 - loc) / scale and a = b - 1/scale, and s the logistic function,
@@ -7,6 +7,15 @@ beyond them as well. With b = (l + 1/2 - loc) / scale and a = b - 1/scale, and s
 
 of which each term is exact in single precision, where the difference of two numbers near 0 or 1 has no digit left. At
 l = 0 the first term alone is left, at l = L - 1 the second, so that all levels sum to 1 whatever loc and scale are.
+
+Channels of a colour image are alike, and what z leaves of one tells of the others. In a mixture of discretised
+logistics of which each pixel, of three channels together, has one component c, the location of green can depend on the
+level of red, and that of blue on both (Salimans et al. 2017), linearly, with coefficients of the decoder's that are
+within -1 and 1:
+
+    p(r, g, b) = sum_c w_c P(r; m_r) P(g; m_g + alpha_c r') P(b; m_b + beta_c r' + gamma_c g'),   r' = r - (L - 1) / 2
+
+which sums to 1 since each factor does, whatever the levels before it, and is drawn from channel by channel.
 
 Their log p(x) is that of the levels, and -log2 p(x) / D the bits of coding a pixel by the model. A density of
 dequantised levels gives an image of levels l the mass P(l) = int p((l + u) / L) du / L^D over u in [0, 1]^D. By
@@ -36,6 +45,7 @@ from pyrovae.settings import Count, NotNegative, Positive, Whole, checked
 
 Levels = Annotated[int, Whole(2)]
 SINGLE = torch.Size()
+COLOUR_OUTPUTS = 10  # of a decoder for each component of a pixel: a logit, and 3 locations, scales and coefficients
 DEVIATION = math.pi / math.sqrt(3)  # standard deviation of a logistic distribution of scale 1
 
 
@@ -127,6 +137,81 @@ class LogisticMixture(dist.TorchDistribution):
         return (self.logits.softmax(-1) * self.components.mean).sum(-1)
 
 
+class ColourMixture(dist.TorchDistribution):
+    """Pixels of three channels, each a mixture of discretised logistics of which a channel tells the next: see above.
+
+    Args:
+        logits: Log weights of the C components of each pixel, up to a constant, shape (*batch, H, W, C).
+        loc: Locations in levels where the channels before are in the middle of the levels, (*batch, 3, H, W, C).
+        scale: Scales in levels, of the same shape.
+        coefficients: alpha, beta and gamma, of the same shape.
+        levels: L.
+    """
+
+    arg_constraints = {"logits": constraints.real_vector}  # noqa: RUF012
+
+    def __init__(self, logits: Tensor, loc: Tensor, scale: Tensor, coefficients: Tensor, levels: int) -> None:
+        self.logits, self.loc, self.scale, self.coefficients, self.levels = logits, loc, scale, coefficients, levels
+        super().__init__(loc.shape[:-4], loc.shape[-4:-1], validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        return constraints.independent(constraints.integer_interval(0, self.levels - 1), 3)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "ColourMixture":
+        loc, scale, coefficients = (
+            part.expand(*batch_shape, *part.shape[-4:]) for part in (self.loc, self.scale, self.coefficients)
+        )
+        logits = self.logits.expand(*batch_shape, *self.logits.shape[-3:])
+        return ColourMixture(logits, loc, scale, coefficients, self.levels)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log mass in nats of images of whole numbers from 0 to L - 1, (..., 3, H, W), summed over pixels."""
+        value = value.unsqueeze(-1)
+        red, green, _ = (value - (self.levels - 1) / 2).unbind(-4)
+        alpha, beta, gamma = self.coefficients.unbind(-4)
+        moved = torch.stack([torch.zeros_like(alpha * red), alpha * red, beta * red + gamma * green], -4)
+        channels = LogisticLevels(self.loc + moved, self.scale, self.levels).log_prob(value)
+        joint = self.logits + channels.sum(-4)
+        return (joint.logsumexp(-1) - self.logits.logsumexp(-1)).sum((-1, -2))
+
+    def sample(self, sample_shape: Any = SINGLE) -> Tensor:
+        """A component for each pixel, and then red, green and blue by it."""
+        with torch.no_grad():
+            c = dist.Categorical(logits=self.logits, validate_args=False).sample(sample_shape)[..., None, :, :, None]
+            shape = (*c.shape[:-4], *self.loc.shape[-4:-1], 1)
+            parts = (self.loc, self.scale, self.coefficients)
+            loc, scale, coefficients = (
+                part.expand(*shape[:-1], -1).gather(-1, c.expand(shape)).squeeze(-1) for part in parts
+            )
+            return self.in_turn(loc, scale, coefficients, draw=True)
+
+    @property
+    def mean(self) -> Tensor:
+        """By each component, red's mean, and that of a channel where those before it are at theirs.
+
+        That is E[x] of red; of green and blue but for what is cut off at the ends of the levels, of which a sum over
+        all levels of the channels before would know.
+        """
+        each = self.in_turn(self.loc, self.scale, self.coefficients, draw=False, dim=-4)
+        return (self.logits.softmax(-1).unsqueeze(-4) * each).sum(-1)
+
+    def in_turn(self, loc: Tensor, scale: Tensor, coefficients: Tensor, draw: bool, dim: int = -3) -> Tensor:
+        """Red, green by it, blue by both: draws, or means, of the shape of `loc`, whose channels are at `dim`."""
+        (red, green, blue), scales = loc.unbind(dim), scale.unbind(dim)
+        alpha, beta, gamma = coefficients.unbind(dim)
+        middle = (self.levels - 1) / 2
+
+        def one(of: Tensor, channel: int) -> Tensor:
+            p = LogisticLevels(of, scales[channel], self.levels)
+            return p.sample() if draw else p.mean
+
+        r = one(red, 0)
+        g = one(green + alpha * (r - middle), 1)
+        b = one(blue + beta * (r - middle) + gamma * (g - middle), 2)
+        return torch.stack([r, g, b], dim)
+
+
 class CategoricalLevels(dist.TorchDistribution):
     """A mass on levels 0, ..., L - 1 by their logits; a level is a number, and so has a mean.
 
@@ -207,13 +292,16 @@ class DiscretizedLogistic(LocationScale):
 class DiscretizedLogisticMixture(Likelihood):
     """A mass on grey levels: a mixture of discretised logistics for each element.
 
-    Weights, locations and scales are the decoder's; of colour images the channels are independent given z.
+    Weights, locations and scales are the decoder's.
 
     Args:
         decoder: Maps z to (3, C, *event): logits of the weights, locations and scales, the latter two in standard
-            deviations of the data.
+            deviations of the data. With channels="autoregressive" to (10, C, H, W): a logit, three locations, three
+            scales, and three coefficients by their inverse hyperbolic tangents.
         levels: L: x is in {0, ..., L - 1}.
         components: Number of components C of each element's mixture.
+        channels: Given z, each element by itself; or "autoregressive", of images of three channels: a component for
+            each pixel, green's location by the level of red, and blue's by both.
     """
 
     measure = "levels"
@@ -221,22 +309,45 @@ class DiscretizedLogisticMixture(Likelihood):
     unit: Tensor
 
     @checked
-    def __init__(self, decoder: Network, levels: Levels, components: Count = 5) -> None:
-        if decoder.out_shape[:2] != (3, components) or len(decoder.out_shape) < 3:
+    def __init__(
+        self,
+        decoder: Network,
+        levels: Levels,
+        components: Count = 5,
+        channels: Literal["independent", "autoregressive"] = "independent",
+    ) -> None:
+        coloured = channels == "autoregressive"
+        outputs, event = (COLOUR_OUTPUTS, "H, W") if coloured else (3, "*event")
+        shape = decoder.out_shape
+        if shape[:2] != (outputs, components) or len(shape) < 3 or (coloured and len(shape) != 4):
             raise UsageError(
-                f"decoder: {components} components expect an output of shape (3, {components}, *event), got "
-                f"{decoder.out_shape}"
+                f"decoder: {components} components expect an output of shape ({outputs}, {components}, {event}), got "
+                f"{shape}"
             )
-        super().__init__(decoder, decoder.out_shape[2:])
-        self.levels, self.components = levels, components
+        super().__init__(decoder, (3, *shape[2:]) if coloured else shape[2:])
+        self.levels, self.components, self.channels = levels, components, channels
         self.register_buffer("unit", torch.ones(()))
 
     @classmethod
     def decoder_shape(cls, event_shape: tuple[int, ...], **settings: Any) -> tuple[int, ...]:
-        return (3, settings.get("components", 5), *event_shape)
+        components = settings.get("components", 5)
+        if settings.get("channels") != "autoregressive":
+            return (3, components, *event_shape)
+        if len(event_shape) != 3 or event_shape[0] != 3:
+            raise UsageError(
+                f"likelihood.channels=autoregressive: is of images of 3 channels, (3, H, W), got rows of shape "
+                f"{tuple(event_shape)}; use `likelihood.channels=independent`",
+                settings=("likelihood.channels=autoregressive", "likelihood.channels=independent"),
+            )
+        return (COLOUR_OUTPUTS, components, *event_shape[1:])
 
     def forward(self, z: Tensor) -> dist.Distribution:
         dims = len(self.event_shape)
+        if self.channels == "autoregressive":
+            out = self.decoder(z).movedim(-3, -1)
+            logits, loc, raw_scale, coefficients = out.split((1, 3, 3, 3), -4)
+            scale = self.unit * (RELATIVE_FLOOR + softplus(raw_scale))
+            return ColourMixture(logits.squeeze(-4), self.unit * loc, scale, coefficients.tanh(), self.levels)
         logits, loc, raw_scale = self.decoder(z).movedim(-1 - dims, -1).unbind(-2 - dims)
         scale = self.unit * (RELATIVE_FLOOR + softplus(raw_scale))
         return LogisticMixture(logits, LogisticLevels(self.unit * loc, scale, self.levels)).to_event(dims)
@@ -251,6 +362,10 @@ class DiscretizedLogisticMixture(Likelihood):
         loc = (wide.mean(0) + apart.reshape(-1, *[1] * spread.ndim) * spread) / self.unit.double()
         excess = (0.5 * spread / self.unit.double() / DEVIATION - RELATIVE_FLOOR).clamp(min=0.01).expand_as(loc)
         raw_scale = excess + torch.log(-torch.expm1(-excess))  # inverse softplus
+        if self.channels == "autoregressive":
+            parts = [torch.zeros_like(loc[:, :1]), loc, raw_scale, torch.zeros_like(loc)]
+            set_output_bias(self.decoder, torch.cat(parts, 1).transpose(0, 1).to(x))
+            return
         set_output_bias(self.decoder, torch.stack([torch.zeros_like(loc), loc, raw_scale]).to(x))
 
     def check_support(self, x: Tensor) -> None:
