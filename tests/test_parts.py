@@ -33,16 +33,19 @@ from pyrovae.models import (
     ConvEncoder,
     FlowPrior,
     FullCovarianceNormal,
+    GatedMarkov,
     Gaussian,
     HierarchicalVAE,
     IsotropicNormal,
     LowRankNormal,
     Markov,
+    MarkovGuide,
     MeanFieldNormal,
     MixtureOfGaussians,
     Network,
     OrnsteinUhlenbeck,
     StandardNormal,
+    StepEncoder,
     VampPrior,
 )
 from pyrovae.models.flow_guides import FlowGuide
@@ -56,7 +59,16 @@ from pyrovae.settings import Either, Several, Words, kind_of, read
 
 Z = 2
 # Whose distributions have a mean, but none in closed form.
-WITHOUT_MEAN = (FlowPrior, FlowedPrior, AutoregressivePrior, FlowGuide, OrnsteinUhlenbeck, Markov)
+WITHOUT_MEAN = (
+    FlowPrior,
+    FlowedPrior,
+    AutoregressivePrior,
+    FlowGuide,
+    OrnsteinUhlenbeck,
+    Markov,
+    GatedMarkov,
+    MarkovGuide,
+)
 
 
 def encoder(shape: tuple[int, ...]) -> Network:
@@ -117,8 +129,15 @@ GUIDES: dict[str, Callable[[], Guide]] = {
     named(cls, settings, kind): lambda cls=cls, shape=shape, settings=settings: attached(
         cls(encoder(shape), Z, **settings)
     )
-    for cls, settings, _ in classes("guide")
+    for cls, settings, takes in classes("guide")
+    if "prior" not in takes
     for kind, shape in (("MLP", (4,)), ("Conv", (1, 5, 3)))
+} | {
+    named(cls, settings, "Steps"): lambda cls=cls, settings=settings: cls(
+        StepEncoder((Z, 3), hidden=(4,)), Z, GatedMarkov(Z, Z), **settings
+    )
+    for cls, settings, takes in classes("guide")
+    if "prior" in takes
 }
 
 
@@ -180,9 +199,9 @@ def every(parts: dict) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("name", parts)
 
 
-def borrowed(part: nn.Module) -> tuple[Guide, ...]:
-    """The guides of the pair that a prior is made of, whose parameters are not its own."""
-    return (*getattr(part, "_guide", ()), *getattr(part, "_guides", ()))
+def borrowed(part: nn.Module) -> tuple[nn.Module, ...]:
+    """The guides of the pair that a prior is made of, or the prior of a guide, whose parameters are not its own."""
+    return (*getattr(part, "_guide", ()), *getattr(part, "_guides", ()), *getattr(part, "_prior", ()))
 
 
 def build(name: str) -> nn.Module:
@@ -255,7 +274,7 @@ def test_gradients_reach_every_parameter(name: str) -> None:
         return
     loss.backward()
     parameters = dict(part.named_parameters())
-    if guides := borrowed(part):
+    if isinstance(part, Prior) and (guides := borrowed(part)):
         assert set(parameters) == {"pseudo_inputs"}
         *below, top = guides
         parameters |= dict(top.named_parameters())
@@ -940,6 +959,7 @@ def test_a_value_that_is_not_allowed_is_refused_by_name(cls: Class) -> None:
         "event_shape": (4,),
         "guide": GUIDES["MeanFieldNormal-MLP"](),
         "guides": two_layers(GUIDES["MeanFieldNormal-MLP"]()),
+        "prior": GatedMarkov(Z, Z),
         "condition_dim": 1,
         "conditional": GUIDES["MeanFieldNormal-MLP"](),
         "encoder": encoder((4,)),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PLANE_ROWS = 5000
 SURFACE_ROWS = 10_000
+SEQUENCES, SHORTEST, LONGEST = 3000, 10, 30  # sequences, and their least and most steps
 WIDTH = 32  # of the hidden layer that bends a surface
 
 
@@ -142,6 +143,52 @@ class Manifold(Source):
         z = sides - 0.5 + random.standard_normal(sides.shape) / 8
         x = np.tanh(z @ first + bias) @ second / np.sqrt(WIDTH)
         return Found({"train": x}, {"train": sides @ 2 ** np.arange(self.inner)})
+
+
+@dataclass(frozen=True)
+class Oscillator(Source):
+    r"""Noisy damped oscillations of unequal length, a linear-Gaussian state-space model, NaN after the last step.
+
+        z_1 = e_1        z_t = a R z_{t-1} + sqrt(1 - a^2) e_t        x_t = W z_t + noise e'_t
+
+    with R a turn by a twelfth of a circle, so that every z_t is N(0, I_2), and W of three rows, drawn once from
+    N(0, 1). A length is 10 to 30, any of them as likely. Its log p(x) is that of a Kalman filter.
+
+    Attributes:
+        damping: a.
+        noise: Standard deviation of what is observed.
+    """
+
+    kind = "sequences, NaN after their end"
+    damping: float = 0.95
+    noise: float = 0.3
+
+    def read(self, root: Path, download: bool) -> "Found":
+        import numpy as np
+
+        from pyrovae.data.found import SEED, Found
+
+        random = np.random.default_rng(SEED["oscillator"])
+        turn, weight = self.parameters()
+        z = random.standard_normal((SEQUENCES, 2))
+        states = [z]
+        for _ in range(1, LONGEST):
+            z = self.damping * z @ turn.T + np.sqrt(1 - self.damping**2) * random.standard_normal(z.shape)
+            states.append(z)
+        x = np.stack(states, 1) @ weight.T + self.noise * random.standard_normal((SEQUENCES, LONGEST, len(weight)))
+        length = random.integers(SHORTEST, LONGEST + 1, size=(SEQUENCES, 1))
+        x[np.arange(LONGEST) >= length] = np.nan
+        return Found({"train": x}, {})
+
+    def parameters(self) -> "tuple[np.ndarray, np.ndarray]":
+        """R, shape (2, 2), and W, shape (3, 2)."""
+        import numpy as np
+
+        from pyrovae.data.found import SEED
+
+        angle = np.pi / 6
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        return turn, np.random.default_rng([SEED["oscillator"], 1]).standard_normal((3, 2))
 
 
 def _arrays(found: Any, name: str) -> "tuple[np.ndarray, np.ndarray]":
@@ -298,6 +345,7 @@ SOURCES: tuple[Source, ...] = (
     Plane("pinwheel", _pinwheel),
     Manifold("manifold-2-in-20", 2, 20),
     Manifold("manifold-3-in-20", 3, 20),
+    Oscillator("oscillator"),
 )
 NAMES: tuple[str, ...] = tuple(source.name for source in SOURCES)
 

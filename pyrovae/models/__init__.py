@@ -71,6 +71,7 @@ from pyrovae.models.networks import Network as Network
 from pyrovae.models.networks import ResidualMLP as ResidualMLP
 from pyrovae.models.networks import SequenceDecoder as SequenceDecoder
 from pyrovae.models.networks import SequenceEncoder as SequenceEncoder
+from pyrovae.models.networks import StepEncoder as StepEncoder
 from pyrovae.models.priors import FlowPrior as FlowPrior
 from pyrovae.models.priors import IsotropicNormal as IsotropicNormal
 from pyrovae.models.priors import MixtureOfGaussians as MixtureOfGaussians
@@ -80,6 +81,8 @@ from pyrovae.models.priors import VampPrior as VampPrior
 from pyrovae.models.product_mixture import MixtureOfProducts as MixtureOfProducts
 from pyrovae.models.row_parameters import RowParameters as RowParameters
 from pyrovae.models.semi_amortised import SemiAmortised as SemiAmortised
+from pyrovae.models.sequence_guides import MarkovGuide as MarkovGuide
+from pyrovae.models.sequences import GatedMarkov as GatedMarkov
 from pyrovae.models.sequences import Markov as Markov
 from pyrovae.models.sequences import OrnsteinUhlenbeck as OrnsteinUhlenbeck
 from pyrovae.models.student import StudentTPrior as StudentTPrior

@@ -17,10 +17,12 @@ from pyrovae.models.networks import (
     ResidualMLP,
     SequenceDecoder,
     SequenceEncoder,
+    StepEncoder,
 )
 from pyrovae.models.priors import FlowPrior, IsotropicNormal, MixtureOfGaussians, StandardNormal, VampPrior
 from pyrovae.models.semi_amortised import SemiAmortised
-from pyrovae.models.sequences import Markov, OrnsteinUhlenbeck
+from pyrovae.models.sequence_guides import MarkovGuide
+from pyrovae.models.sequences import GatedMarkov, Markov, OrnsteinUhlenbeck
 from pyrovae.models.student import StudentTPrior
 from pyrovae.models.tables import Columns
 from pyrovae.models.vamp import ConditionalVampPrior, HierarchicalVampPrior
@@ -40,6 +42,7 @@ PRIORS = (
     HierarchicalVampPrior,
     OrnsteinUhlenbeck,
     Markov,
+    GatedMarkov,
 )
 
 # p(z|y), which can be chosen where there is a condition; any other prior is `UnconditionalPrior` there.
@@ -60,6 +63,7 @@ GUIDES = (
     SylvesterFlow,
     BernoulliGuide,
     CategoricalGuide,
+    MarkovGuide,
 )
 
 # Of those of a measure, the first is the default for rows of that measure.
@@ -86,5 +90,6 @@ NETWORKS = (
     (ConvEncoder, ConvDecoder),
     (ResidualMLP, ResidualMLP),
     (SequenceEncoder, SequenceDecoder),
+    (StepEncoder, SequenceDecoder),
     (ResidualConvEncoder, ResidualConvDecoder),
 )

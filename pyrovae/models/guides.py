@@ -33,6 +33,7 @@ class Guide(nn.Module, ABC):
         encoder: Maps an event to a vector of features.
         latent_dim: Z.
         outputs: Number of parameters of the distribution, the width of the head.
+        inputs: Of the head; None: what the encoder puts out.
 
     Attributes:
         short: Other names that the class goes by where it is chosen by name.
@@ -47,13 +48,13 @@ class Guide(nn.Module, ABC):
     rescale: Tensor
 
     @checked
-    def __init__(self, encoder: Network, latent_dim: Count, outputs: int) -> None:
+    def __init__(self, encoder: Network, latent_dim: Count, outputs: int, inputs: int | None = None) -> None:
         super().__init__()
         if len(encoder.out_shape) != 1:
             raise UsageError(f"encoder: expected a vector of features as output, got shape {encoder.out_shape}")
         self.latent_dim = latent_dim
         self.encoder = encoder
-        self.head = nn.Linear(encoder.out_shape[0], outputs)
+        self.head = nn.Linear(encoder.out_shape[0] if inputs is None else inputs, outputs)
         # The encoder sees (x - shift) * rescale: the identity until `initialise`.
         self.register_buffer("shift", torch.zeros(encoder.in_shape))
         self.register_buffer("rescale", torch.ones(()))

@@ -309,14 +309,20 @@ class Channels(nn.Module):
 
 
 class TimeAt(nn.Module):
-    """Sequences (B, T, ...) with time after so many dimensions of an event, of `shape`."""
+    """Sequences (B, T, ...) with time after so many dimensions of an event, of `shape`.
 
-    def __init__(self, before: int, shape: tuple[int, ...]) -> None:
+    Args:
+        before: So many.
+        shape: Of the event then.
+        now: Which dimension of x is time.
+    """
+
+    def __init__(self, before: int, shape: tuple[int, ...], now: int = 1) -> None:
         super().__init__()
-        self.before, self.shape = before, shape
+        self.before, self.shape, self.now = before, shape, now
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.movedim(1, 1 + self.before).reshape(-1, *self.shape)
+        return x.movedim(self.now, 1 + self.before).reshape(-1, *self.shape)
 
 
 class SequenceEncoder(Network):
@@ -340,6 +346,37 @@ class SequenceEncoder(Network):
         for before, after in pairwise([width, *hidden]):
             layers += [nn.Conv1d(before, after, 5, padding=2), ACTIVATIONS[activation]()]
         super().__init__(nn.Sequential(*layers, nn.Flatten()), in_shape, steps * [width, *hidden][-1])
+
+
+class StepEncoder(Network):
+    """One dense network for all steps of a sequence: of each step features that depend on it alone.
+
+    Args:
+        in_shape: (T, ...), time first; or with dimensions before that, as where a mask of what is seen is beside x.
+        hidden: Widths of the hidden layers.
+        activation: Activation of the hidden layers.
+        event_shape: Event shape of x, which says where in `in_shape` time is; None: `in_shape`.
+    """
+
+    word = "steps"
+
+    @checked
+    def __init__(
+        self,
+        in_shape: Shape,
+        hidden: Sequence[Count] = (32, 32),
+        activation: Activation = "tanh",
+        event_shape: Shape | None = None,
+    ) -> None:
+        in_shape = as_shape(in_shape)
+        steps, *rest = in_shape if event_shape is None else as_shape(event_shape)
+        parts, left = divmod(math.prod(in_shape), steps * math.prod(rest))
+        if left:
+            raise UsageError(f"network: expected parts of {steps} steps each, got an input of shape {in_shape}")
+        each = MLP(parts * math.prod(rest), None, hidden, activation)
+        # Of the parts of the input each step has its own, side by side; features come by their number, then by step.
+        apart = [nn.Flatten(), nn.Unflatten(1, (parts, steps, math.prod(rest))), TimeAt(0, (steps, *each.in_shape), 2)]
+        super().__init__(nn.Sequential(*apart, each, Channels(), nn.Flatten()), in_shape, steps * each.out_shape[0])
 
 
 class SequenceDecoder(Biased):

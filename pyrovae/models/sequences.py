@@ -1,12 +1,13 @@
 r"""Priors over sequences: z of T steps, each a vector of Z elements, as one vector z_1, ..., z_T of T Z elements.
 
-Both are Markov, with standard normal noise e_t:
+All are Markov, with standard normal noise e_t:
 
     z_1 = e_1        z_t = m(z_{t-1}) + s(z_{t-1}) e_t
     log p(z) = log N(z_1; 0, I) + sum_t log N(z_t; m(z_{t-1}), diag s(z_{t-1})^2)
 
     OrnsteinUhlenbeck    m = a z,  s^2 = 1 - a^2,  a = exp(-1/l) element by element: every z_t is N(0, I)
     Markov               m and s by a network of z_{t-1}
+    GatedMarkov          m between a linear map of z_{t-1} and a network's, by a gate for each element
 
 A density needs no loop over time, since all of z is there: e_t = (z_t - m(z_{t-1})) / s(z_{t-1}) for all t at once,
 with the Jacobian prod 1/s. Draws take T steps.
@@ -25,7 +26,7 @@ References:
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -81,6 +82,8 @@ class Recurrence(Transform):
 class Sequential(Prior):
     """A prior over sequences of T steps.
 
+    A subclass says of itself that it is `of_steps`, for guides that go step by step.
+
     Args:
         latent_dim: T Z.
         event_shape: Event shape of x, whose first dimension is time.
@@ -91,6 +94,7 @@ class Sequential(Prior):
         width: Z, elements of a step.
     """
 
+    of_steps: ClassVar[bool] = True
     loc: Tensor
 
     def __init__(self, latent_dim: int, event_shape: int | tuple[int, ...], steps: int | None) -> None:
@@ -129,6 +133,7 @@ class OrnsteinUhlenbeck(Sequential):
     """
 
     short = ("ou",)
+    of_steps = True
 
     @checked
     def __init__(
@@ -160,6 +165,8 @@ class Markov(Sequential):
         widest: Largest log s of a step, in either direction, so that no step's scale runs away.
     """
 
+    of_steps = True
+
     @checked
     def __init__(
         self,
@@ -176,3 +183,48 @@ class Markov(Sequential):
     def step(self, z: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_scale = (0.1 * self.network(z)).unbind(-2)
         return mean, self.widest * (log_scale / self.widest).tanh()
+
+
+class GatedMarkov(Sequential):
+    """A Markov process of sequences whose steps are linear or not, by a gate for each element.
+
+    With W and V matrices, f a network and g = sigmoid of a network, all of z_{t-1},
+
+        m = (1 - g) W z + g f(z)        log s = V f(z) + v, bounded as that of `Markov`
+
+    as in a deep Markov model. It starts near z_t = z_{t-1} + e_t / 2.
+
+    Args:
+        latent_dim: T Z.
+        event_shape: Event shape of x, whose first dimension is time.
+        steps: T, of which the latent dimensions are a multiple (default: as many as x has).
+        hidden: Width of the hidden layer of the network.
+        widest: Largest log s of a step, in either direction, so that no step's scale runs away.
+    """
+
+    of_steps = True
+
+    @checked
+    def __init__(
+        self,
+        latent_dim: Count,
+        event_shape: int | tuple[int, ...],
+        steps: Annotated[int, Whole(2)] | None = None,
+        hidden: Count = 64,
+        widest: Annotated[float, Number(above=0)] = 5.0,
+    ) -> None:
+        super().__init__(latent_dim, event_shape, steps)
+        self.widest = widest
+        self.network: Network = MLP(self.width, (2, self.width), (hidden,))  # the gate's logit and f
+        self.linear = nn.Linear(self.width, self.width)
+        self.spread = nn.Linear(self.width, self.width)
+        with torch.no_grad():
+            nn.init.eye_(self.linear.weight)
+            self.linear.bias.zero_()
+            self.spread.bias.fill_(-math.log(2))
+
+    def step(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        logit, proposed = self.network(z).unbind(-2)
+        gate = (logit - 2).sigmoid()
+        log_scale = self.spread(proposed)
+        return self.linear(z).lerp(proposed, gate), self.widest * (log_scale / self.widest).tanh()

@@ -129,7 +129,8 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
 
     in_shape = joined_shape(event_shape, conditions, networks.encoding.load().of_images) if conditions else event_shape
     view = None if recipe.is_reconstruction else likelihood.view(in_shape)
-    encoder = networks.encoder(in_shape) if view is None else networks.encoder(view.out_shape).seeing(view)
+    seen = in_shape if view is None else view.out_shape
+    encoder = networks.encoder(seen, event_shape) if view is None else networks.encoder(seen, event_shape).seeing(view)
     corruption = make("corruption", recipe.corruption)
     offered: dict[str, Any] = {"likelihood": likelihood, "corruption": corruption, "latent_dim": latent[0]}
     if recipe.elbo and OBJECTIVES[recipe.elbo.name].constants.get("by_critic"):
@@ -146,7 +147,7 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
     by_condition = recipe.prior.name in CONDITIONAL
     if "conditional" in PARTS["prior"][recipe.prior.name].classes[0].takes:
         beside["conditional"] = MeanFieldNormal(networks.dense(conditions), latent[0])
-    prior = make("prior", recipe.prior, **beside)
+    prior = offered.pop("prior", None) or make("prior", recipe.prior, **beside)
     if conditions:
         given = prior if by_condition else UnconditionalPrior(prior)
         return ConditionalVAE(given, likelihood, offered["guide"], corruption)
@@ -160,7 +161,7 @@ def build_judge(recipe: Recipe, networks: "Networks", event_shape: tuple[int, ..
 
     judge = OBJECTIVES[recipe.elbo.name].constants.get("judge") if recipe.elbo else None
     if judge == Discriminator.__name__:  # of the encoder's architecture
-        return Discriminator(networks.encoder(event_shape))
+        return Discriminator(networks.encoder(event_shape, event_shape))
     return Perception() if judge == Perception.__name__ else None  # which gets its network where it is trained
 
 
@@ -179,9 +180,10 @@ class Networks:
             k: v for k, v in self.settings.items() if k in known and known[k].kind == self.encoding.settings[k].kind
         }
 
-    def encoder(self, in_shape: tuple[int, ...]) -> "Network":
-        """From x, or x and what is given, to features."""
-        network: Network = self.encoding.build("network", self.settings, in_shape=in_shape)
+    def encoder(self, in_shape: tuple[int, ...], event_shape: tuple[int, ...]) -> "Network":
+        """From x, x and what is given, or what is seen of x, to features."""
+        shapes = {"in_shape": in_shape, "event_shape": event_shape}
+        network: Network = self.encoding.build("network", self.settings, **shapes)
         return network
 
     def decoder(self, size: int, out_shape: tuple[int, ...], event_shape: tuple[int, ...]) -> "Network":
@@ -200,7 +202,10 @@ def of_bottom_up(recipe: Recipe, networks: Networks, encoder: "Network") -> dict
     """Parts of one or several layers with a guide from the data upwards."""
     from pyrovae.models import MeanFieldNormal
 
-    guides = [make("guide", recipe.guide, encoder=encoder, latent_dim=recipe.latent_dim[0])]
+    known: dict[str, Any] = {"latent_dim": recipe.latent_dim[0], "event_shape": recipe.event_shape}
+    of_guide = PARTS["guide"][recipe.guide.name].classes[0].takes
+    own = {"prior": make("prior", recipe.prior, **known)} if "prior" in of_guide else {}
+    guides = [make("guide", recipe.guide, encoder=encoder, latent_dim=recipe.latent_dim[0], **own)]
     conditionals = []
     for below, above in pairwise(recipe.latent_dim):
         guides.append(make("guide", recipe.guide, encoder=networks.dense(below), latent_dim=above))
@@ -208,7 +213,7 @@ def of_bottom_up(recipe: Recipe, networks: Networks, encoder: "Network") -> dict
             conditionals.append(MeanFieldNormal(networks.dense(above), below))
         else:  # bits given bits, as in a sigmoid belief net
             conditionals.append(make("guide", recipe.guide, encoder=networks.dense(above), latent_dim=below))
-    return {"top": recipe.latent_dim[-1], "guide": guides[0], "guides": guides, "conditionals": conditionals}
+    return {"top": recipe.latent_dim[-1], "guide": guides[0], "guides": guides, "conditionals": conditionals, **own}
 
 
 def of_ladder(recipe: Recipe, networks: Networks, encoder: "Network") -> dict[str, Any]:

@@ -351,6 +351,7 @@ def complete_pair(values: Options, given: Options) -> None:
         refuse(given, ("condition",), f"a {name} model is given nothing", f"model={first('model')}")
     values["latent_dim"] = latent
     complete_parts(values, given)
+    check_steps(values)
     if values["first"] and values["corruption"].name != first("corruption"):
         raise UsageError(f"corruption: not used, since the q(z|x) of a {name} is frozen", settings=("corruption",))
     prior = values["prior"].name
@@ -397,6 +398,29 @@ def complete_parts(values: Options, given: Options) -> None:
             f"guide={guide}: is one of {latents_of('guide', guide)}, and {a(name)} is of {REAL}; use `model=vae` or "
             "`model=hierarchical`",
             settings=(f"guide={guide}", "model=vae", "model=hierarchical"),
+        )
+
+
+def check_steps(values: Options) -> None:
+    """Refuse a guide that goes by the steps of its prior, where there are none or the pair has another shape.
+
+    Raises:
+        UsageError: the prior is not of steps, or the pair has several layers, stages or a condition.
+    """
+    name, guide, prior = values["model"].name, values["guide"].name, values["prior"].name
+    if not guide or "prior" not in PARTS["guide"][guide].classes[0].takes:
+        return
+    named = f"guide={guide}"
+    if not PARTS["prior"][prior].constants.get("of_steps"):
+        fitting = ", ".join(word for word, choice in PARTS["prior"].items() if choice.constants.get("of_steps"))
+        raise UsageError(
+            f"{named}: goes by the steps of its prior, and `prior={prior}` has none; use one of {fitting}",
+            settings=(named, f"prior={prior}"),
+        )
+    if name != first("model") or values["condition"] is not None:
+        what = "given a condition" if name == first("model") else f"of {a(name)} model"
+        raise UsageError(
+            f"{named}: is of the one layer of a {first('model')}, given nothing, and not {what}", settings=(named,)
         )
 
 
