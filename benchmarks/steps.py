@@ -26,7 +26,7 @@ programs beside it do not count; what they do to caches and clock rates is the s
 gives a ratio of medians; what is reported is the median of the rounds' ratios, with the order statistics that are a
 confidence interval of 95 % for it, whatever the distribution.
 
-Results go to --out row by row, so that a run that was stopped goes on where it was.
+Results go to --out row by row, so that a run that was stopped goes on where it was; its table goes to docs/speed.md.
 """
 
 import argparse
@@ -53,6 +53,7 @@ import torch  # noqa: E402
 from pairs_by_hand import by_hand  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from pyrovae.errors import PyrovaeError  # noqa: E402
 from pyrovae.inference.batch import Batch  # noqa: E402
 from pyrovae.inference.pair import Pair  # noqa: E402
 from pyrovae.inference.training.optimizers import adam  # noqa: E402
@@ -63,9 +64,10 @@ from pyrovae.runs.parts import Choices  # noqa: E402
 from pyrovae.runs.recipe import Recipe  # noqa: E402
 from pyrovae.seeding import seeded  # noqa: E402
 
-RESULTS = HERE / "results"
+RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "speed.md"
+MARKS = "<!-- written by benchmarks/steps.py -->", "<!-- to here -->"
 BATCH, ROWS_OF_DATA = 100, 55_000
-WIDTH, LEVELS, FEW_LEVELS, CATEGORIES, CLASSES = 784, 256, 8, 10, 10
+WIDTH, IMAGE, LEVELS, FEW_LEVELS, CATEGORIES, CLASSES = 784, (1, 28, 28), 256, 8, 10, 10
 KINDS = {"a": ("continuous", 16), "b": ("binary", 8), "c": ("count", 8), "d": ("categorical:5", 8)}
 TABLE = ",".join(f"{letter}{i}={kind}" for letter, (kind, number) in KINDS.items() for i in range(number))
 # What is there to choose from; the first of each is the plain pair's, of likelihoods the first of a space.
@@ -75,6 +77,7 @@ NO_STEP = {
     **dict.fromkeys(Choices(EXACT), "has no guide: fit by EM, in closed form, or by its exact log p(x)"),
     **dict.fromkeys(Choices(STAGED), "a step is that of its second stage, after a first that is trained before"),
     "pca": "fit in closed form",
+    "perceptual": "of the features of a classifier, which is trained before",
 }
 # Of a likelihood or a prior, what else a pair with it has.
 Options = dict[str, Any]
@@ -163,6 +166,12 @@ SPECIAL: dict[tuple[str, str], dict[str, Any]] = {
     ("model", "hierarchical"): {"note": "two layers, 50 and 25"},
     ("model", "ladder"): {"note": "two layers, 50 and 25"},
     ("model", "auxiliary"): {"note": "z of 50, a of 25"},
+    ("elbo", "vae-gan"): {
+        "options": {"elbo": "vae-gan", "likelihood": {"name": "Gaussian", "scale": "optimal"}},
+        "space": "grey",
+        "note": "a discriminator of the encoder's layers",
+    },
+    ("network", "residual-conv"): {"note": "1x28x28"},
     ("network", "conv"): {"note": "32 and 64 channels, 1x28x28"},
     ("network", "sequence"): {
         "options": {"network": "sequence", "latent_dim": [56]},
@@ -250,7 +259,7 @@ def shape_of(row: Row) -> tuple[int, ...]:
     if row.space in ("table", "grey40"):
         return (40,)
     network = row.options.get("network")
-    return {"conv": (1, 28, 28), "sequence": (28, 28)}.get(str(network), (WIDTH,))
+    return {"conv": IMAGE, "residual-conv": IMAGE, "sequence": (28, 28)}.get(str(network), (WIDTH,))
 
 
 def declared(row: Row, small: Options | None = None) -> tuple[Any, Any, Tensor, tuple[Tensor, ...]]:
@@ -305,11 +314,11 @@ class OfHand:
 
 
 def written_by_hand(row: Row) -> bool:
-    """Whether there is a counterpart by hand."""
-    model, objective, *_ = declared(row)
+    """Whether there is a counterpart by hand: not of a part that is new, or cannot be declared by its name alone."""
     try:
+        model, objective, *_ = declared(row)
         by_hand(model, objective)
-    except KeyError:
+    except (KeyError, PyrovaeError):
         return False
     return True
 
@@ -473,34 +482,51 @@ def ordered(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(records, key=lambda r: (parts.index(r["part"]), names.get((r["part"], r["name"]), 99)))
 
 
-def report(records: Sequence[dict[str, Any]], machine: str) -> str:
-    """The table, and what has no counterpart by hand."""
+def interval(record: dict[str, str], key: str) -> str:
+    """A ratio with its interval."""
+    low, high = (float(record[f"{key} {word}"]) for word in ("low", "high"))
+    return f"{float(record[key]):.2f} ({low:.2f} to {high:.2f})"
+
+
+def table(records: Sequence[dict[str, str]], whole: bool) -> list[str]:
+    """A line for each row; of all figures, or of those that the documents show."""
+    heads = ["part", "", "step, ms", "/ plain", "/ by hand"]
+    heads += ["eager / plain", "compiling, s", "by hand, s"] if whole else []
+    lines = [f"| {' | '.join(heads)} |", f"|---|---|{'---:|' * (len(heads) - 2)}"]
+    for r in ordered(records):
+        hand = bool(r["/ hand"])
+        part = "bound" if r["part"] == "elbo" else r["part"]
+        cells = [f"{part} `{r['name']}`" if part else r["name"], r["note"], f"{float(r['pair, ms']):.2f}"]
+        cells += [f"{float(r['/ plain']):.2f}", interval(r, "/ hand") if hand else "–"]
+        if whole:
+            cells += [f"{float(r['eager / plain']):.2f}", f"{float(r['compiling pair, s']):.1f}"]
+            cells += [f"{float(r['compiling hand, s']):.1f}" if hand else "–"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def report(records: Sequence[dict[str, str]], machine: str) -> str:
+    """The table, what has not been measured, and what has no counterpart by hand."""
+    every, known = rows(), {(r["part"], r["name"]) for r in records}
+    missing = [f"{row.part} {row.name}" for row in every if (row.part, row.name) not in known]
+    without = [f"{row.part} {row.name}" for row in every if not written_by_hand(row)]
     lines = ["# Steps of each part", "", machine, ""]
     lines += [
         "Written by `python benchmarks/steps.py`, whose docstring says what is measured and how. Intervals: 95 %.",
         "",
     ]
-    lines += ["| part | | step, ms | / plain | / by hand | eager / plain | compiling, s | by hand, s |"]
-    lines += ["|---|---|---:|---:|---:|---:|---:|---:|"]
-    for r in ordered(records):
-        hand = "–"
-        if r["/ hand"]:
-            hand = f"{float(r['/ hand']):.2f} ({float(r['/ hand low']):.2f} to {float(r['/ hand high']):.2f})"
-        cells = [
-            f"{r['part']} `{r['name']}`".strip() if r["part"] else r["name"],
-            r["note"],
-            f"{float(r['pair, ms']):.2f}",
-        ]
-        cells += [f"{float(r['/ plain']):.2f}", hand, f"{float(r['eager / plain']):.2f}"]
-        cells += [
-            f"{float(r['compiling pair, s']):.1f}",
-            f"{float(r['compiling hand, s']):.1f}" if r["/ hand"] else "–",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    without = [f"{row.part} {row.name}" for row in rows() if not written_by_hand(row)]
-    lines += ["", f"Not written by hand: {', '.join(without) or 'none'}.", "", "No step of their own:", ""]
-    lines += [f"- {name}: {why}" for name, why in NO_STEP.items()]
+    lines += [*table(records, whole=True), "", f"Not written by hand: {', '.join(without) or 'none'}.", ""]
+    lines += [f"Not measured yet: {', '.join(missing)}.", ""] if missing else []
+    lines += ["No step of their own:", "", *(f"- {name}: {why}" for name, why in NO_STEP.items())]
     return "\n".join(lines) + "\n"
+
+
+def shown(page: Path, records: Sequence[dict[str, str]]) -> None:
+    """Put the table into a page, between the two marks that it has."""
+    before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    middle = "\n".join(["", "", *table(records, whole=False), "", ""])
+    page.write_text(before + MARKS[0] + middle + MARKS[1] + after, encoding="utf-8")
 
 
 def machine() -> str:
@@ -536,7 +562,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as empty:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty  # so that nothing was compiled before
         measure(wanted, path, given.rounds, given.steps)
-    (given.out / "steps.md").write_text(report(read(path), machine()))
+    (given.out / "steps.md").write_text(report(read(path), machine()), encoding="utf-8")
+    if given.out == RESULTS:
+        shown(PAGE, read(path))
 
 
 def measure(wanted: Sequence[Row], path: Path, rounds: int, steps: int) -> None:
