@@ -705,6 +705,24 @@ def test_a_convolution_never_sees_a_particle_dimension(shape: tuple[int, ...], b
     assert networks[1].out_shape == shape
 
 
+@pytest.mark.parametrize("of_images", [False, True])
+def test_a_row_that_is_repeated_is_computed_once_unless_there_is_noise(of_images: bool) -> None:
+    """Of 4 states for 7 rows each, 4 reach the layers, with the values and gradients of all 28; with dropout, 28 do."""
+    network = (ConvDecoder(Z, (1, 3, 5), (3, 4), 6) if of_images else MLP(Z, (3, 5), (6,))).double()
+    dropping = MLP(Z, (3, 5), (6,), dropout=0.5).double()
+    seen: list[int] = []
+    for one in (network, dropping):
+        one.body.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    z = torch.randn(4, 1, Z, dtype=torch.float64, requires_grad=True)
+    repeated = z.expand(4, 7, Z)
+    out, whole = network(repeated), network(repeated.contiguous())
+    assert_close(out, whole, **EXACT)
+    slope = torch.randn_like(out)
+    assert_close(*(torch.autograd.grad((of * slope).sum(), z)[0] for of in (out, whole)), **EXACT)
+    assert dropping(repeated).std(1).min() > 0  # each row has a mask of its own
+    assert seen == [4, 28, 28]
+
+
 def test_any_module_in_a_network_gets_the_same_manners() -> None:
     """A wrapped body sees one batch dimension; with several particles its output is that of the flattened rows."""
     ranks = []

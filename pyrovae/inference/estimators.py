@@ -347,6 +347,7 @@ class Enumerated(GradientEstimator):
     def strands(self, bound: Bound, pair: Pair, batch: Batch, num_particles: int) -> Tensor:
         states = states_of(pair, batch)
         count, rows = len(next(iter(states.values()))), len(batch)
+        # Views, in which a network sees that a state is the same for all data.
         at = {
             name: each[:, None].expand(num_particles, count, rows, *each.shape[1:]).flatten(0, 1)
             for name, each in states.items()

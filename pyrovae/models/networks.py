@@ -42,12 +42,15 @@ class Network(nn.Module):
         word: What the architecture is called where it is chosen by name.
         of_images: Whether its input is an image, so that what goes beside x goes into more channels.
         centred: Whether its input is x less its mean, in units of its deviation, as a guide gives it to an encoder.
+        by_rows: Whether its output for a row is a function of that row alone, without noise: what is one row, repeated
+            by `expand`, is then computed once, as where discrete latents are summed over the same states for all data.
         view: Of an encoder, what it sees of x; None: x.
     """
 
     word: ClassVar[str]
     of_images: ClassVar[bool] = False
     centred: ClassVar[bool] = True
+    by_rows: bool = False
     view: View | None
 
     def __init__(self, body: nn.Module, in_shape: Shape, out_shape: Shape) -> None:
@@ -83,6 +86,7 @@ class Network(nn.Module):
         """
         check_event(x, self.in_shape)
         batch = x.shape[: x.ndim - len(self.in_shape)]
+        x = once(x, len(batch)) if self.by_rows else x
         try:
             out = self.body(x.reshape(-1, *self.in_shape))
         except RuntimeError as error:
@@ -94,7 +98,15 @@ class Network(nn.Module):
             raise
         if out.shape[1:] != self.out_shape:
             raise UsageError(f"network: expected output shape {self.out_shape}, got {tuple(out.shape[1:])}")
-        return out.reshape(*batch, *self.out_shape)
+        return out.reshape(*x.shape[: len(batch)], *self.out_shape).expand(*batch, *self.out_shape)
+
+
+def once(x: Tensor, dims: int) -> Tensor:
+    """x with one of each of its first dimensions along which it repeats itself, as a view made by `expand` does."""
+    for dim in range(dims):
+        if x.stride(dim) == 0 and x.shape[dim] > 1:
+            x = x.narrow(dim, 0, 1)
+    return x
 
 
 class Biased(Network):
@@ -149,10 +161,11 @@ class MLP(Network):
                 layers.append(nn.Dropout(dropout))
         if out_shape is None:
             super().__init__(nn.Sequential(*layers), in_shape, widths[-1])
-            return
-        out_shape = as_shape(out_shape)
-        last = nn.Linear(widths[-1], math.prod(out_shape))
-        super().__init__(nn.Sequential(*layers, last, nn.Unflatten(1, out_shape)), in_shape, out_shape)
+        else:
+            out_shape = as_shape(out_shape)
+            last = nn.Linear(widths[-1], math.prod(out_shape))
+            super().__init__(nn.Sequential(*layers, last, nn.Unflatten(1, out_shape)), in_shape, out_shape)
+        self.by_rows = not dropout
 
     @property
     def output_bias(self) -> nn.Parameter | None:
@@ -211,10 +224,11 @@ class ResidualMLP(Network):
         layers.append(act())
         if out_shape is None:
             super().__init__(nn.Sequential(*layers), in_shape, width)
-            return
-        out_shape = as_shape(out_shape)
-        last = nn.Linear(width, math.prod(out_shape))
-        super().__init__(nn.Sequential(*layers, last, nn.Unflatten(1, out_shape)), in_shape, out_shape)
+        else:
+            out_shape = as_shape(out_shape)
+            last = nn.Linear(width, math.prod(out_shape))
+            super().__init__(nn.Sequential(*layers, last, nn.Unflatten(1, out_shape)), in_shape, out_shape)
+        self.by_rows = not dropout
 
     @property
     def output_bias(self) -> nn.Parameter | None:
@@ -268,6 +282,8 @@ class ConvDecoder(Biased):
         hidden: Width of the dense layer.
         activation: Activation of the hidden layers.
     """
+
+    by_rows = True
 
     @checked
     def __init__(
