@@ -216,7 +216,7 @@ def test_numbers_as_words_or_as_numbers():
     assert resolve({"latent_dim": "40"}).latent_dim == resolve({"latent_dim": 40}).latent_dim == (40,)
     assert resolve({"model": "hierarchical", "latent_dim": "8,4,2"}).latent_dim == (8, 4, 2)
     for word in ("false", "False", False):
-        assert resolve({"model": {"name": "ladder", "skip": word}}).model.settings["skip"] is False
+        assert resolve({"missing": word}).missing is False
     assert resolve({"K": "1e3"}).K == resolve({"K": "1000.0"}).K == 1000
     assert resolve({"network": {"hidden": "30"}}).network.settings["hidden"] == [30]
     assert resolve({"likelihood": {"name": "gaussian", "scale": "0.5"}}).likelihood.settings["scale"] == 0.5
@@ -259,7 +259,8 @@ def test_seeds_out_of_range(seed):
         ({"model": "hierarchical", "prior": "vamp"}, "VampPrior: needs a vae"),
         ({"model": "ladder", "latent_dim": 3}, "a ladder model needs one for each layer, such as 50,25; got one"),
         ({"model": "auxiliary", "latent_dim": "8,4,2"}, "an auxiliary model has 2, such as 50,25; got 3"),
-        ({"model": {"name": "ladder", "skip": "maybe"}}, "--model.skip: expected true or false, got maybe"),
+        ({"missing": "maybe"}, "--missing: expected true or false, got maybe"),
+        ({"model": {"name": "ladder", "above": "maybe"}}, "--model.above: expected one of next, all, state, got maybe"),
         ({"model": {"name": "ladder", "merge": "precise"}}, "did you mean precision?"),
         ({"prior": {"components": 3}}, "--prior.components: not used by StandardNormal, which has no settings"),
         ({"prior": {"name": "mog", "component": 3}}, "--prior.component: .*it has components"),
@@ -489,11 +490,15 @@ def test_every_hierarchy_trains(prior, guide):
 def test_every_guide_trains_in_pairs_that_start_at_the_top(guide):
     """A ladder with either of its settings, and a guide with auxiliary latents; networks where features are found."""
     wide = {"guide": guide, "network": small("network", "residual"), "latent_dim": [4, 3]}
-    for model in ({"name": "ladder", "skip": False}, {"name": "ladder"}, {"name": "auxiliary"}):
+    for model in ({"name": "ladder", "above": "next"}, {"name": "ladder"}, {"name": "auxiliary"}):
         assert_trains({**wide, "model": model}, "Bernoulli", VECTOR)
     if guide == "MeanFieldNormal":
-        for skip in (False, True):
-            model = {"name": "ladder", "merge": "precision", "skip": skip}
+        for network, merge in zip(PARTS["network"], 3 * ["relative", "learned"], strict=False):
+            model = {"name": "ladder", "merge": merge, "above": "state"}
+            given = {"model": model, "latent_dim": [3, 2], "network": small("network", network)}
+            assert_trains(given, "Bernoulli", IMAGE)
+        for above in ("next", "all"):
+            model = {"name": "ladder", "merge": "precision", "above": above}
             for network in PARTS["network"]:
                 given = {"model": model, "latent_dim": [4, 3, 2], "network": small("network", network)}
                 assert_trains(given, "Bernoulli", IMAGE)

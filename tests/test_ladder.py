@@ -72,7 +72,7 @@ def log_p(x: Tensor) -> Tensor:
     return torch.distributions.MultivariateNormal(x.new_zeros(2), covariance()).log_prob(x)
 
 
-def exact_ladder(merge: str, skip: bool) -> LadderVAE:
+def exact_ladder(merge: str, above: str) -> LadderVAE:
     """The ladder whose guide is the posterior, by the textbook's formulas."""
     identity = [MLP(2, hidden=()).double() for _ in range(2)]
     top = A.T @ B.diag() @ torch.linalg.inv(covariance())  # E z2 | x = top x
@@ -84,15 +84,15 @@ def exact_ladder(merge: str, skip: bool) -> LadderVAE:
     guides = [lower, linear(2, top, top_scale)]
     conditional = linear(1, A, S1)
     return LadderVAE(
-        StandardNormal(1).double(), [conditional], decoder(skip), identity, guides, merge=merge, skip=skip
+        StandardNormal(1).double(), [conditional], decoder(above == "all"), identity, guides, merge=merge, above=above
     ).double()
 
 
-@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("above", ["next", "all"])
 @pytest.mark.parametrize("merge", ["precision", "learned"])
-def test_a_ladder_may_be_the_posterior_of_a_linear_hierarchy(merge: str, skip: bool) -> None:
+def test_a_ladder_may_be_the_posterior_of_a_linear_hierarchy(merge: str, above: str) -> None:
     """Every log-weight is log p(x), so that no bound has a gap, or any noise."""
-    pair = exact_ladder(merge, skip)
+    pair = exact_ladder(merge, above)
     log_w = log_weights(pair.model, pair.guide, X, 6)
     assert_close(log_w, log_p(X).expand(6, -1), rtol=0.0, atol=1e-8)
 
@@ -116,21 +116,21 @@ def test_a_guide_of_the_same_gaussians_from_the_data_upwards_cannot() -> None:
     assert_mean(log_weights(pair.model, pair.guide, X, 40_000), log_p(X) - gap, least=0.03)
 
 
-def random_ladder(merge: str, skip: bool, network: type[Network] = MLP) -> LadderVAE:
+def random_ladder(merge: str, above: str, network: type[Network] = MLP) -> LadderVAE:
     """Three layers of 1, 2 and 1 elements, networks with random weights, and bits as data."""
     torch.manual_seed(2)
     small = {"hidden": (5,)} if network is MLP else {"width": 5, "blocks": 1}
     sizes = [1, 2, 1]
     conditionals, guides = [], []
     for i, size in enumerate(sizes):
-        above = sum(sizes[i + 1 :]) if skip else sum(sizes[i + 1 : i + 2])
-        inputs = 5 + above if merge == "learned" and above else 5
+        given = sum(sizes[i + 1 :]) if above == "all" else sum(sizes[i + 1 : i + 2])
+        inputs = 5 + given if merge == "learned" and given else 5
         guides.append(MeanFieldNormal(network(inputs, **small), size))
-        if above:
-            conditionals.append(MeanFieldNormal(network(above, **small), size))
-    likelihood = Bernoulli(network(4 if skip else 1, 3, **small))
+        if given:
+            conditionals.append(MeanFieldNormal(network(given, **small), size))
+    likelihood = Bernoulli(network(4 if above == "all" else 1, 3, **small))
     features = [network(3, **small), network(5, **small), network(5, **small)]
-    pair = LadderVAE(StandardNormal(1), conditionals, likelihood, features, guides, merge=merge, skip=skip).double()
+    pair = LadderVAE(StandardNormal(1), conditionals, likelihood, features, guides, merge=merge, above=above).double()
     with torch.no_grad():
         for name, p in pair.named_parameters():
             p.mul_(0.5 if "guides" in name else 1.4)  # what is drawn matters
@@ -153,19 +153,19 @@ def by_quadrature(pair: LadderVAE, x: Tensor, points: int = 24) -> Tensor:
         logs = torch.cartesian_prod(*[log_weight] * q.event_shape[0]).reshape(len(grid), -1).sum(-1)
         z = (q.mean[:, None] + q.stddev[:, None] * grid).flatten(0, 1)
         repeated = above.repeat_interleave(len(grid), 0)
-        above = torch.cat([z, repeated], -1) if pair.skip else z
+        above = torch.cat([z, repeated], -1) if pair.above == "all" else z
         total = (total[:, None] + logs).flatten()
     return torch.logsumexp(total[:, None] + pair.likelihood(above[:, None]).log_prob(x), 0)
 
 
 @pytest.mark.parametrize(
-    ("merge", "skip", "network"),
-    [("precision", False, MLP), ("precision", True, MLP), ("learned", False, MLP), ("learned", True, ResidualMLP)],
+    ("merge", "above", "network"),
+    [("precision", "next", MLP), ("precision", "all", MLP), ("learned", "next", MLP), ("learned", "all", ResidualMLP)],
 )
 @torch.no_grad()
-def test_weights_of_three_layers_are_of_log_p(merge: str, skip: bool, network: type[Network]) -> None:
+def test_weights_of_three_layers_are_of_log_p(merge: str, above: str, network: type[Network]) -> None:
     """E exp(log w - log p(x)) = 1 by quadrature of the four latent numbers; the bound is below."""
-    pair = random_ladder(merge, skip, network)
+    pair = random_ladder(merge, above, network)
     x = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
     exact = by_quadrature(pair, x)
     assert_close(exact, by_quadrature(pair, x, 17), rtol=0.0, atol=1e-3)
@@ -178,7 +178,7 @@ def test_weights_of_three_layers_are_of_log_p(merge: str, skip: bool, network: t
 
 def test_the_model_is_what_is_drawn_of_it() -> None:
     """`sample` and `model` agree: the mean of draws is that of p(x) by quadrature, with all layers reaching x."""
-    pair = random_ladder("learned", skip=True)
+    pair = random_ladder("learned", above="all")
     every = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * 3)
     with torch.no_grad():
         probabilities = by_quadrature(pair, every).exp()
@@ -189,7 +189,7 @@ def test_the_model_is_what_is_drawn_of_it() -> None:
 
 def test_the_pass_over_the_data_is_run_once_for_each_datum() -> None:
     """Whatever the number of particles, features are of (N, *event), and of nothing that was drawn."""
-    pair, x = random_ladder("learned", skip=True), torch.ones(4, 3, dtype=torch.float64)
+    pair, x = random_ladder("learned", above="all"), torch.ones(4, 3, dtype=torch.float64)
     seen: list[tuple[int, ...]] = []
     for network in pair.features.networks:
         network.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
@@ -198,7 +198,7 @@ def test_the_pass_over_the_data_is_run_once_for_each_datum() -> None:
 
 
 def test_the_kl_of_each_layer_is_reported_and_they_sum_to_the_kl() -> None:
-    pair, x = random_ladder("precision", skip=True), torch.tensor([[1.0, 0.0, 1.0]] * 7, dtype=torch.float64)
+    pair, x = random_ladder("precision", above="all"), torch.tensor([[1.0, 0.0, 1.0]] * 7, dtype=torch.float64)
     found = measure(pair.model, pair.guide, [x], ELBO(2000))
     layers = [found[f"kl_z{i}"] for i in (1, 2, 3)]
     assert sum(layers) == pytest.approx(found["kl"], abs=1e-9)
@@ -214,7 +214,7 @@ def test_the_kl_of_each_layer_is_reported_and_they_sum_to_the_kl() -> None:
 
 def test_a_code_has_the_layers_that_x_is_given() -> None:
     """`posterior` draws what the guide draws, z1 first; its mean goes through the means of the layers above."""
-    pair, x = random_ladder("learned", skip=True), torch.tensor([[1.0, 0.0, 1.0]], dtype=torch.float64)
+    pair, x = random_ladder("learned", above="all"), torch.tensor([[1.0, 0.0, 1.0]], dtype=torch.float64)
     assert pair.code == {"z1": 1, "z2": 2, "z3": 1}
     q = pair.posterior(x)
     torch.manual_seed(0)
@@ -230,7 +230,7 @@ def test_a_code_has_the_layers_that_x_is_given() -> None:
     assert_close(q.mean, torch.cat([lower.mean, middle.mean, top.mean], -1), **EXACT)
     assert_close(q.stddev, torch.cat([lower.stddev, middle.stddev, top.stddev], -1), **EXACT)
     assert_close(pair.reconstruct(x), pair.likelihood(pair.encode(x)).mean, **EXACT)
-    below = random_ladder("learned", skip=False)
+    below = random_ladder("learned", above="next")
     assert below.code == {"z1": 1}
     assert_close(below.reconstruct(x), below.likelihood(below.posterior(x).mean).mean.detach(), **EXACT)
 
@@ -248,8 +248,8 @@ def test_parts_of_a_ladder_that_do_not_fit_are_refused() -> None:
 
     LadderVAE(**parts())
     for changes, message in (
-        ({"likelihood": Bernoulli(MLP(3, 4))}, r"the code is \(5,\), the decoder's input is \(3,\)"),
-        ({"skip": False}, r"the code is \(3,\), the decoder's input is \(5,\)"),
+        ({"likelihood": Bernoulli(MLP(3, 4))}, r"what is handed down is \(5,\), the decoder's input is \(3,\)"),
+        ({"above": "next"}, r"what is handed down is \(3,\), the decoder's input is \(5,\)"),
         ({"merge": "precision"}, r"what there is of both is \(6,\), a guide's input is \(8,\)"),
         ({"features": [MLP(4, hidden=(6,))]}, "1 conditionals need 2 of each, got 2 and 1"),
         ({"features": [MLP(4, hidden=(6,)), MLP(5)]}, r"output is \(6,\), the next one's input is \(5,\)"),
@@ -259,7 +259,7 @@ def test_parts_of_a_ladder_that_do_not_fit_are_refused() -> None:
             {"guides": [MeanFieldNormal(MLP(8), 3), MeanFieldNormal(MLP(7), 9)]},
             r"layer of the model is \(2,\), the guide's latent_dim is \(9,\)",
         ),
-        ({"merge": "sum"}, "merge: expected learned or precision, got 'sum'"),
+        ({"merge": "sum"}, "merge: expected one of learned, precision, relative, got 'sum'"),
     ):
         with pytest.raises(UsageError, match=message):
             LadderVAE(**parts(**changes))

@@ -72,6 +72,8 @@ from pyrovae.models import (
     StandardNormal,
     VampPrior,
 )
+from pyrovae.runs.build import build_model
+from pyrovae.runs.recipe import Recipe
 from pyrovae.seeding import same_noise
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -111,6 +113,15 @@ def ladder(merge: str = "learned") -> LadderVAE:
         [MeanFieldNormal(MLP(f, hidden=(4,)), z) for f, z in zip(found, sizes, strict=True)],
         merge=merge,
     ).double()
+
+
+def state(grids: bool = False) -> LadderVAE:
+    """Three layers that hand down a state, a vector or a grid, with the guide in units of the model."""
+    torch.manual_seed(0)
+    network = {"name": "residual-conv", "channels": "3,4"} if grids else {"name": "residual", "width": 4}
+    model = {"name": "ladder", "above": "state", "merge": "relative"}
+    given = {"model": model, "latent_dim": "2,1,1", "likelihood": "bernoulli", "network": {**network, "blocks": 1}}
+    return build_model(Recipe(**given), (1, 4, 4)).double()
 
 
 def auxiliary() -> AuxiliaryVAE:
@@ -197,6 +208,8 @@ def test_a_graph_has_the_loss_and_gradient_of_every_objective(name: str) -> None
         (hierarchical, bits(7) + 0.1),
         (ladder, bits(7)),
         (lambda: ladder("precision"), bits(7)),
+        (state, bits(7, 1, 4, 4)),
+        (lambda: state(grids=True), bits(7, 1, 4, 4)),
         (auxiliary, bits(7)),
         (convolutional, bits(7, 1, 4, 4)),
         (residual, bits(7, 1, 4, 4)),
@@ -209,6 +222,8 @@ def test_a_graph_has_the_loss_and_gradient_of_every_objective(name: str) -> None
         "hierarchical",
         "ladder",
         "precision",
+        "state",
+        "state on grids",
         "auxiliary",
         "convolutional",
         "residual convolutions",

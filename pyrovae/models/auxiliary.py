@@ -29,7 +29,7 @@ import pyro.distributions as dist
 from torch import Tensor
 
 from pyrovae.models.corruptions import Corruption
-from pyrovae.models.descent import Descent, Given, beside, descend
+from pyrovae.models.descent import Descent, Given, alone, beside, descend
 from pyrovae.models.features import Features, start_with_features
 from pyrovae.models.guides import Guide, check_by_itself
 from pyrovae.models.likelihood import Likelihood
@@ -103,12 +103,12 @@ class AuxiliaryVAE(LatentLayers):
     def guide(self, x: Tensor) -> Tensor:
         with pyro.plate("data", len(x)):
             top, below = self.downwards(self.corruption(x))
-            return descend([("z", below)], pyro.sample("a", top))
+            return descend([("z", below, alone)], pyro.sample("a", top))
 
     def posterior(self, x: Tensor) -> dist.Distribution:
         """q(z|x) for x of shape (*batch, *event), never corrupted; its `mean` is that of q(z|a, x) at the mean of a."""
         top, below = self.downwards(x)
-        return Descent(top, [below], self.prior.latent_dim)
+        return Descent(top, [below], [alone], [self.prior.latent_dim])
 
     def initialise(self, x: Tensor) -> None:
         start_with_features(self, x)

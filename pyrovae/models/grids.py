@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyrovae.errors import UsageError
 from pyrovae.models.networks import ACTIVATIONS, Activation, Biased, Network, Residual, Shape, as_shape, image_shape
@@ -124,6 +124,65 @@ class GridDecoder(Biased):
         super().__init__(nn.Sequential(*layers, nn.Flatten(), nn.Unflatten(1, out_shape)), in_shape, out_shape)
 
 
+class Flat(Network):
+    """A network of grids whose input, output or both travel as vectors, a channel after another.
+
+    Args:
+        network: From (C, h, w), or to it.
+        ends: Which side is flat, from or to a vector, or both.
+    """
+
+    @checked
+    def __init__(self, network: Network, ends: Literal["in", "out", "both"] = "both") -> None:
+        in_shape, out_shape = network.in_shape, network.out_shape
+        flat_in, flat_out = ends != "out", ends != "in"
+        before, after = [nn.Unflatten(1, in_shape)] * flat_in, [nn.Flatten()] * flat_out
+        super().__init__(
+            nn.Sequential(*before, network, *after),
+            math.prod(in_shape) if flat_in else in_shape,
+            math.prod(out_shape) if flat_out else out_shape,
+        )
+        self.places = math.prod(out_shape[1:]) if flat_out else 1
+
+    @property
+    def output_bias(self) -> nn.Parameter | None:
+        (network,) = (module for module in self.body.children() if isinstance(module, Network))
+        return network.output_bias
+
+
+class OfPlaces(nn.Module):
+    """A linear map of the channels of a grid, the same at every place, from and to vectors.
+
+    Args:
+        places: h w, how many there are.
+        inputs: Number of elements of the input, a multiple of it.
+        outputs: Number of elements of the output, a multiple of it.
+
+    Raises:
+        UsageError: the places cannot be given as many outputs each.
+    """
+
+    def __init__(self, places: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        if outputs % places:
+            raise UsageError(
+                f"guide: makes {outputs} numbers, which {places} places of a grid cannot make alike; use one of "
+                "independent elements, as MeanFieldNormal"
+            )
+        self.map = nn.Conv1d(inputs // places, outputs // places, 1)
+        self.places = places
+
+    @property
+    def bias(self) -> Tensor:
+        """What is added at each place."""
+        return self.map.bias  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From (*batch, inputs) to (*batch, outputs)."""
+        grid = x.reshape(-1, self.map.in_channels, self.places)
+        return self.map(grid).reshape(*x.shape[:-1], self.map.out_channels * self.places)
+
+
 class ResidualConvEncoder(Network):
     """Residual convolutions, for images: from any shape (C, H, W) through a grid to a vector of features.
 
@@ -138,6 +197,7 @@ class ResidualConvEncoder(Network):
 
     word = "residual-conv"
     of_images = True
+    of_grids = True  # layers of a hierarchy with a state are on its grids
 
     @checked
     def __init__(

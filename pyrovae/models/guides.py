@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyrovae.errors import UsageError
+from pyrovae.models.grids import OfPlaces
 from pyrovae.models.networks import Network, check_event
 from pyrovae.settings import Count, checked
 
@@ -27,7 +28,7 @@ SCALE_FLOOR = 1e-6
 
 
 class Guide(nn.Module, ABC):
-    """q(z|x) with an encoder and a linear head.
+    """q(z|x) with an encoder and a linear head, which of features on a grid is the same at every place.
 
     Args:
         encoder: Maps an event to a vector of features.
@@ -54,7 +55,8 @@ class Guide(nn.Module, ABC):
             raise UsageError(f"encoder: expected a vector of features as output, got shape {encoder.out_shape}")
         self.latent_dim = latent_dim
         self.encoder = encoder
-        self.head = nn.Linear(encoder.out_shape[0] if inputs is None else inputs, outputs)
+        features, places = encoder.out_shape[0] if inputs is None else inputs, encoder.places
+        self.head = nn.Linear(features, outputs) if places == 1 else OfPlaces(places, features, outputs)
         # The encoder sees (x - shift) * rescale: the identity until `initialise`.
         self.register_buffer("shift", torch.zeros(encoder.in_shape))
         self.register_buffer("rescale", torch.ones(()))

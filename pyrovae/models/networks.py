@@ -45,6 +45,8 @@ class Network(nn.Module):
         by_rows: Whether its output for a row is a function of that row alone, without noise: what is one row, repeated
             by `expand`, is then computed once, as where discrete latents are summed over the same states for all data.
         view: Of an encoder, what it sees of x; None: x.
+        places: Of an output that is a grid (C, h, w) as a vector, a channel after another, h w; else 1. What a guide
+            makes of such features, it makes of those of each place alike.
     """
 
     word: ClassVar[str]
@@ -52,6 +54,7 @@ class Network(nn.Module):
     centred: ClassVar[bool] = True
     by_rows: bool = False
     view: View | None
+    places: int = 1
 
     def __init__(self, body: nn.Module, in_shape: Shape, out_shape: Shape) -> None:
         super().__init__()

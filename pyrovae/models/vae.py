@@ -13,8 +13,8 @@ those of torch modules (the Pyro parameter store is not used).
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import partial
-from itertools import pairwise
-from typing import ClassVar, Protocol
+from itertools import pairwise, repeat
+from typing import ClassVar, Literal, Protocol
 
 import pyro
 import pyro.distributions as dist
@@ -24,17 +24,18 @@ from torch import Tensor, nn
 from pyrovae.errors import UsageError
 from pyrovae.models.corruptions import Clean, Corruption
 from pyrovae.models.critic import Critic
-from pyrovae.models.descent import descend
+from pyrovae.models.descent import Onwards, alone, beside, descend
 from pyrovae.models.gaps import completed
 from pyrovae.models.guides import Guide, check_by_itself
 from pyrovae.models.judges import Judge
 from pyrovae.models.likelihood import Likelihood
 from pyrovae.models.moments import moments_of
 from pyrovae.models.priors import Prior
+from pyrovae.models.states import State
 from pyrovae.models.temperature import tempered
 from pyrovae.settings import Number, Whole, check
 
-Shape = tuple[int, ...]
+Shape = Sequence[int]
 
 
 class Layer(Protocol):
@@ -52,15 +53,16 @@ class Layer(Protocol):
 class LatentLayers(nn.Module, ABC):
     """A model with any number L of latent layers, each given those above, and a guide.
 
-    What the likelihood sees of the latents is the `code`: z1, or with `skip` all layers side by side, z1 first.
+    What x depends on is the `code`: z1, or where all layers are handed down all of them side by side, z1 first.
 
     Args:
         prior: p(zL).
         conditionals: p(z1|z2), ..., p(zL-1|zL), from the data upwards: each a module that maps the layer above to a
             distribution, such as any guide class over a network from Z_above. Empty for L = 1.
-        likelihood: p(x|z1).
+        likelihood: p(x|z1), or of what else is handed down to it.
         corruption: What the guide sees of x while it is trained; None: x.
-        skip: Each layer, and x, is given all layers above it and not only the next one.
+        above: What each layer, and x, is given of those above it: the next one, all, or a state (see `descent`).
+        states: How each layer changes the state, from the data upwards; none, if there is no state.
         judge: What looks at x and at what is decoded while it is trained, for an objective that asks; None: nothing.
 
     Attributes:
@@ -82,7 +84,8 @@ class LatentLayers(nn.Module, ABC):
         conditionals: Sequence[Layer],
         likelihood: Likelihood,
         corruption: Corruption | None = None,
-        skip: bool = False,
+        above: Literal["next", "all", "state"] = "next",
+        states: Sequence[State] = (),
         judge: Judge | None = None,
     ) -> None:
         super().__init__()
@@ -91,7 +94,8 @@ class LatentLayers(nn.Module, ABC):
         self.conditionals: Sequence[Layer] = nn.ModuleList(conditionals)  # type: ignore[arg-type, assignment]
         self.likelihood = likelihood
         self.corruption = Clean() if corruption is None else corruption
-        self.skip = skip
+        self.above = above
+        self.states: Sequence[State] = nn.ModuleList(states)  # type: ignore[assignment]
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -111,19 +115,32 @@ class LatentLayers(nn.Module, ABC):
 
     @property
     def code(self) -> dict[str, int]:
-        """The latent sites that the likelihood sees, in order, and the number of elements of each."""
+        """The latent sites that x depends on, in order, and the number of elements of each."""
         every = dict(zip(self.latent_sites, self.sizes, strict=True))
-        return every if self.skip else dict([next(iter(every.items()))])
+        return dict([next(iter(every.items()))]) if self.above == "next" else every
+
+    @property
+    def onwards(self) -> Sequence[Onwards]:
+        """How each layer changes what is handed down, from the data upwards."""
+        return self.states or [alone if self.above == "next" else beside] * len(self.sizes)
+
+    def handed(self, code: Tensor) -> Tensor:
+        """What the likelihood is given of a code (*batch, Z)."""
+        sizes, above = list(self.code.values()), None
+        for z, onwards in reversed(list(zip(code.split(sizes, -1), self.onwards, strict=False))):
+            above = onwards(z, above)
+        return code if above is None else above
 
     def latent(self, temperature: float = 1.0) -> Tensor:
-        """Sample the latent layers from the prior down to z1, within the caller's plates; their code.
+        """Sample the latent layers from the prior down to z1, within the caller's plates; what the likelihood is given.
 
         Args:
             temperature: Of all layers, see `sample`.
         """
         below = [partial(given_above, layer, temperature) for layer in reversed(list(self.conditionals))]
-        sites = zip(self.latent_sites[:-1][::-1], below, strict=True)
-        return descend(sites, pyro.sample(self.latent_sites[-1], tempered(self.prior(), temperature)), self.skip)
+        *onwards, first = self.onwards
+        sites = zip(self.latent_sites[:-1][::-1], below, onwards[::-1], strict=True)
+        return descend(sites, first(pyro.sample(self.latent_sites[-1], tempered(self.prior(), temperature)), None))
 
     def model(self, x: Tensor) -> Tensor:
         """p(x, z) as a Pyro model, for x of shape (N, *event).
@@ -143,7 +160,7 @@ class LatentLayers(nn.Module, ABC):
         return x
 
     def extend(self, x: Tensor, z: Tensor) -> None:
-        """Sample what the guide draws beside the latents, given x and the code z, within the plate. Here: nothing."""
+        """Sample what the guide draws beside the latents, given x and what it was, within the plate. Here: nothing."""
 
     @abstractmethod
     def guide(self, x: Tensor) -> Tensor:
@@ -188,12 +205,12 @@ class LatentLayers(nn.Module, ABC):
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Mean of p(x|z) for codes z of shape (*batch, Z), shape (*batch, *event)."""
-        return self.likelihood(z).mean
+        return self.likelihood(self.handed(z)).mean
 
     @torch.no_grad()
     def remarks(self, x: Tensor) -> list[str]:
         """What a user should know of the trained model on rows x (N, *event), in sentences."""
-        return self.likelihood.remarks(self.encode(x))
+        return self.likelihood.remarks(self.handed(self.encode(x)))
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Mean of p(x|z) at the code of x, shape (N, *event)."""
@@ -287,7 +304,7 @@ class BottomUp(LatentLayers, ABC):
 
     def guide(self, x: Tensor) -> Tensor:
         with pyro.plate("data", len(x)):
-            z = descend(zip(self.latent_sites, self.guides, strict=True), self.corruption(x))
+            z = descend(zip(self.latent_sites, self.guides, repeat(alone), strict=False), self.corruption(x))
             if self.critic is not None and self.training:
                 self.critic(z)
         return z

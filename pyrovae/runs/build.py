@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyrovae.columns import parse, written
 from pyrovae.errors import UsageError
+from pyrovae.runs.networks import Levels, Networks, levels
 from pyrovae.runs.options import BASELINES, CONDITIONAL, GRADIENTS, OBJECTIVES, PARTS, PROPOSALS
 from pyrovae.runs.parts import Part, choose, fill
 from pyrovae.runs.recipe import Recipe, choose_likelihood, first
@@ -116,21 +117,26 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
         model = make("model", recipe.model, event_shape=event_shape, latent_dim=recipe.latent_dim[0])
         return model
 
-    latent, networks = recipe.latent_dim, Networks(recipe)
+    latent, networks = recipe.latent_dim, Networks(recipe.network)
     conditions, parts = len(recipe.classes), PARTS["model"][recipe.model.name].classes[0]
     likelihood_class = PARTS["likelihood"][recipe.likelihood.name].classes[0].load()
     known = {"levels": recipe.levels, "columns": parse(recipe.columns) if recipe.columns else ()}
     out_shape = likelihood_class.decoder_shape(event_shape, **known, **recipe.likelihood.settings)
+    above = recipe.model.settings.get("above")
+    deep = levels(networks, latent, event_shape) if above == "state" else None
     # With skip connections x is given all layers.
-    code = sum(latent) if recipe.model.settings.get("skip") else latent[0]
-    decoder = networks.decoder(code + conditions, out_shape, event_shape)
+    code = sum(latent) if above == "all" else latent[0]
+    decoder = (
+        deep.decoder(out_shape, event_shape) if deep else networks.decoder(code + conditions, out_shape, event_shape)
+    )
     likelihood = make("likelihood", recipe.likelihood, decoder=decoder, **known)
     likelihood = PartlySeen(likelihood) if recipe.missing else likelihood
 
     in_shape = joined_shape(event_shape, conditions, networks.encoding.load().of_images) if conditions else event_shape
     view = None if recipe.is_reconstruction else likelihood.view(in_shape)
     seen = in_shape if view is None else view.out_shape
-    encoder = networks.encoder(seen, event_shape) if view is None else networks.encoder(seen, event_shape).seeing(view)
+    encoder = (deep or networks).encoder(seen, event_shape)
+    encoder = encoder if view is None else encoder.seeing(view)
     corruption = make("corruption", recipe.corruption)
     offered: dict[str, Any] = {"likelihood": likelihood, "corruption": corruption, "latent_dim": latent[0]}
     if recipe.elbo and OBJECTIVES[recipe.elbo.name].constants.get("by_critic"):
@@ -140,7 +146,7 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
         model = make("model", recipe.model, **offered, encoder=encoder)
         return model
     layers = of_ladder if "merge" in parts.settings else of_auxiliary if "reverse" in parts.takes else of_bottom_up
-    offered |= layers(recipe, networks, encoder)
+    offered |= of_states(recipe, deep, encoder) if deep else layers(recipe, networks, encoder)
 
     beside = {key: offered.get(key) for key in ("guide", "guides")}
     beside |= {"latent_dim": offered["top"], "event_shape": in_shape, "condition_dim": conditions}
@@ -155,7 +161,7 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
     return model
 
 
-def build_judge(recipe: Recipe, networks: "Networks", event_shape: tuple[int, ...]) -> "Judge | None":
+def build_judge(recipe: Recipe, networks: Networks, event_shape: tuple[int, ...]) -> "Judge | None":
     """What looks at x and at what is decoded, for an objective that asks for it."""
     from pyrovae.models import Discriminator, Perception
 
@@ -163,39 +169,6 @@ def build_judge(recipe: Recipe, networks: "Networks", event_shape: tuple[int, ..
     if judge == Discriminator.__name__:  # of the encoder's architecture
         return Discriminator(networks.encoder(event_shape, event_shape))
     return Perception() if judge == Perception.__name__ else None  # which gets its network where it is trained
-
-
-class Networks:
-    """What makes the networks of a recipe's pair: of its architecture, or between vectors of what comes nearest."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.settings = recipe.network.settings
-        self.encoding, self.decoding = PARTS["network"][recipe.network.name].classes
-        # Layers above the first map vectors to vectors, so they are dense in every architecture.
-        self.vectors = (
-            self.encoding if self.encoding == self.decoding else PARTS["network"][first("network")].classes[0]
-        )
-        known = self.vectors.settings
-        self.shared = {
-            k: v for k, v in self.settings.items() if k in known and known[k].kind == self.encoding.settings[k].kind
-        }
-
-    def encoder(self, in_shape: tuple[int, ...], event_shape: tuple[int, ...]) -> "Network":
-        """From x, x and what is given, or what is seen of x, to features."""
-        shapes = {"in_shape": in_shape, "event_shape": event_shape}
-        network: Network = self.encoding.build("network", self.settings, **shapes)
-        return network
-
-    def decoder(self, size: int, out_shape: tuple[int, ...], event_shape: tuple[int, ...]) -> "Network":
-        """From codes to what a likelihood takes for x of an event shape."""
-        shapes = {"in_shape": size, "out_shape": out_shape, "event_shape": event_shape}
-        network: Network = self.decoding.build("network", self.settings, **shapes)
-        return network
-
-    def dense(self, size: int) -> "Network":
-        """From vectors to features."""
-        network: Network = self.vectors.build("network", self.shared, in_shape=size)
-        return network
 
 
 def of_bottom_up(recipe: Recipe, networks: Networks, encoder: "Network") -> dict[str, Any]:
@@ -225,7 +198,7 @@ def of_ladder(recipe: Recipe, networks: Networks, encoder: "Network") -> dict[st
     for _ in latent[1:]:
         features.append(networks.dense(features[-1].out_shape[0]))
     for i, size in enumerate(latent):
-        above = latent[i + 1 :] if settings["skip"] else latent[i + 1 : i + 2]
+        above = latent[i + 1 :] if settings["above"] == "all" else latent[i + 1 : i + 2]
         (found,) = features[i].out_shape
         merges = above and settings["merge"] == "learned"
         # A message from below, and the top layer, are linear maps of features.
@@ -234,6 +207,22 @@ def of_ladder(recipe: Recipe, networks: Networks, encoder: "Network") -> dict[st
         if above:
             conditionals.append(MeanFieldNormal(networks.dense(sum(above)), size))
     return {"top": latent[-1], "features": features, "guides": guides, "conditionals": conditionals}
+
+
+def of_states(recipe: Recipe, deep: Levels, encoder: "Network") -> dict[str, Any]:
+    """Parts of several layers with a guide from the top down, which hand down a state."""
+    from pyrovae.models import MeanFieldNormal
+
+    guides, conditionals = [], []
+    *lower, top = range(len(deep.sizes))
+    alone = recipe.model.settings["merge"] == "precision"
+    for i in lower:
+        network = deep.message(i) if alone else deep.reader(i, features=True)
+        guides.append(make("guide", recipe.guide, encoder=network, latent_dim=deep.sizes[i]))
+        conditionals.append(MeanFieldNormal(deep.reader(i, features=False), deep.sizes[i]))
+    guides.append(make("guide", recipe.guide, encoder=deep.message(top), latent_dim=deep.sizes[top]))
+    offered = {"top": deep.sizes[top], "guides": guides, "conditionals": conditionals, "states": deep.states}
+    return offered | {"features": [encoder, *deep.upwards()]}
 
 
 def of_auxiliary(recipe: Recipe, networks: Networks, encoder: "Network") -> dict[str, Any]:
