@@ -194,6 +194,17 @@ def test_training_curves_keep_the_first_epochs_from_flattening_the_rest(metrics:
     assert "1 epoch below the axis" in bound.get_title()
 
 
+def test_training_curves_show_each_layer(metrics: pd.DataFrame) -> None:
+    """The KL and the active units of every site, from the data upwards whatever the order of the columns."""
+    columns = {"kl_z2": metrics.kl / 4, "kl_z1": metrics.kl / 2, "active_units_z1": metrics.active_units}
+    figure = plots.training_curves(metrics.assign(**columns))
+    shown = {axes.get_title(): axes.get_lines() for axes in figure.axes}
+    kl = shown["KL of each layer, given those above"]
+    assert [line.get_label() for line in kl] == ["z1", "z2"]
+    np.testing.assert_array_equal(kl[1].get_ydata(), metrics.kl / 4)
+    assert [line.get_label() for line in shown["active units of each layer"]] == ["z1"]
+
+
 def test_training_curves_leave_out_what_holds_nothing(metrics: pd.DataFrame) -> None:
     titles = [axes.get_title() for axes in plots.training_curves(metrics).axes]
     assert "β" not in titles

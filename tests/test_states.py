@@ -1,6 +1,8 @@
 """Hierarchies that hand down a state: against linear Gaussian ones of several layers, and where q is tied to p."""
 
+import itertools
 import math
+from pathlib import Path
 
 import pyro
 import pytest
@@ -11,7 +13,7 @@ from torch.distributions import MultivariateNormal
 from torch.testing import assert_close
 
 from pyrovae.errors import UsageError
-from pyrovae.inference import ELBO, log_weights
+from pyrovae.inference import ELBO, fit, log_weights
 from pyrovae.inference.diagnostics import measure
 from pyrovae.models import MLP, Bernoulli, Gaussian, LadderVAE, MeanFieldNormal, StandardNormal
 from pyrovae.models.guides import SCALE_FLOOR
@@ -247,3 +249,22 @@ def test_the_pass_over_the_data_is_run_once_for_each_datum(network: str) -> None
         of_x.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[0] * (output.ndim == 2)))
     log_weights(pair.model, pair.guide, x, 9)
     assert seen == [4] * 5
+
+
+def test_resumed_equals_never_stopped(tmp_path: Path) -> None:
+    """Stopped in the second epoch and gone on with from other weights: every weight as if never stopped."""
+    x, taken = bits(40), itertools.count(1)
+
+    def train(pair: LadderVAE, **options: object) -> LadderVAE:
+        fit(pair.model, pair.guide, x, ELBO(), epochs=2, batch_size=10, seed=1, progress=False, **options)
+        return pair
+
+    never = train(deep())
+    train(deep(), directory=tmp_path, should_stop=lambda: next(taken) == 6)
+    other = deep()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1)
+    last = train(other, directory=tmp_path, resume=True)
+    for name, value in last.state_dict().items():
+        assert torch.equal(value, never.state_dict()[name]), name

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def training_curves(metrics: DataFrame, title: str | None = None) -> Figure:
-    """Draw how training went: bounds, their parts, KL per dimension, active units and schedules.
+    """Draw how training went: bounds, their parts, KL per layer and dimension, active units and schedules.
 
     A column that is absent or holds no finite value leaves its panel or line out. The vertical limits of the bounds
     and the reconstruction leave out epochs so low, as the first often are, that they would flatten the rest; a note
@@ -41,10 +41,10 @@ def training_curves(metrics: DataFrame, title: str | None = None) -> Figure:
 
     Args:
         metrics: One row per epoch. `epoch`, and any of `train_bound`, `validation_bound` (its maximum is marked; that
-            of `train_bound` where there is no validation), `validation_elbo`,
-            `reconstruction`, `kl` and `kl_<site>[<dimension>]` in nats per datum; `active_units`; `beta`, drawn
-            unless always 1; `learning_rate`, drawn if it changes; `reconstruction_sse`, `reconstruction_psnr` and
-            `reconstruction_ssim`, each with an axis of its own.
+            of `train_bound` where there is no validation), `validation_elbo`, `reconstruction`, `kl`, of several
+            layers `kl_<site>`, and `kl_<site>[<dimension>]` in nats per datum; `active_units` and
+            `active_units_<site>`; `beta`, drawn unless always 1; `learning_rate`, drawn if it changes;
+            `reconstruction_sse`, `reconstruction_psnr` and `reconstruction_ssim`, each with an axis of its own.
         title: First line of the title, for example the model, K and the data.
     Raises:
         UsageError: there is no `epoch`, no row, or nothing to draw.
@@ -68,10 +68,12 @@ def training_curves(metrics: DataFrame, title: str | None = None) -> Figure:
         [stack[row * len(stack) // 6] for stack in stacks for _ in range(6 // len(stacks))]
         for row in range(6 if stacks else 0)
     ]
+    layers = sorted(name.removeprefix("kl_") for name in columns if name.startswith("kl_") and name[-1] != "]")
+    layout += [["kl by layer"] * 3 + ["units by layer"] * 3] * (5 if layers else 0)
     layout += [["heatmap"] * 4 + ["last"] * 2] * (6 if dimensions else 0)
     layout += [[name for name in quality for _ in range(6 // len(quality))] for _ in range(4) if quality]
 
-    height = 3.7 * (bool(stacks) + bool(dimensions)) + 2.5 * bool(quality) + 0.6
+    height = 3.7 * (bool(stacks) + bool(dimensions)) + 3.1 * bool(layers) + 2.5 * bool(quality) + 0.6
     caption = "Training; bounds, reconstruction and KL in nats per datum"
     caption += "; SSE, PSNR and SSIM of validation rows, no likelihoods" if quality else ""
     figure = new_figure(11, height, caption, title)
@@ -86,6 +88,13 @@ def training_curves(metrics: DataFrame, title: str | None = None) -> Figure:
             panels[name].tick_params(labelbottom=name == stack[-1])
         panels[stack[-1]].set_xlabel("epoch")
     _draw_quality(panels, epoch, columns)
+    if layers:
+        _draw_layers(panels["kl by layer"], epoch, {site: columns[f"kl_{site}"] for site in layers})
+        units = {site: columns[name] for site in layers if (name := f"active_units_{site}") in columns}
+        _draw_layers(panels["units by layer"], epoch, units)
+        panels["kl by layer"].set_title("KL of each layer, given those above", fontsize="medium")
+        panels["kl by layer"].set_ylabel("nats per datum")
+        panels["units by layer"].set_title("active units of each layer", fontsize="medium")
     if dimensions:
         kl = {name.removeprefix("kl_"): columns[name] for name in dimensions}
         _draw_kl_per_dimension(panels["heatmap"], panels["last"], epoch, kl)
@@ -208,6 +217,20 @@ def _leave_out_low_epochs(axes: Axes, values: np.ndarray) -> None:
         axes.set_ylim(low, high + 0.05 * (high - low))
         noun = "epoch" if cut == 1 else "epochs"
         axes.set_title(f"{axes.get_title()} ({cut} {noun} below the axis)", fontsize="medium")
+
+
+def _draw_layers(axes: Axes, epoch: np.ndarray, layers: dict[str, np.ndarray]) -> None:
+    """A curve for each layer, from the data upwards: dark to light."""
+    from matplotlib import colormaps
+
+    for (site, values), shade in zip(layers.items(), np.linspace(0.1, 0.85, len(layers)), strict=True):
+        _curve(axes, epoch, values, color=colormaps[SEQUENTIAL](shade), label=site)
+    axes.set_xlabel("epoch")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    if layers:
+        axes.legend(fontsize="small", ncols=2)
+    _integer_ticks(axes)
 
 
 def _draw_kl_per_dimension(heatmap: Axes, last: Axes, epoch: np.ndarray, kl: dict[str, np.ndarray]) -> None:
