@@ -257,6 +257,14 @@ def test_seeds_out_of_range(seed):
         ({"latent_dim": [3, 2]}, "a vae has one latent layer, got 2; use --model hierarchical"),
         ({"model": "hierarchical", "latent_dim": 3}, "one for each layer, such as 50,25; got one"),
         ({"model": "hierarchical", "prior": "vamp"}, "VampPrior: needs a vae"),
+        (
+            {"model": "ladder", "prior": "HierarchicalVampPrior"},
+            "guides from the data upwards, which a ladder does not",
+        ),
+        (
+            {"network": "sequence", "condition": "label"},
+            "condition: not used, since with .*network.sequence.* each step",
+        ),
         ({"model": "ladder", "latent_dim": 3}, "a ladder model needs one for each layer, such as 50,25; got one"),
         ({"model": "auxiliary", "latent_dim": "8,4,2"}, "an auxiliary model has 2, such as 50,25; got 3"),
         ({"missing": "maybe"}, "--missing: expected true or false, got maybe"),

@@ -29,7 +29,8 @@ from pyrovae.inference import (
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.enumeration import Summation, summation
 from pyrovae.inference.pair import Pair
-from pyrovae.models import GaussianMixture
+from pyrovae.models import MLP, VAE, Bernoulli, BernoulliGuide, GaussianMixture, IndependentBernoulli
+from pyrovae.runs.scoring import Scoring, score
 
 ROUNDING = {"rtol": 0, "atol": 1e-10}
 
@@ -450,3 +451,25 @@ def test_a_mixed_pair_s_states_are_those_of_its_draws() -> None:
     log_p = torch.tensor([0.2, 0.5, 0.3]).log()
     log_p = log_p + dist.Normal(MEANS + torch.arange(3), math.hypot(0.5, 0.7)).log_prob(x[:, None])
     assert abs(found.values - log_p.softmax(-1).numpy()).max() < 0.05
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a command says
+
+
+def test_a_run_s_scores_say_what_is_done_before_it_is_done() -> None:
+    """An exact sum is called one, and no other proposal than the guide is ignored in silence."""
+    vae = VAE(IndependentBernoulli(4), Bernoulli(MLP(4, 3)), BernoulliGuide(MLP(3), 4))
+    batch, said = Batch.of(torch.eye(3)), []
+    result = score(vae, batch, Scoring(50), say=said.append)
+    assert said == ["log p(x) as a sum over 16 joint states of z, exact: 3 rows"]
+    assert_is_exact(result, "as a sum over 16 joint states of z")
+    with pytest.raises(
+        UsageError, match=r"^proposal=prior: not used, since .* an exact sum over z here; .*most_states=0"
+    ):
+        score(vae, batch, Scoring(50, proposal=FromPrior()))
+    drawn = score(vae, batch, Scoring(5000, proposal=FromPrior(), most_states=0), say=said.append)
+    assert said[1].startswith("log p(x) by naive sampling from the prior, K = 5000")
+    assert ((drawn.estimate - result.estimate).abs() < 5 * drawn.standard_error).all()
+    score(vae, batch, Scoring(50, most_states=5), say=said.append)
+    assert said[2].startswith("log p(x) by importance sampling from the guide, K = 50")

@@ -356,6 +356,7 @@ class SequenceEncoder(Network):
     """
 
     word = "sequence"
+    of_steps = True  # each has codes of its own, so that nothing else goes beside them to its decoder
 
     @checked
     def __init__(self, in_shape: Shape, hidden: Sequence[Count] = (32, 32), activation: Activation = "tanh") -> None:

@@ -382,6 +382,10 @@ def complete_parts(values: Options, given: Options) -> None:
     refuse(given, taken, f"{a(name)} has the guide and the networks of its first stage")
     for part in OF_PAIRS:
         values[part] = Part() if part in taken else choose(part, given.get(part), first(part), PARTS[part])
+    network = values["network"].name
+    if network and PARTS["network"][network].classes[0].constants.get("of_steps"):
+        why = f"with `network={network}` each step of x is decoded from codes of its own, with nothing beside them"
+        refuse(given, ("condition",), why, f"network={first('network')}", of=f"network={network}")
     prior, guide = values["prior"].name, values["guide"].name
     if guide:
         of_prior, of_guide = latents_of("prior", prior), latents_of("guide", guide)

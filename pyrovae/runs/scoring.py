@@ -76,6 +76,9 @@ def score(
     """log p(x) of rows under a model: exact where the model has it, else importance-sampled, by default from its guide.
 
     Rows without a finite estimate stay in it: see `LogMarginal.invalid`.
+
+    Raises:
+        UsageError: another proposal than the guide is asked for, where log p(x) is a sum without a draw.
     """
     import torch
 
@@ -95,7 +98,7 @@ def score(
     proposal = how.proposal
     with (
         warnings.catch_warnings(record=True) as caught,
-        rows_done(len(batch), f"log p(x) by {proposal.name}, K = {how.num_particles}", say) as done,
+        rows_done(len(batch), announced(model, batch, how), say) as done,
     ):
         warnings.simplefilter("always", CompileWarning)
         result = log_marginal(
@@ -119,6 +122,29 @@ def score(
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return result
+
+
+def announced(model: "Model", batch: "Batch", how: Scoring) -> str:
+    """What is about to be done to rows, in words: a sum over discrete latents where that leaves nothing to be drawn.
+
+    Raises:
+        UsageError: as for `score`.
+    """
+    from pyrovae.inference.enumeration import summation
+    from pyrovae.inference.pair import Pair
+
+    sums = summation(Pair(model.model, model.guide), batch, how.num_particles, how.most_states)
+    summed = how.proposal.summing(sums)
+    if not sums.is_exact:
+        by = how.proposal if sums.model is None or summed is None else summed
+        return f"log p(x) by {by.name}, K = {how.num_particles}"
+    if summed is None:
+        raise UsageError(
+            f"proposal: {how.proposal.name} is not used, since log p(x) is an exact sum over {', '.join(sums.joint)}; "
+            "leave it out, or draw with `most_states=0`",
+            settings=("proposal", "most_states=0"),
+        )
+    return f"log p(x) as {sums.words}, exact"
 
 
 def repaired(model: "Model", batch: "Batch", result: "LogMarginal", say: Say | None = None) -> "LogMarginal":
