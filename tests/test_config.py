@@ -258,10 +258,6 @@ def test_seeds_out_of_range(seed):
         ({"model": "hierarchical", "latent_dim": 3}, "one for each layer, such as 50,25; got one"),
         ({"model": "hierarchical", "prior": "vamp"}, "VampPrior: needs a vae"),
         (
-            {"model": "ladder", "prior": "HierarchicalVampPrior"},
-            "guides from the data upwards, which a ladder does not",
-        ),
-        (
             {"network": "sequence", "condition": "label"},
             "condition: not used, since with .*network.sequence.* each step",
         ),

@@ -465,7 +465,7 @@ def test_a_run_s_scores_say_what_is_done_before_it_is_done() -> None:
     assert said == ["log p(x) as a sum over 16 joint states of z, exact: 3 rows"]
     assert_is_exact(result, "as a sum over 16 joint states of z")
     with pytest.raises(
-        UsageError, match=r"^proposal=prior: not used, since .* an exact sum over z here; .*most_states=0"
+        UsageError, match=r"^proposal: naive .* is not used, since .* an exact sum over z; .*most_states=0"
     ):
         score(vae, batch, Scoring(50, proposal=FromPrior()))
     drawn = score(vae, batch, Scoring(5000, proposal=FromPrior(), most_states=0), say=said.append)
