@@ -142,6 +142,11 @@ SPECIAL: dict[tuple[str, str], dict[str, Any]] = {
         "note": "10 steps",
     },
     ("prior", "Markov"): {"options": {"prior": {"name": "Markov", "steps": 10}}, "note": "10 steps"},
+    ("prior", "GatedMarkov"): {"options": {"prior": {"name": "GatedMarkov", "steps": 10}}, "note": "10 steps"},
+    ("guide", "MarkovGuide"): {
+        "options": {"prior": "Markov", "guide": "MarkovGuide", "network": "steps", "latent_dim": [56]},
+        "note": "28 steps of 28, Z = 2 for each",
+    },
     ("prior", "AmortisedPrior"): {"options": {"prior": "AmortisedPrior", "condition": "label"}, "note": "10 classes"},
     ("prior", "ConditionalVampPrior"): {
         "options": {"prior": "ConditionalVampPrior", "condition": "label"},
@@ -177,6 +182,10 @@ SPECIAL: dict[tuple[str, str], dict[str, Any]] = {
         "options": {"network": "sequence", "latent_dim": [56]},
         "note": "28 steps of 28, Z = 2 for each",
     },
+    ("network", "steps"): {
+        "options": {"network": "steps", "latent_dim": [56]},
+        "note": "28 steps of 28, Z = 2 for each",
+    },
     ("likelihood", "Gaussian"): {"space": "grey"},
     ("likelihood", "ContinuousBernoulli"): {"space": "grey"},
     ("likelihood", "Laplace"): {"space": "grey"},
@@ -204,13 +213,15 @@ MORE = (
     ),
     Row("likelihood", "Gaussian, scale predicted", {"likelihood": {"name": "Gaussian", "scale": "predicted"}}, "grey"),
 )
-# Those most likely slow come first.
+# What is most likely slow comes first; what takes minutes to compile comes last.
+LAST = ("conv", "residual-conv", "NeuralSplinePrior", "SplineFlow", "DiscretizedLogisticMixture", "MarkovGuide")
 FIRST = (
-    "FullCovarianceNormal", "LowRankNormal", "NegativeBinomial", "StudentTPrior", "DiscretizedLogistic",
-    "sticking-the-landing", "doubly-reparameterised", "VampPrior", "SemiAmortised", "MixtureOfNormals", "Columns",
-    "CategoricalPrior", "beta-tc", "ZeroInflatedNegativeBinomial", "Beta", "Poisson", "ladder", "Categorical",
-    "leave-one-out", "IndependentBernoulli", "thermodynamic", "hierarchical", "auxiliary",
-    "DiscretizedLogisticMixture", "InverseAutoregressiveFlow", "SylvesterFlow", "PlanarFlow", "SplineFlow",
+    "CategoricalPrior", "Columns", "Beta", "ZeroInflatedNegativeBinomial", "auxiliary", "Poisson", "Gaussian",
+    "LogNormal", "gaps", "ladder", "IndependentBernoulli", "leave-one-out", "relaxed", "AutoregressivePrior",
+    "thermodynamic", "iwae", "free-bits", "beta-tc", "Laplace", "StudentT", "Categorical", "hierarchical",
+    "PlanarFlow", "SylvesterFlow", "InverseAutoregressiveFlow", "FullCovarianceNormal", "LowRankNormal",
+    "NegativeBinomial", "StudentTPrior", "DiscretizedLogistic", "sticking-the-landing", "doubly-reparameterised",
+    "VampPrior", "SemiAmortised", "MixtureOfNormals",
 )  # fmt: skip
 
 
@@ -228,8 +239,8 @@ def rows() -> list[Row]:
             found.append(
                 Row(part, name, **{"options": {part: name}, "space": "counts" if counts else "bits", **special})
             )
-    order = {name: i for i, name in enumerate(FIRST)}
-    return sorted(found, key=lambda row: -1 if row is PLAIN else order.get(row.name, len(order)))
+    order = {name: i for i, name in enumerate(("plain", *FIRST))} | {name: len(found) for name in LAST}
+    return sorted(found, key=lambda row: order.get(row.name, len(order)))
 
 
 # ----------------------------------------------------------------------------------------------------- what is measured
@@ -259,7 +270,7 @@ def shape_of(row: Row) -> tuple[int, ...]:
     if row.space in ("table", "grey40"):
         return (40,)
     network = row.options.get("network")
-    return {"conv": IMAGE, "residual-conv": IMAGE, "sequence": (28, 28)}.get(str(network), (WIDTH,))
+    return {"conv": IMAGE, "residual-conv": IMAGE, "sequence": (28, 28), "steps": (28, 28)}.get(str(network), (WIDTH,))
 
 
 def declared(row: Row, small: Options | None = None) -> tuple[Any, Any, Tensor, tuple[Tensor, ...]]:

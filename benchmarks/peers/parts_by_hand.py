@@ -34,10 +34,10 @@ Function = Callable[..., Any]
 
 
 class Draw(NamedTuple):
-    """What a guide gives: z, log q(z|x), KL(q || N(0, I)), and log q with its parameters held."""
+    """What a guide gives: z, log q(z|x), KL(q || N(0, I)), log q with its parameters held, and these, or None."""
 
     z: Tensor
-    log_q: Tensor
+    log_q: Tensor | None
     kl: Tensor | None = None
     held: Tensor | None = None
     parameters: Any = None
@@ -253,12 +253,35 @@ def ornstein_uhlenbeck(prior: Any) -> Function:
 
 
 def markov(prior: Any) -> Function:
-    steps, net, widest = (prior.steps, prior.width), network(prior.network), prior.widest
+    """m and log s of a step by a network of the one before."""
+    net, widest = network(prior.network), prior.widest
+
+    def step(z: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_scale = (0.1 * net(z)).unbind(-2)
+        return mean, widest * (log_scale / widest).tanh()
+
+    return step
+
+
+def gated_markov(prior: Any) -> Function:
+    """m between a linear map and a network's, by a gate."""
+    net, line, spread, widest = network(prior.network), prior.linear, prior.spread, prior.widest
+
+    def step(z: Tensor) -> tuple[Tensor, Tensor]:
+        logit, proposed = net(z).unbind(-2)
+        gate = (logit - 2).sigmoid()
+        return (1 - gate) * line(z) + gate * proposed, widest * (spread(proposed) / widest).tanh()
+
+    return step
+
+
+def of_steps(prior: Any, step: Function) -> Function:
+    """log p(z) of a Gaussian process of steps, for all steps at once."""
+    steps = (prior.steps, prior.width)
 
     def log_p(z: Tensor) -> Tensor:
         z = z.unflatten(-1, steps)
-        mean, log_scale = (0.1 * net(z[..., :-1, :])).unbind(-2)
-        log_scale = widest * (log_scale / widest).tanh()
+        mean, log_scale = step(z[..., :-1, :])
         e = (z[..., 1:, :] - mean) * (-log_scale).exp()
         return log_standard(z[..., 0, :]) + log_standard(e.flatten(-2)) - log_scale.sum((-2, -1))
 
@@ -452,7 +475,7 @@ def low_rank(guide: Any) -> Function:
         inner = torch.linalg.cholesky(torch.eye(rank) + F.mT @ (F / variance.unsqueeze(-1)))
         log_det = variance.log().sum(-1) + 2 * inner.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         trace = F.square().sum((-2, -1)) + variance.sum(-1)
-        return Draw(z, torch.empty(0), 0.5 * (trace + loc.square().sum(-1) - Z - log_det))
+        return Draw(z, None, 0.5 * (trace + loc.square().sum(-1) - Z - log_det))
 
     return draw
 
@@ -549,6 +572,43 @@ def bernoulli_guide(guide: Any) -> Function:
     return draw
 
 
+def markov_guide(guide: Any) -> Function:
+    """Steps of whole sequences: a recurrent network backwards, whose message is multiplied with the prior's step."""
+    features_of, inputs, recurrent, last, T = (
+        features(guide),
+        guide.inputs,
+        guide.recurrent,
+        guide.head,
+        guide.prior.steps,
+    )
+    step = STEPS[type(guide.prior).__name__](guide.prior)
+
+    def draw(x: Tensor, lead: tuple[int, ...]) -> Draw:
+        seen = inputs(features_of(x).unflatten(-1, (-1, T)).mT)
+        h, messages = torch.zeros(len(x), last.in_features), []
+        for t in reversed(range(T)):
+            a, b, c = seen[:, t].chunk(3, -1)
+            r, k, n = recurrent(h).chunk(3, -1)
+            keep = (b + k).sigmoid()
+            h = keep * h + (1 - keep) * (c + (a + r).sigmoid() * n).tanh()
+            messages.append(h)
+        loc, raw = last(torch.stack(messages[::-1], 1)).chunk(2, -1)
+        precision = softplus(raw)
+        noise = torch.randn(*lead, len(x), T * loc.shape[-1]).unflatten(-1, (T, -1))
+        z, log_scales = [], []
+        for t in range(T):
+            mean, log_scale = step(z[-1]) if t else (torch.zeros_like(noise[..., 0, :]),) * 2
+            ratio = (2 * log_scale).exp() * precision[:, t]
+            mean, log_scale = mean + ratio / (1 + ratio) * (loc[:, t] - mean), log_scale - 0.5 * ratio.log1p()
+            z.append(mean + log_scale.exp() * noise[..., t, :])
+            log_scales.append(log_scale)
+        log_q = log_standard(noise.flatten(-2)) - torch.cat(log_scales, -1).sum(-1)
+        return Draw(torch.cat(z, -1), log_q)
+
+    return draw
+
+
+STEPS: dict[str, Function] = {"Markov": markov, "GatedMarkov": gated_markov}
 GUIDES: dict[str, Function] = {
     "MeanFieldNormal": mean_field,
     "FullCovarianceNormal": full_covariance,
@@ -559,6 +619,7 @@ GUIDES: dict[str, Function] = {
     "PlanarFlow": lambda guide: flowed_guide(guide, planar),
     "SylvesterFlow": lambda guide: flowed_guide(guide, sylvester),
     "BernoulliGuide": bernoulli_guide,
+    "MarkovGuide": markov_guide,
 }
 PRIORS: dict[str, Function] = {
     "StandardNormal": standard_normal,
@@ -574,7 +635,8 @@ PRIORS: dict[str, Function] = {
     "StudentTPrior": student_t_prior,
     "HierarchicalVampPrior": hierarchical_vamp_prior,
     "OrnsteinUhlenbeck": ornstein_uhlenbeck,
-    "Markov": markov,
+    "Markov": lambda prior: of_steps(prior, markov(prior)),
+    "GatedMarkov": lambda prior: of_steps(prior, gated_markov(prior)),
     "AmortisedPrior": amortised_prior,
     "ConditionalVampPrior": conditional_vamp_prior,
 }
