@@ -30,6 +30,8 @@ from typing import Any, Literal, final
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.nn.functional import logsigmoid
 
 from pyrovae.errors import DataError, UsageError
 from pyrovae.models.likelihood import Likelihood, set_output_bias
@@ -117,10 +119,8 @@ class NegativeBinomial(OfCounts):
         if self.dispersion == "predicted":
             out, log_theta = out.unbind(-1 - len(self.event_shape))
         log_mean = log_mean_of(out, z, self.library, self.event_shape)
-        log_theta = self.log_theta.expand_as(log_mean) if log_theta is None else log_theta
-        return dist.NegativeBinomial(log_theta.exp(), logits=log_mean - log_theta, validate_args=False).to_event(
-            len(self.event_shape)
-        )
+        log_theta = self.log_theta if log_theta is None else log_theta
+        return DispersedCounts(log_mean, log_theta).to_event(len(self.event_shape))
 
     def initialise(self, x: Tensor) -> None:
         """Start at the mean of each column, and at theta by its variance, at least 0.01 and at most 10,000."""
@@ -162,8 +162,7 @@ class ZeroInflatedNegativeBinomial(OfCounts):
     def forward(self, z: Tensor) -> dist.Distribution:
         out, *rest, gate = self.decoder(z).unbind(-1 - len(self.event_shape))
         log_mean = log_mean_of(out, z, self.library, self.event_shape)
-        log_theta = rest[0] if rest else self.log_theta.expand_as(log_mean)
-        counts = dist.NegativeBinomial(log_theta.exp(), logits=log_mean - log_theta, validate_args=False)
+        counts = DispersedCounts(log_mean, rest[0] if rest else self.log_theta)
         return dist.ZeroInflatedDistribution(counts, gate_logits=gate, validate_args=False).to_event(
             len(self.event_shape)
         )
@@ -178,6 +177,52 @@ class ZeroInflatedNegativeBinomial(OfCounts):
         set_output_bias(self.decoder, torch.stack([log_mean, gate]))
         with torch.no_grad():
             self.log_theta.copy_(log_theta)
+
+
+class DispersedCounts(dist.TorchDistribution):
+    """Negative binomial counts, by their means and inverse dispersions, of which one may be for many counts.
+
+    torch's has as many of both, and would compute log G(theta) anew for each count of a column.
+
+    Args:
+        log_mean: log mu; the batch shape is its.
+        log_theta: log theta, of a shape that is expanded to it.
+    """
+
+    arg_constraints = {"log_mean": constraints.real, "log_theta": constraints.real}  # noqa: RUF012
+    support = constraints.nonnegative_integer
+
+    def __init__(self, log_mean: Tensor, log_theta: Tensor) -> None:
+        self.log_mean, self.log_theta = log_mean, log_theta
+        super().__init__(log_mean.shape, validate_args=False)
+
+    @property
+    def each(self) -> dist.TorchDistribution:
+        """The same by torch's class."""
+        log_theta = self.log_theta.expand_as(self.log_mean)
+        return dist.NegativeBinomial(log_theta.exp(), logits=self.log_mean - log_theta, validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "DispersedCounts":
+        return DispersedCounts(self.log_mean.expand(batch_shape), self.log_theta)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log mass in nats of counts, of the shape that value and the batch broadcast to."""
+        theta, logits = self.log_theta.exp(), self.log_mean - self.log_theta
+        ways = torch.lgamma(theta + value) - torch.lgamma(1 + value) - torch.lgamma(theta)
+        # Where theta has become 0, so have all counts.
+        ways = ways.masked_fill(theta + value == 0, 0.0)
+        return theta * logsigmoid(-logits) + value * logsigmoid(logits) + ways
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        return self.each.sample(sample_shape)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.each.mean
+
+    @property
+    def variance(self) -> Tensor:
+        return self.each.variance
 
 
 def log_mean_of(out: Tensor, z: Tensor, library: Library, event_shape: tuple[int, ...]) -> Tensor:
