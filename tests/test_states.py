@@ -251,6 +251,22 @@ def test_the_pass_over_the_data_is_run_once_for_each_datum(network: str) -> None
     assert seen == [4] * 5
 
 
+def test_layers_that_are_held_stay_and_the_others_are_drawn_given_them() -> None:
+    """All held, every draw is p(x|z) at the row's own z; the top layer held, it is that of all and others differ."""
+    pair, x = deep(network="residual-conv"), bits(1)
+    layers = pair.drawn(x)
+    assert list(layers) == list(pair.code)
+    code = torch.cat(list(layers.values()), -1)
+    assert_close(pair.sample(3, mean=True, held=layers), pair.decode(code).expand(3, *x.shape[1:]), **EXACT)
+    some = pair.sample(2000, mean=True, held={"z5": layers["z5"]})
+    assert some.std(0).max() > 1e-3
+    below = [given(layers["z5"]) for given in (lambda z: pair.conditionals[3](pair.states[4](z, None)),)]
+    torch.manual_seed(0)
+    z4 = below[0].sample((2000,))[:, 0]
+    fourth = {"z5": layers["z5"].expand(2000, -1), "z4": z4}
+    assert_mean(pair.sample(2000, mean=True, held=fourth) - some, 0.0, least=0.1)
+
+
 def test_resumed_equals_never_stopped(tmp_path: Path) -> None:
     """Stopped in the second epoch and gone on with from other weights: every weight as if never stopped."""
     x, taken = bits(40), itertools.count(1)

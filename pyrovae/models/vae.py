@@ -11,7 +11,7 @@ those of torch modules (the Pyro parameter store is not used).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise, repeat
 from typing import ClassVar, Literal, Protocol
@@ -175,7 +175,13 @@ class LatentLayers(nn.Module, ABC):
         """q of the code for x of shape (*batch, *event), never corrupted: batch shape `batch`, event shape (Z,)."""
 
     @torch.no_grad()
-    def sample(self, num_samples: int, mean: bool = False, temperature: float = 1.0) -> Tensor:
+    def sample(
+        self,
+        num_samples: int,
+        mean: bool = False,
+        temperature: float = 1.0,
+        held: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Draws of x: z from the prior, then x from p(x|z), with torch's random state.
 
         Args:
@@ -183,6 +189,8 @@ class LatentLayers(nn.Module, ABC):
             mean: The mean of p(x|z) at each z in place of a draw: without the noise of x, as pictures are shown.
             temperature: Above 0. The noise of every latent layer is times this (`pyrovae.models.temperature`), that of
                 x is not. With any but 1 these are no draws of p(x).
+            held: Values of latent layers by their site, (Z,) or (num_samples, Z), in the place of draws, such as those
+                of upper layers that `drawn` has for a row; the others are drawn given them. None: all are drawn.
 
         Returns:
             Shape (num_samples, *event).
@@ -193,9 +201,17 @@ class LatentLayers(nn.Module, ABC):
         """
         check("num_samples", num_samples, Whole(1))
         check("temperature", temperature, Number(above=0))
-        with pyro.poutine.block(), pyro.plate("samples", num_samples):
+        fixed = {site: value.expand(num_samples, value.shape[-1]) for site, value in (held or {}).items()}
+        with pyro.poutine.block(), pyro.poutine.condition(data=fixed), pyro.plate("samples", num_samples):
             likelihood = self.likelihood(self.latent(temperature))
             return likelihood.mean if mean else likelihood.sample()
+
+    @torch.no_grad()
+    def drawn(self, x: Tensor) -> dict[str, Tensor]:
+        """A draw of every latent layer from q(z|x) for x of shape (N, *event): by site, each (N, Z)."""
+        with pyro.poutine.block(), pyro.poutine.trace() as found:
+            self.guide(x)
+        return {site: found.trace.nodes[site]["value"] for site in self.latent_sites}
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:

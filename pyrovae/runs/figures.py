@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
     from pyrovae.data import Rows
     from pyrovae.inference.training.trainer import Fit
-    from pyrovae.models import ConditionalVAE
+    from pyrovae.models import ConditionalVAE, LatentLayers
     from pyrovae.models.two_stage import SecondStage
     from pyrovae.plots import Style
     from pyrovae.runs.build import Model
+
+DRAWS = 11  # of x, beside a row
 
 
 def save_figure(figure: "Figure", directory: Path, name: str) -> Path:
@@ -102,6 +104,8 @@ def write_plots(
         if isinstance(model, LatentLayers):
             spread = model.posterior(x[:8]).sample((12,)).transpose(0, 1)
             save_figure(plots.neighbourhood(x[:8], model.decode(spread), name, style), folder, "neighbourhood")
+            if pictures and len(model.latent_sites) > 1:
+                write_layers(model, x[:1], folder, name, style)
         save_figure(plots.latent_map(codes, named_labels(rows, len(codes)), name), folder, "latent_map")
         dims = codes.var(0).argsort(descending=True)[:10].tolist()
         if isinstance(model, SecondStage) and len(dims) > 1:
@@ -115,6 +119,22 @@ def write_plots(
 
     if values.get("K") is not None:
         save_curve(Run(directory, recipe), values)
+
+
+def write_layers(model: "LatentLayers", x: "Tensor", folder: Path, name: str, style: "Style") -> None:
+    """Draw what is drawn while more and more upper layers are held at those of a row x, (1, *event)."""
+    import torch
+
+    from pyrovae import plots
+
+    layers = dict(reversed(model.drawn(x).items()))
+    held = [dict(list(layers.items())[:count]) for count in range(len(layers) + 1)]
+    pictures = torch.stack([model.sample(DRAWS, mean=True, held=values) for values in held])
+    rows = ["none held", *(f"{list(values)[-1]} and above" for values in held[1:])]
+    columns = ["x", *map(str, range(1, DRAWS + 1))]
+    pictures = torch.cat([x.expand(len(held), 1, *x.shape[1:]), pictures], 1)
+    caption = "Means of p(x|z): layers held at those of x, the others drawn from the model"
+    save_figure(plots.named_rows(pictures, rows, columns, caption, name, style), folder, "layers")
 
 
 def write_codes(model: "SecondStage", x: "Tensor", dims: list[int], folder: Path, name: str) -> None:
