@@ -4,8 +4,8 @@
     python benchmarks/deep.py runs/deep-digits --epochs 60
 
 On MNIST, or on scikit-learn's 8 x 8 digits, which need no download: bits drawn anew at every step. Dense networks of
-100 units (silu), the ELBO with its KL warmed up over a fifth of the epochs, Adam at 3e-3, batches of 200 rows (50 of the
-digits), 40 latent dimensions:
+100 units (silu), the ELBO with its KL warmed up over a fifth of the epochs, Adam at 3e-3, batches of 200 (of the digits
+50), 40 latent dimensions:
 
     1 layer             100-100-40
     5 layers            a ladder of 12, 8, 8, 6 and 6, which hands down a state of 100 numbers; `--model.merge relative`
