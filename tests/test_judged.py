@@ -108,6 +108,13 @@ def test_a_discriminators_gradients_reach_those_they_should_and_no_other(site: s
     assert modules_reached(pair, value.sum()) == REACHED[site]
 
 
+@pytest.mark.parametrize(("site", "reached"), [("critic_ratio", ENCODER), ("critic_loss", {"critic.network"})])
+def test_a_critics_gradients_reach_those_they_should_and_no_other(site: str, reached: set[str]) -> None:
+    pair = vae(critic=critic())
+    particles = draw(Pair(pair.model, pair.guide), Batch(X), 3)
+    assert modules_reached(pair, particles.guide_trace.nodes[site]["value"].sum()) == reached
+
+
 def test_a_frozen_network_lets_gradients_through_and_gets_none() -> None:
     pair = vae(seeing(nn.Sequential(nn.Linear(D, 3), nn.Tanh()), 3))
     pair.initialise(X)
@@ -298,6 +305,7 @@ def test_the_loss_of_an_adversary_is_recorded_by_epoch() -> None:
         particles = draw(Pair(pair.model, pair.guide), Batch(X[order.split(5)[step]]), 1)
         sums.append(particles.model_trace.nodes["adversary_loss"]["value"].sum())
     assert fitted.history[0]["adversary_loss"] == pytest.approx(sum(sums).item() / len(X), rel=1e-6)
+    assert all(epoch["adversary_loss"] == pytest.approx(2 * math.log(2), rel=0.2) for epoch in fitted.history)
 
 
 @pytest.mark.parametrize("how", [{}, {"particle_chunk": 1}], ids=["whole", "chunks"])
@@ -422,11 +430,12 @@ def test_a_frozen_network_stays_as_it_is_and_its_hash_is_kept(tmp_path: Path) ->
 
 def test_what_is_scored_is_p_of_x_and_knows_nothing_of_the_judge() -> None:
     pair, alone = vae(adversary()), vae()
-    alone.load_state_dict({name: t for name, t in pair.state_dict().items() if not name.startswith("judge")})
     pair.eval()
     alone.eval()
     found = [log_marginal(p.model, p.guide, X, 20, seed=1).estimate for p in (pair, alone)]
     assert_close(found[0], found[1], **EXACT)
+    blind = vae(Perception()).eval()  # as one that is loaded
+    assert_close(log_marginal(blind.model, blind.guide, X, 20, seed=1).estimate, found[0], **EXACT)
     assert VAEGAN().evaluated == Perceptual().evaluated == ELBO()
 
 
@@ -518,6 +527,20 @@ def test_a_run_looks_through_the_module_of_a_file_and_is_scored_without_it(tmp_p
     assert pyrovae.load(tmp_path / "run").judge.network is None
     with pytest.raises(UsageError, match=r"is no file; give one that torch\.export\.save wrote"):
         pyrovae.train({"epochs": 2}, tmp_path / "run", resume=True, plots=False)
+
+
+def test_a_denoising_autoencoders_codes_are_features_as_in_darla(tmp_path: Path) -> None:
+    options = {"data": "three-gaussians", "network": {"hidden": [8]}, "latent_dim": [3], "epochs": 1, "batch_size": 500}
+    noisy = {"model": "autoencoder", "corruption": "noise", "seed": 0, "device": "cpu"}
+    run = pyrovae.train({**options, **noisy}, tmp_path / "run", plots=False)
+    x = torch.randn(4, 2, requires_grad=True)
+    codes = network_for(str(tmp_path / "run"), Rows())(x)
+    assert_close(codes, run.model().encode(x.detach()))
+    assert torch.autograd.grad(codes.sum(), x)[0].any()
+    other = Rows()
+    other.event_shape = (3,)
+    with pytest.raises(UsageError, match=r"expected one of an autoencoder of rows of shape \(3,\)"):
+        network_for(str(tmp_path / "run"), other)
 
 
 def test_a_file_that_is_no_module_of_such_rows_is_refused_in_a_line(tmp_path: Path) -> None:

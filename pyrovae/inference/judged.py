@@ -38,9 +38,9 @@ class Perceptual(Weighted):
     Args:
         num_particles: Number of draws averaged.
         weight: Of the log-likelihood of the features.
-        pixels: Of log p(x|z), beside it.
-        network: What the features are of: classifier, one of the rows' labels that is trained first, or a file that
-            torch.export.save wrote, of a module that maps rows to features.
+        pixels: Weight of log p(x|z).
+        network: What the features are of: classifier, one of the rows' labels that is trained first; the run of an
+            autoencoder, whose codes they are; or a file that torch.export.save wrote, of a module of rows.
         num_averages: M; the same as more particles.
         gradient: How its gradient is estimated.
     """

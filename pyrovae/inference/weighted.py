@@ -239,7 +239,7 @@ class Factor(Weighted):
     Args:
         num_particles: Number of draws averaged.
         weight: Gamma, of the total correlation, beside the ELBO's own.
-        rate: Learning rate of the critic, as a multiple of the pair's.
+        rate: Learning rate of the adversary, as a multiple of the pair's.
         num_averages: M; the same as more particles.
         gradient: How its gradient is estimated.
     """

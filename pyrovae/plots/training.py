@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
+ADVERSARIES = ("critic_loss", "adversary_loss")  # what others than the pair minimise: 2 log 2 where they know nothing
+
+
 def training_curves(metrics: DataFrame, title: str | None = None) -> Figure:
     """Draw how training went: bounds, their parts, KL per layer and dimension, active units and schedules.
 
@@ -43,7 +46,8 @@ def training_curves(metrics: DataFrame, title: str | None = None) -> Figure:
         metrics: One row per epoch. `epoch`, and any of `train_bound`, `validation_bound` (its maximum is marked; that
             of `train_bound` where there is no validation), `validation_elbo`, `reconstruction`, `kl`, of several
             layers `kl_<site>`, and `kl_<site>[<dimension>]` in nats per datum; `active_units` and
-            `active_units_<site>`; `beta`, drawn unless always 1; `learning_rate`, drawn if it changes;
+            `active_units_<site>`; `beta`, drawn unless always 1; `learning_rate`, drawn if it changes; `critic_loss`
+            and `adversary_loss`, in nats;
             `reconstruction_sse`, `reconstruction_psnr` and `reconstruction_ssim`, each with an axis of its own.
         title: First line of the title, for example the model, K and the data.
     Raises:
@@ -57,7 +61,7 @@ def training_curves(metrics: DataFrame, title: str | None = None) -> Figure:
     stacks: list[list[str]] = [
         ["bounds"] if bounds else [],
         [name for name in ("reconstruction", "kl") if name in columns],
-        [name for name in ("active_units", "beta", "learning_rate") if name in columns],
+        [name for name in ("active_units", "beta", "learning_rate", *ADVERSARIES) if name in columns],
     ]
     stacks = [stack for stack in stacks if stack]
     quality = [q.column for q in QUALITIES if q.column in columns]
@@ -161,6 +165,7 @@ def _draw_parts(panels: dict[str, Axes], epoch: np.ndarray, columns: dict[str, n
         ("active_units", "active units", INK),
         ("beta", "β", ORANGE),
         ("learning_rate", "learning rate", FAINT),
+        *((name, f"{name.split('_')[0]}'s loss, at 1.39 blind", SKY) for name in ADVERSARIES),
     ):
         if name in panels:
             _curve(panels[name], epoch, columns[name], color=colour)

@@ -16,10 +16,12 @@ from torch import Tensor, fx, nn
 
 from pyrovae.errors import UsageError
 from pyrovae.inference.tracing.recording import reason
+from pyrovae.models.autoencoder import Autoencoder
 from pyrovae.models.networks import MLP, ConvEncoder, Network
 from pyrovae.quality import Frechet, frechet_distance
 from pyrovae.quality.frechet import check_enough
 from pyrovae.quality.reconstructions import is_image
+from pyrovae.runs.directory import open_run
 from pyrovae.runs.progress import Say, silent
 from pyrovae.runs.quality import Draws
 from pyrovae.seeding import seeded
@@ -104,18 +106,50 @@ def network_for(chosen: str, rows: "Rows", say: Say = silent) -> Network:
     """What a pair is trained to look through (`pyrovae.models.Perception`): of rows, to a vector of features.
 
     Args:
-        chosen: "classifier", the body of `classifier_features`; or a file that `torch.export.save` wrote.
+        chosen: "classifier", the body of `classifier_features`; the directory of an autoencoder's run, whose code of x
+            it is; or a file that `torch.export.save` wrote.
         rows: To train the classifier on.
         say: Called with what it is.
 
     Raises:
-        UsageError: the rows have no labels; or the file cannot be read, or is of other rows.
+        UsageError: the rows have no labels; or the run is no autoencoder's, or the file of no module, of such rows.
+        CheckpointError: the run is damaged.
     """
     if chosen == "classifier":
         body = classifier_features(rows, say=say).of
         assert isinstance(body, Network)
         return body
-    return exported_network(chosen, rows.event_shape)
+    if Path(chosen).is_dir():
+        return codes_network(chosen, tuple(rows.event_shape))
+    return exported_network(chosen, tuple(rows.event_shape))
+
+
+class Codes(nn.Module):
+    """The code of x by a trained autoencoder, with a gradient by x."""
+
+    def __init__(self, model: Autoencoder) -> None:
+        super().__init__()
+        self.point = model.point
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Codes of x (N, *event), shape (N, Z)."""
+        return self.point.parameters_of(x)
+
+
+def codes_network(directory: str, event_shape: tuple[int, ...]) -> Network:
+    """The code of x by the autoencoder of a run, which in DARLA is a denoising one.
+
+    Raises:
+        UsageError: the run is no autoencoder's, or of other rows.
+    """
+    model = open_run(directory).model()
+    if not isinstance(model, Autoencoder) or tuple(model.event_shape) != event_shape:
+        of = f"of rows of shape {tuple(model.event_shape)}" if isinstance(model, Autoencoder) else "no autoencoder's"
+        raise UsageError(
+            f"elbo.network: {directory} is a run {of}; expected one of an autoencoder of rows of shape {event_shape}",
+            settings=("elbo.network",),
+        )
+    return Network(Codes(model), event_shape, model.latent_dim)
 
 
 def exported_network(file: str, event_shape: tuple[int, ...]) -> Network:
@@ -127,8 +161,8 @@ def exported_network(file: str, event_shape: tuple[int, ...]) -> Network:
     named = ("elbo.network",)
     if not Path(file).is_file():
         raise UsageError(
-            f"elbo.network: {file} ({Path(file).absolute()}) is no file; give one that torch.export.save wrote, or "
-            "classifier",
+            f"elbo.network: {file} ({Path(file).absolute()}) is no file; give one that torch.export.save wrote, the "
+            "run of an autoencoder, or classifier",
             settings=named,
         )
     try:

@@ -130,13 +130,13 @@ class Record:
 
 
 class Bar:
-    """A progress bar over epochs with the bound in nats per datum; silent where the output is no terminal."""
+    """A progress bar over epochs with what is maximised in nats per datum; silent where the output is no terminal."""
 
-    def __init__(self, shown: bool, epochs: int, done: int) -> None:
+    def __init__(self, shown: bool, epochs: int, done: int, name: str = "train_bound") -> None:
         from tqdm import tqdm
 
         self.bar = tqdm(total=epochs, initial=done, unit="epoch", disable=None if shown else True, leave=False)
-        self.drawn = 0.0
+        self.drawn, self.label = 0.0, name.replace("_", " ")
 
     def __enter__(self) -> "Bar":
         return self
@@ -151,5 +151,5 @@ class Bar:
         self.drawn = time.monotonic()
         self.bar.n = round(state.epoch + state.batch / batches, 2)
         last = state.history[-1].get("validation_bound") if state.history else None
-        text = f"train bound {state.total / state.rows:.2f}" if state.total else "training"
+        text = f"{self.label} {state.total / state.rows:.2f}" if state.total else "training"
         self.bar.set_postfix_str(text + (f", validation {last:.2f} nats" if last is not None else " nats"))

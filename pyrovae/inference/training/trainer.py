@@ -321,7 +321,7 @@ class Trainer:
         if state.step == 0 and self.validation is not None and self.trial.no_density is None:
             with suppress(ValueError, ArithmeticError):  # the first step has more to say about it
                 state.untrained_bound = self.measured()["bound"]
-        with Bar(progress and self.processes.rank == 0, epochs, state.epoch) as bar:
+        with Bar(progress and self.processes.rank == 0, epochs, state.epoch, self.objective.train_name) as bar:
             while state.epoch < epochs:
                 if patience is not None and state.epoch - state.best_epoch >= patience and state.epoch:
                     stopped = "early"
