@@ -21,9 +21,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pyrovae.errors import OutputError, PyrovaeError, UsageError, one_line
+from pyrovae.errors import EXIT_CODES, OutputError, PyrovaeError, UsageError, one_line
 from pyrovae.processes import leading, several
 from pyrovae.runs.parts import option, shown
 from pyrovae.settings import Whole, read
@@ -32,15 +33,32 @@ if TYPE_CHECKING:
     from pyrovae.runs.parts import Choice
 
 
+def called(command: str) -> str:
+    """How a command is called: `pyrovae fit` where this process was started so, else `python -m pyrovae.fit`."""
+    program = Path(sys.argv[0] if sys.argv else "")
+    by_name = program.stem == "pyrovae" or (program.parent.name, program.name) == ("pyrovae", "__main__.py")
+    return f"pyrovae {command}" if by_name else f"python -m pyrovae.{command}"
+
+
+def as_called(text: str) -> str:
+    """A text with its commands written as they are called."""
+    return re.sub(r"python -m pyrovae\.(\w+)", lambda m: called(m[1]), text)
+
+
+def ending(doc: str | None) -> str:
+    """What --help ends with: the commands that a module's docstring shows below its first line, and exit codes."""
+    lines = [line.strip() for line in (doc or "").splitlines()[1:]]
+    examples = [f"  {line}" for line in lines if re.match("python -m|pyrovae |eval ", line)]
+    codes = [f"  {code:<22}{meaning}" for code, meaning in EXIT_CODES.items()]
+    return "\n".join(["", "examples:", *examples, "", "exit codes:", *codes])
+
+
 def parser(command: str, description: str, usage: str = "[options]", doc: str | None = None) -> Any:
     """A parser of that command's options; every option defaults to None, which says that it was not given.
 
-    The commands that a module's docstring `doc` shows below its first line end --help, as examples.
+    The commands that a module's docstring `doc` shows below its first line are examples in --help.
     """
     import jsonargparse
-
-    lines = [line.strip() for line in (doc or "").splitlines()[1:]]
-    examples = "\n  ".join(["\nexamples:", *(line for line in lines if line.startswith("python -m"))]) if doc else ""
 
     class Parser(jsonargparse.ArgumentParser):
         """One-line errors, the nearest option for a misspelt one, and `--PART` for `--PART.name`."""
@@ -69,7 +87,8 @@ def parser(command: str, description: str, usage: str = "[options]", doc: str | 
         def format_help(self, *formatter: Any) -> str:
             text = re.sub(r"\s*\((type:\s+[^)]*?,\s+)?default:\s+null\)", "", super().format_help(*formatter))
             # As wide as before, so that the columns stay where they are.
-            return re.sub(r"(--\w+)\.name( \S+)", r"\1\2     ", text).replace(" \n", "\n") + examples + "\n" * bool(doc)
+            text = re.sub(r"(--\w+)\.name( \S+)", r"\1\2     ", text).replace(" \n", "\n")
+            return as_called(f"{text}{ending(doc)}\n")
 
         def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:  # type: ignore[override]
             parts = {o.removesuffix(".name") for a in self._actions for o in a.option_strings if o.endswith(".name")}
@@ -79,8 +98,8 @@ def parser(command: str, description: str, usage: str = "[options]", doc: str | 
             return super().parse_args(words, *rest, **kwargs)
 
     made = Parser(
-        prog=f"python -m pyrovae.{command}",
-        usage=f"python -m pyrovae.{command} {usage}",
+        prog=called(command),
+        usage=f"{called(command)} {usage}",
         description=description,
         default_env=False,
         print_config=None,
@@ -98,12 +117,11 @@ def word(value: str) -> str:
     return value
 
 
-def add_option(group: Any, flag: str, text: str, metavar: str | None = None, **settings: Any) -> None:
-    """Add an option whose value is checked later."""
+def add_option(group: Any, flag: str, text: str, metavar: str | None = None, **settings: Any) -> Any:
+    """Add an option whose value is checked later, and return it."""
     if settings.get("action") == "store_true":
-        group.add_argument(flag, help=text, default=None, **settings)
-    else:
-        group.add_argument(flag, help=text, default=None, type=word, metavar=metavar, **settings)
+        return group.add_argument(flag, help=text, default=None, **settings)
+    return group.add_argument(flag, help=text, default=None, type=word, metavar=metavar, **settings)
 
 
 def add_choices(group: Any, part: str, choices: "Mapping[str, Choice]") -> None:
@@ -111,7 +129,8 @@ def add_choices(group: Any, part: str, choices: "Mapping[str, Choice]") -> None:
     names = "; ".join(
         f"{name}{' (' + ', '.join(c.short) + ')' if c.short else ''}: {c.help}" for name, c in choices.items()
     )
-    add_option(group, f"--{part}.name", names, "NAME")
+    words = [*choices, *(short for choice in choices.values() for short in choice.short)]
+    add_option(group, f"--{part}.name", names, "NAME").completer = lambda **_: words  # of one that is begun in a shell
     for key in dict.fromkeys(key for choice in choices.values() for key in choice.settings):
         having = [found for name, choice in choices.items() for found in choice.having(key, name)]
         told: dict[str, list[str]] = {}
@@ -141,6 +160,7 @@ def whole_option(options: dict[str, Any], key: str, default: int | None) -> Any:
 def main(command: str, run: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit with its code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    name = called(command).removeprefix("python -m ").strip()
     try:
         code = run([word for word in words if word != "--debug"]) or 0
         if sys.stdout is not None:  # None where it was closed before the start
@@ -151,13 +171,13 @@ def main(command: str, run: Callable[[list[str]], int | None], argv: Sequence[st
         sys.exit(OutputError.code)
     except KeyboardInterrupt:
         stop_waiting()
-        print(f"pyrovae.{command}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if "--debug" in words:
             raise
         code, text = explain(error)
-        print(f"pyrovae.{command}: error: {text}", file=sys.stderr)
+        print(f"{name}: error: {as_called(text)}", file=sys.stderr)
         sys.exit(code)
     sys.exit(code)
 
@@ -165,7 +185,7 @@ def main(command: str, run: Callable[[list[str]], int | None], argv: Sequence[st
 def say(text: str) -> None:
     """Print a line at once; of several processes one speaks."""
     if leading():
-        print(text, flush=True)
+        print(as_called(text), flush=True)
 
 
 LESS_MEMORY = (

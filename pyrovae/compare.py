@@ -3,6 +3,10 @@
 One table per measure: a mass and a density never meet. Unless told not to, each table has the baselines of its
 measure, fit to the same training rows with their number of components chosen on the validation rows, their log p(x)
 exact: a mixture, and for densities probabilistic PCA. What the intervals and ranks are of: `pyrovae.runs.comparison`.
+
+    python -m pyrovae.compare runs/*
+    python -m pyrovae.compare RUN RUN --K 5000 --rows 1000 --out comparison
+    python -m pyrovae.compare RUN RUN --components 20
 """
 
 import sys
@@ -24,6 +28,7 @@ def options_parser() -> Any:
         "Score trained runs on the same rows, one table per measure, beside exact baselines: 95 % bootstrap "
         "intervals of log p(x), of paired differences and of ranks, and a verdict on each estimate.",
         "RUN [RUN ...] [options]",
+        __doc__,
     )
     p.add_argument(
         "runs",

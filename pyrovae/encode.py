@@ -8,14 +8,15 @@ python -m pyrovae.encode RUN --out codes.png
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from pyrovae.command import add_option, given, main, parser, say, whole_option
 from pyrovae.runs.options import SETTINGS, THREADS
 from pyrovae.settings import read
 
 
-def command(words: Sequence[str]) -> int:
-    """Parse the options, encode, save, print."""
+def options_parser() -> Any:
+    """The parser of python -m pyrovae.encode."""
     p = parser(
         "encode",
         "The code of each row: mean and standard deviation of q(z|x), with its label; and draws of z with their "
@@ -34,7 +35,12 @@ def command(words: Sequence[str]) -> int:
     add_option(p, "--seed", "of the draws (default 0)", "INT")
     add_option(p, "--device", "auto, cpu, cuda or cuda:N (default auto)", "NAME")
     add_option(p, "--threads", SETTINGS["threads"].help, "INT|auto")
-    options = given(p.parse_args(words))
+    return p
+
+
+def command(words: Sequence[str]) -> int:
+    """Parse the options, encode, save, print."""
+    options = given(options_parser().parse_args(words))
 
     from pyrovae.processors import threads
     from pyrovae.runs.encoding import Encode

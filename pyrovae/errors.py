@@ -7,6 +7,17 @@ the built-in exceptions they derive from; a command prints the message, without 
 import re
 from pathlib import Path
 
+# Of a command, beside the number of a signal and 128.
+EXIT_CODES = {
+    0: "done",
+    1: "a defect of pyrovae",
+    2: "options that make no sense",
+    3: "data that cannot be used",
+    4: "no memory, or numbers that are not finite",
+    5: "a run or a checkpoint that cannot be used",
+    6: "results that cannot be written",
+    130: "interrupted",
+}
 # Characters of a message: names and values in it may come from a file, and be of any length.
 LONGEST = 2000
 

@@ -1,6 +1,12 @@
 """python -m pyrovae.evaluate RUN: the log p(x) of a trained run, with its error and a verdict.
 
 Prints a report and writes it to RUN/evaluation.json; the rows' own results go to RUN/scores/ as they are made.
+
+    python -m pyrovae.evaluate RUN
+    python -m pyrovae.evaluate RUN --K 50000 --repair
+    python -m pyrovae.evaluate RUN --split validation --rows 500
+    python -m pyrovae.evaluate RUN --proposal annealed --rows 50
+    python -m pyrovae.evaluate RUN --netcdf draws.nc
 """
 
 import sys
@@ -23,6 +29,7 @@ def options_parser() -> Any:
         "The log p(x) of a trained run by importance sampling, with its error and a verdict. An evaluation that was "
         "interrupted goes on where it was.",
         "RUN [options]",
+        __doc__,
     )
     p.add_argument("run", metavar="RUN", help="a directory written by python -m pyrovae.fit")
     add_option(p, "--K", "particles per datum, drawn exactly (default 5000; 32 chains if annealed)", "INT")

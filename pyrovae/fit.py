@@ -1,4 +1,12 @@
-"""python -m pyrovae.fit: train a pair on data, score it, and keep all of it in a run directory."""
+"""python -m pyrovae.fit: train a pair on data, score it, and keep all of it in a run directory.
+
+python -m pyrovae.fit --elbo iwae --K 5
+python -m pyrovae.fit --data mnist --prior vamp --prior.components 500 --guide iaf
+python -m pyrovae.fit --data table.csv --likelihood columns --latent-dim 5
+python -m pyrovae.fit --model mixture --model.components 20
+python -m pyrovae.fit --config recipes/two-stage.yaml --out runs/two
+python -m pyrovae.fit --resume runs/two --epochs 200
+"""
 
 import sys
 from collections.abc import Sequence
@@ -19,7 +27,9 @@ from pyrovae.settings import Text, read
 def options_parser() -> Any:
     """The parser of python -m pyrovae.fit."""
     p = parser(
-        "fit", "Train a deep latent variable model, score its test log p(x), and save it all in a run directory."
+        "fit",
+        "Train a deep latent variable model, score its test log p(x), and save it all in a run directory.",
+        doc=__doc__,
     )
     add_option(p, "--config", "options from a file, such as a run's config.yaml", "FILE.yaml")
     for heading, options in OPTIONS.items():

@@ -1,10 +1,14 @@
 """python -m pyrovae.gaps RUN: where a trained run's bound is lost, and what its latents are used for.
 
 Prints a table and writes it to RUN/gaps.json, with the rows' own values, and to RUN/plots/gaps.png.
+
+    python -m pyrovae.gaps RUN
+    python -m pyrovae.gaps RUN --rows 500 --K 5000
 """
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from pyrovae.command import add_option, given, main, parser, say, whole_option
 from pyrovae.errors import UsageError
@@ -12,13 +16,14 @@ from pyrovae.runs.options import SETTINGS, THREADS
 from pyrovae.settings import Words, read
 
 
-def command(words: Sequence[str]) -> int:
-    """Parse the options, analyse, print."""
+def options_parser() -> Any:
+    """The parser of python -m pyrovae.gaps."""
     p = parser(
         "gaps",
         "Where the bound of a trained run is lost: log p(x) - ELBO split into what the guide's family of Gaussians "
         "cannot express and what its network loses; and what each latent dimension is used for.",
         "RUN [options]",
+        __doc__,
     )
     p.add_argument("run", metavar="RUN", help="a directory written by python -m pyrovae.fit")
     add_option(p, "--K", "particles per datum from the guide and from each fitted Gaussian (default 2000)", "INT")
@@ -29,7 +34,12 @@ def command(words: Sequence[str]) -> int:
     add_option(p, "--chunk-size", "particles evaluated at once; bounds memory", "INT")
     add_option(p, "--device", "auto, cpu, cuda or cuda:N (default auto)", "NAME")
     add_option(p, "--threads", SETTINGS["threads"].help, "INT|auto")
-    options = given(p.parse_args(words))
+    return p
+
+
+def command(words: Sequence[str]) -> int:
+    """Parse the options, analyse, print."""
+    options = given(options_parser().parse_args(words))
 
     from pyrovae.processors import threads
     from pyrovae.runs.directory import open_run

@@ -1,10 +1,14 @@
 """python -m pyrovae.gradients RUN: how biased and how noisy the gradients of a trained run are, by estimator and K.
 
 Prints a table and writes it to RUN/gradients.csv and gradients.json, and its figure to RUN/plots/gradients.png.
+
+    python -m pyrovae.gradients RUN
+    python -m pyrovae.gradients RUN --K 1,8,64 --draws 1000
 """
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from pyrovae.command import add_option, given, main, parser, say, whole_option
 from pyrovae.errors import UsageError
@@ -12,13 +16,14 @@ from pyrovae.runs.options import BOUNDS, SETTINGS, THREADS
 from pyrovae.settings import Several, Whole, Words, read
 
 
-def command(words: Sequence[str]) -> int:
-    """Parse the options, draw gradients, print."""
+def options_parser() -> Any:
+    """The parser of python -m pyrovae.gradients."""
     p = parser(
         "gradients",
         "Bias, variance and signal to noise of the estimators of a bound's gradient (--gradient of pyrovae.fit) at a "
         "trained run, by the number of particles, for the model's and the guide's parameters.",
         "RUN [options]",
+        __doc__,
     )
     p.add_argument("run", metavar="RUN", help="a directory written by python -m pyrovae.fit")
     add_option(p, "--K", "numbers of particles (default 1,5,25)", "INT")
@@ -32,7 +37,12 @@ def command(words: Sequence[str]) -> int:
     add_option(p, "--seed", "of the draws (default 0)", "INT")
     add_option(p, "--device", "auto, cpu, cuda or cuda:N (default auto)", "NAME")
     add_option(p, "--threads", SETTINGS["threads"].help, "INT|auto")
-    options = given(p.parse_args(words))
+    return p
+
+
+def command(words: Sequence[str]) -> int:
+    """Parse the options, draw gradients, print."""
+    options = given(options_parser().parse_args(words))
 
     from pyrovae.processors import threads
     from pyrovae.runs.directory import open_run
