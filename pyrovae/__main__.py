@@ -5,8 +5,8 @@
     pyrovae fit --help
     eval "$(pyrovae completion bash)"
 
-A command is the module of its name in this package, whose docstring begins with what it does. None of them is imported
-but the one that is asked for.
+A command is the module of its name in this package, or a package of that name, whose docstring begins with what it
+does. None of them is imported but the one that is asked for.
 """
 
 import ast
@@ -22,7 +22,7 @@ from pyrovae.command import ending, main
 from pyrovae.errors import UsageError
 from pyrovae.version import __version__
 
-COMMANDS = ("fit", "evaluate", "gaps", "gradients", "compare", "sample", "encode")
+COMMANDS = ("fit", "evaluate", "gaps", "gradients", "compare", "sample", "encode", "runs")
 SHELLS = ("bash", "zsh", "fish")
 
 
@@ -33,7 +33,7 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
         complete()
     name = words[0] if words else ""
     if name in COMMANDS:
-        main(name, import_module(f"pyrovae.{name}").command, words[1:])
+        main(name, module(name).command, words[1:])
     main("", about, words)
 
 
@@ -74,8 +74,20 @@ def overview() -> str:
 
 def sentence(command: str) -> str:
     """What a command does: the first line of its module's docstring, after its name."""
-    text = ast.get_docstring(ast.parse(Path(__file__).with_name(f"{command}.py").read_text())) or ""
+    text = ast.get_docstring(ast.parse(file_of(command).read_text())) or ""
     return text.partition("\n")[0].partition(": ")[2]
+
+
+def file_of(command: str) -> Path:
+    """Where a command is: in COMMAND.py, or in COMMAND/__main__.py beside what it is about."""
+    file = Path(__file__).with_name(f"{command}.py")
+    return file if file.exists() else file.with_suffix("") / "__main__.py"
+
+
+def module(command: str) -> Any:
+    """The module of a command."""
+    inside = "" if file_of(command).name != "__main__.py" else ".__main__"
+    return import_module(f"pyrovae.{command}{inside}")
 
 
 def completion(words: Sequence[str]) -> str:
@@ -102,7 +114,7 @@ def complete() -> NoReturn:
     parser = argparse.ArgumentParser("pyrovae")
     if len(typed) > 1 and typed[1] in COMMANDS:
         os.environ["_ARGCOMPLETE"] = "2"  # words of the command begin at the second
-        for known in import_module(f"pyrovae.{typed[1]}").options_parser()._actions[1:]:
+        for known in module(typed[1]).options_parser()._actions[1:]:
             flags = [flag.removesuffix(".name") for flag in known.option_strings]
             kind: dict[str, Any] = {"action": "store_true"} if known.nargs == 0 else {"nargs": known.nargs}
             added = parser.add_argument(*flags or [known.dest], **kind)

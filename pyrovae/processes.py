@@ -11,9 +11,14 @@ def leading() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def together() -> int:
+    """How many processes train together, this one among them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def several() -> bool:
     """Whether this is one of several processes."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return together() > 1
 
 
 def check_processes() -> None:

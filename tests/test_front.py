@@ -1,7 +1,7 @@
 """One command for all: what it lists, what it runs, and how words are completed."""
 
-import importlib
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -27,8 +27,14 @@ def ended(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, st
 
 def test_every_command_of_the_package_is_listed_with_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
     """A command is a module of the package that ends by running `main`."""
-    found = {path.stem for path in PACKAGE.glob("*.py") if "\n    main(" in path.read_text()} - {"__main__", "command"}
-    assert found == set(front.COMMANDS)
+    found = [
+        path
+        for path in PACKAGE.rglob("*.py")
+        if '\n    main("' in path.read_text() and path.parent != PACKAGE / "command"
+    ]
+    assert {front.file_of(name) for name in front.COMMANDS} == {
+        path for path in found if path != PACKAGE / "__main__.py"
+    }
     code, out, _ = ended(capsys, "--help")
     assert code == 0
     for name in front.COMMANDS:
@@ -49,9 +55,9 @@ def test_every_command_ends_its_help_with_examples_that_it_reads(
     assert len(shown) > 1
     monkeypatch.chdir(tmp_path)
     for line in shown:
-        start, words = line.split()[:3], line.split()[3:]
+        start, words = line.split()[:3], shlex.split(line)[3:]
         assert start == ["python", "-m", f"pyrovae.{name}"]
-        importlib.import_module(f"pyrovae.{name}").options_parser().parse_args(words)
+        front.module(name).options_parser().parse_args(words)
     assert all(f"  {number} " in out and meaning in out for number, meaning in EXIT_CODES.items())
 
 

@@ -5,6 +5,7 @@ metrics.csv          one row per epoch
 tensorboard/         the same
 checkpoints/         see `pyrovae.inference.training.checkpoint`
 codes.safetensors    of a model without a p(x): see `pyrovae.runs.codes`
+starts.json          command line, host and versions of each start, see `pyrovae.runs.starts`
 evaluation.json      log p(x), its diagnostics and verdict
 scores/              log p(x) row by row, see `pyrovae.runs.scores`
 gaps.json            where the bound is lost
@@ -53,6 +54,7 @@ WRITTEN = {
     r"metrics\.csv": b"epoch,",
     r"evaluation(-train|-validation)?\.json": b"",
     r"gaps\.json": b"",
+    r"starts\.json": b"{",
     r"codes\.safetensors": b"",
     rf"plots/({'|'.join(PLOTS)})\.png": b"\x89PNG",
     r"scores/[0-9a-f]{16}\.csv": b"# {",

@@ -45,6 +45,7 @@ from pyrovae.runs.recipe import Options, Recipe, title, warnings
 from pyrovae.runs.report import NO_DENSITY, Report, refuse_invalid, report_on
 from pyrovae.runs.scoring import Scoring, rows_of, score
 from pyrovae.runs.stages import FirstStage, check_kept, first_stage
+from pyrovae.runs.starts import note_start
 from pyrovae.runs.tables import describe_bound, describe_model, short_table
 from pyrovae.seeding import seeded
 
@@ -118,7 +119,7 @@ def train(
     with lock(run.directory) if leading() else nullcontext() as notice:
         if notice:
             tell(f"note: {notice}")
-        begin = begin_run(run, resume)
+        begin = begin_run(run, resume, prepared.device)
         if not (run.directory / "config.yaml").exists():
             begin()  # so that a run that is killed while it compiles can be resumed
         announce(prepared, tell)
@@ -204,7 +205,7 @@ def prepare(recipe: Recipe, directory: str | Path | None, resume: bool, say: Say
     return Prepared(run, rows, model, device, resume)
 
 
-def begin_run(run: Run, resume: bool) -> Callable[[], None]:
+def begin_run(run: Run, resume: bool, device: "torch.device") -> Callable[[], None]:
     """What makes a directory that of a run, by the process that writes."""
 
     def begin() -> None:
@@ -212,6 +213,7 @@ def begin_run(run: Run, resume: bool) -> Callable[[], None]:
             if not resume:
                 clear(run.directory)
             write_recipe(run.directory, run.recipe)
+            note_start(run.directory, device.type)
 
     return begin
 
