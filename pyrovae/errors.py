@@ -19,7 +19,7 @@ EXIT_CODES = {
     130: "interrupted",
 }
 # Characters of a message: names and values in it may come from a file, and be of any length.
-LONGEST = 2000
+LONGEST = 1500
 
 
 def one_line(text: str) -> str:
