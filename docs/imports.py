@@ -14,7 +14,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import groupby, permutations
+from itertools import combinations, groupby
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -245,15 +245,25 @@ def placed(arrows: Mapping[str, set[str]], rows: Mapping[str, int]) -> dict[str,
             if module is not None
         }
 
-    for _ in range(4):
+    for _ in range(6):  # each time the best exchange of two places in every line
         for key in sorted(lines, key=lambda key: (key[1], key[0].left)):
-            orders = sorted(set(permutations(lines[key], len(lines[key]))), key=str)
+            orders = [lines[key], *exchanged(lines[key])]
             costs = []
-            for order in orders[:2000]:
-                lines[key] = list(order)
+            for order in orders:
+                lines[key] = order
                 costs.append(_cost(arrows, places(), {module for module in order if module}))
-            lines[key] = list(orders[costs.index(min(costs))])
+            lines[key] = orders[costs.index(min(costs))]
     return places()
+
+
+def exchanged(line: list[str | None]) -> list[list[str | None]]:
+    """A line of boxes with every two of its places exchanged."""
+    found = []
+    for i, j in combinations(range(len(line)), 2):
+        other = list(line)
+        other[i], other[j] = other[j], other[i]
+        found.append(other)
+    return found
 
 
 def _cost(arrows: Mapping[str, set[str]], places: Mapping[str, Place], moved: set[str]) -> float:
@@ -265,8 +275,10 @@ def _cost(arrows: Mapping[str, set[str]], places: Mapping[str, Place], moved: se
             to, low = places[other]
             if moved & {module, other}:
                 total += abs(x - to)
-            for name, (middle, row) in places.items():
-                if low < row < y and (name in moved or module in moved or other in moved):
+            # Of an arrow that stays where it is, only the boxes that move can come in its way.
+            for name in places if moved & {module, other} else moved:
+                middle, row = places[name]
+                if low < row < y:
                     at = x + (to - x) * (y - row) / (y - low)
                     total += 6.0 * (abs(at - middle) < 0.5)
     return total
