@@ -56,7 +56,7 @@ def options_parser() -> Any:
 
 
 DATA_HELP = "names: " + "; ".join(
-    f"{', '.join(source.name for source in SOURCES if source.kind == kind)} ({kind})"
+    f"{', '.join(source.typed for source in SOURCES if source.kind == kind)} ({kind})"
     for kind in dict.fromkeys(source.kind for source in SOURCES)
 )
 

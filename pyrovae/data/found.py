@@ -9,12 +9,15 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from pyrovae.columns import Column
 from pyrovae.errors import DataError
+
+if TYPE_CHECKING:
+    from pyrovae.data.factors import Factors
 
 SPLITS = ("train", "validation", "test")
 # Fixed seeds, one for each use, so that no two uses share a stream.
@@ -34,6 +37,7 @@ class Found(NamedTuple):
         classes: Names of labels that are numbers.
         stream: Whether the training rows stay where they are.
         table: Of a table with columns of several kinds, the columns; None of all else.
+        factors: What rows were made from, where that is known.
     """
 
     x: dict[str, np.ndarray]
@@ -44,6 +48,7 @@ class Found(NamedTuple):
     classes: tuple[str, ...] | None = None
     stream: bool = False
     table: tuple[Column, ...] | None = None
+    factors: "Factors | None" = None
 
 
 def check_shape(rows: np.ndarray, where: str) -> None:

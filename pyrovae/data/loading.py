@@ -53,7 +53,8 @@ def load_data(
     but no more than 10,000 rows each go to validation and test, which are held in memory.
 
     Args:
-        source: One of `NAMES` (in any case, with `-` or `_`), or a path to
+        source: One of `NAMES` (in any case, with `-` or `_`), such as "digits", with settings "sprites:side=32" where
+            it has some; or a path to
 
             - .npz holding `x`, or `x_train` and `x_test` and perhaps `x_validation`; labels `y`, `y_train`, ...;
             - .npy holding rows; the one format whose training rows can stay in the file; NAME.labels.npy beside
@@ -144,6 +145,7 @@ def _assembled(found: Found, name: str, where: str, missing: bool, foreign: bool
         classes=classes or found.classes,
         table=found.table,
         missing=missing,
+        factors=None if found.factors is None else found.factors.split(parts),
     )
 
 

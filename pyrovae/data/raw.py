@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyrovae.columns import Column
+from pyrovae.data.factors import Factors
 from pyrovae.data.streaming import MappedRows
 from pyrovae.data.summary import Moments
 
@@ -30,6 +31,7 @@ class Raw:
         classes: Names of the labels 0, 1, ...; None where labels are numbers.
         table: The columns of a table of several kinds; None of all else.
         missing: Whether NaN stands for what is missing.
+        factors: What rows were made from, where that is known; else None.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Raw:
     classes: tuple[str, ...] | None = None
     table: tuple[Column, ...] | None = None
     missing: bool = False
+    factors: Factors | None = None
 
     @property
     def event_shape(self) -> tuple[int, ...]:

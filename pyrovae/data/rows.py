@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyrovae.checks import check_choice
 from pyrovae.columns import Column, written
+from pyrovae.data.factors import Factors
 from pyrovae.data.given import Given, conditioned
 from pyrovae.data.measure import Measure
 from pyrovae.data.raw import Raw
@@ -44,6 +45,7 @@ class Rows:
         of_raw: From a raw row of the source to x, whether or not training rows are drawn once: see `others`.
         table: The columns of a table of several kinds; None of all else.
         missing: Whether NaN stands for what is missing, and log p is that of what is seen.
+        factors: What the rows of each split were made from, where that is known; else None.
     """
 
     train: Tensor | MappedRows = field(repr=False)
@@ -62,6 +64,7 @@ class Rows:
     of_raw: Transform = field(default_factory=AsFloat)
     table: tuple[Column, ...] | None = None
     missing: bool = False
+    factors: Factors | None = None
 
     @property
     def event_shape(self) -> tuple[int, ...]:
@@ -135,6 +138,7 @@ class Data(Raw):
             of_raw=reading.transform,
             table=data.table,
             missing=data.missing,
+            factors=data.factors,
         )
 
     def _space(self, measure: str, binarize: str | None, standardize: bool) -> Space:

@@ -2,16 +2,19 @@ r"""Named sources: one entry of `SOURCES` for each data set, with everything tha
 
 `digits` comes with scikit-learn; the toys in the plane are drawn, always the same; all others are read by torchvision.
 A new data set is a new entry. Nothing heavy is imported before a source is read: `--help` lists them.
+
+A source may have settings, which are written after its name: `sprites:side=32,scales=4`.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pyrovae.errors import DataError
+from pyrovae.errors import DataError, UsageError
+from pyrovae.settings import Count, Whole, close, kind_of, read
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,12 +36,19 @@ class Source(ABC):
         kind: What it is one of, in a list of sources.
         downloaded: Whether it is fetched to a directory of data sets.
         handwriting: Whether it is bright strokes on black, which pictures show as ink on paper.
+        settings: Fields that a user may set.
     """
 
     kind: ClassVar[str]
     downloaded: ClassVar[bool] = False
+    settings: ClassVar[tuple[str, ...]] = ()
     name: str
     handwriting: bool = field(default=False, kw_only=True)
+
+    @property
+    def typed(self) -> str:
+        """What users type, with its settings."""
+        return self.name + (":" + ",".join(f"{name}=..." for name in self.settings) if self.settings else "")
 
     @abstractmethod
     def read(self, root: Path, download: bool) -> "Found":
@@ -47,6 +57,28 @@ class Source(ABC):
         Raises:
             DataError: missing, or damaged.
         """
+
+    def having(self, words: str) -> "Source":
+        """The same with some settings, as "side=32,scales=4".
+
+        Raises:
+            UsageError: one that it does not have, is given twice, or of a value that it cannot have.
+        """
+        kinds = {field.name: kind_of(field.type) for field in fields(self) if field.name in self.settings}
+        values: dict[str, Any] = {}
+        for word in words.split(","):
+            name, equals, value = (part.strip() for part in word.partition("="))
+            kind = kinds.get(name)
+            if kind is None or not equals or name in values:
+                what = (
+                    "is given twice" if name in values else f"expected {', '.join(f'{n}=...' for n in self.settings)}"
+                )
+                near = close(name, self.settings) if kind is None else None
+                what = what if self.settings else "it has no settings"
+                hint = f"; did you mean {near}?" if near else ""
+                raise UsageError(f"data={self.name}: {word.strip()!r}: {what}{hint}", settings=(f"data={self.name}",))
+            values[name] = read(f"data={self.name}, {name}", value, kind)
+        return replace(self, **values)
 
 
 @dataclass(frozen=True)
@@ -189,6 +221,71 @@ class Oscillator(Source):
         angle = np.pi / 6
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         return turn, np.random.default_rng([SEED["oscillator"], 1]).standard_normal((3, 2))
+
+
+@dataclass(frozen=True)
+class Sprites(Source):
+    """Pictures of one shape each, drawn from factors that are known; see `pyrovae.data.sprites`.
+
+    The grid has colours x 3 shapes x scales x angles x positions x positions pictures; a factor of one value is none.
+
+    Attributes:
+        side: Of a picture, in pixels.
+        rows: Of so many, drawn from the grid without replacement; all of it, where it has no more.
+        scales: How many sizes there are.
+        angles: How many angles.
+        positions: How many places along x, and as many along y; half the side unless given.
+        colours: How many colours, in three channels; with a single one there is one channel.
+    """
+
+    kind = "drawn, of known factors"
+    settings = ("side", "rows", "scales", "angles", "positions", "colours")
+    side: Annotated[int, Whole(8, 256)] = 64
+    rows: Count = 20_000
+    scales: Count = 6
+    angles: Count = 40
+    positions: Count | None = None
+    colours: Annotated[int, Whole(1, 7)] = 1
+
+    def read(self, root: Path, download: bool) -> "Found":
+        import numpy as np
+        import torch
+
+        from pyrovae.data.factors import Factor, Factors
+        from pyrovae.data.found import Found, require_memory
+        from pyrovae.data.sprites import PALETTE, SHAPES, chosen, coloured, draw
+
+        places = self.positions or self.side // 2
+        sizes = (self.colours, len(SHAPES), self.scales, self.angles, places, places)
+        size, channels = math.prod(sizes), 1 if self.colours == 1 else 3
+        needed = 24 * size + min(size, self.rows) * self.side**2 * (1 + channels)
+        require_memory(needed, f"{self.name}, {min(size, self.rows)} rows of {size}", "ask for fewer (rows=...)")
+        values = np.stack(np.unravel_index(chosen(size, self.rows), sizes), 1)
+        pictures = draw(values[:, 1:], sizes[1:], self.side)
+        if channels > 1:
+            pictures = coloured(pictures, values[:, 0])
+        named = {
+            "colour": tuple(PALETTE)[: self.colours],
+            "shape": SHAPES,
+            "scale": _evenly(1 / 2, 1, self.scales),
+            "angle": tuple(f"{360 * i / self.angles:g}" for i in range(self.angles)),
+            "x": _evenly(0, 1, places),
+            "y": _evenly(0, 1, places),
+        }
+        kept = [i for i, count in enumerate(sizes) if count > 1]
+        factors = [Factor(name, names, name not in ("colour", "shape")) for name, names in named.items()]
+        of_rows = torch.from_numpy(np.ascontiguousarray(values[:, kept]))
+        return Found(
+            {"train": pictures},
+            {"train": values[:, 1]},
+            classes=SHAPES,
+            factors=Factors(tuple(factors[i] for i in kept), {"train": of_rows}),
+        )
+
+
+def _evenly(low: float, high: float, count: int) -> tuple[str, ...]:
+    """Names of so many values from the one to the other; of one, the higher."""
+    return tuple(f"{high if count == 1 else low + (high - low) * i / (count - 1):.3g}" for i in range(count))
 
 
 def _arrays(found: Any, name: str) -> "tuple[np.ndarray, np.ndarray]":
@@ -346,11 +443,18 @@ SOURCES: tuple[Source, ...] = (
     Manifold("manifold-2-in-20", 2, 20),
     Manifold("manifold-3-in-20", 3, 20),
     Oscillator("oscillator"),
+    Sprites("sprites"),
 )
 NAMES: tuple[str, ...] = tuple(source.name for source in SOURCES)
 
 
 def find_source(name: object) -> Source | None:
-    """The source of that name, in any case and with `-` or `_`; None if there is none."""
-    wanted = name.lower().replace("_", "-") if isinstance(name, str) else None
-    return next((source for source in SOURCES if source.name == wanted), None)
+    """The source of that name, in any case and with `-` or `_`, with the settings after it; None if there is none.
+
+    Raises:
+        UsageError: there is, and it has no such settings.
+    """
+    word, colon, settings = name.partition(":") if isinstance(name, str) else ("", "", "")
+    wanted = word.lower().replace("_", "-")
+    source = next((source for source in SOURCES if source.name == wanted), None)
+    return source.having(settings) if source is not None and colon else source

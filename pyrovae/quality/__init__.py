@@ -1,5 +1,10 @@
-"""How near pictures are to data: reconstructions to their rows, samples to a data set. Arrays in, no likelihood out."""
+"""How near pictures are to data, and codes to what data were made from. Arrays in, no likelihood out."""
 
+from pyrovae.quality.disentangling import Supervised as Supervised
+from pyrovae.quality.disentangling import Unsupervised as Unsupervised
+from pyrovae.quality.disentangling import supervised as supervised
+from pyrovae.quality.disentangling import udr as udr
+from pyrovae.quality.disentangling import unsupervised as unsupervised
 from pyrovae.quality.frechet import Frechet as Frechet
 from pyrovae.quality.frechet import frechet_distance as frechet_distance
 from pyrovae.quality.frechet import gaussian_distance as gaussian_distance

@@ -605,7 +605,7 @@ def as_word(condition: str) -> str:
 
 def title(recipe: Recipe) -> str:
     """A short name for a run, for tables and directories: digits-iwae-K5."""
-    data = recipe.data.rstrip("/").split("/")[-1].split(".")[0]
+    data = recipe.data.rstrip("/").split("/")[-1].split(".")[0].split(":")[0]  # without its settings
     if recipe.is_reconstruction:
         corrupted = "" if recipe.corruption.name in ("", first("corruption")) else f"-{recipe.corruption.name}"
         return f"{data}-{recipe.model.name}-Z{recipe.latent_dim[0]}{corrupted}"
