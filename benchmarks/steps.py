@@ -206,20 +206,20 @@ MORE = (
     Row("condition", "label", {"condition": "label"}, note="ConditionalVAE, N(0, I), 10 classes"),
     Row(
         "missing",
-        "Gaussian",
+        "gaps",
         {"likelihood": "Gaussian", "missing": True},
         "gaps",
         note="a fifth of the elements missing",
     ),
     Row("likelihood", "Gaussian, scale predicted", {"likelihood": {"name": "Gaussian", "scale": "predicted"}}, "grey"),
 )
-# What is most likely slow comes first; what takes minutes to compile comes last.
+# What may be slow comes first; what takes minutes to compile comes last.
 LAST = ("conv", "residual-conv", "NeuralSplinePrior", "SplineFlow", "DiscretizedLogisticMixture", "MarkovGuide")
 FIRST = (
-    "CategoricalPrior", "Columns", "Beta", "ZeroInflatedNegativeBinomial", "auxiliary", "Poisson", "Gaussian",
-    "LogNormal", "gaps", "ladder", "IndependentBernoulli", "leave-one-out", "relaxed", "AutoregressivePrior",
-    "thermodynamic", "iwae", "free-bits", "beta-tc", "Laplace", "StudentT", "Categorical", "hierarchical",
-    "PlanarFlow", "SylvesterFlow", "InverseAutoregressiveFlow", "FullCovarianceNormal", "LowRankNormal",
+    "Beta", "Gaussian", "LogNormal", "ladder", "IndependentBernoulli", "AutoregressivePrior", "relaxed", "free-bits",
+    "leave-one-out", "Laplace", "StudentT", "thermodynamic", "iwae", "beta-tc", "Categorical", "hierarchical", "Markov",
+    "MixtureOfGaussians", "FlowPrior", "PlanarFlow", "SylvesterFlow", "InverseAutoregressiveFlow", "CategoricalPrior",
+    "Columns", "ZeroInflatedNegativeBinomial", "auxiliary", "Poisson", "gaps", "FullCovarianceNormal", "LowRankNormal",
     "NegativeBinomial", "StudentTPrior", "DiscretizedLogistic", "sticking-the-landing", "doubly-reparameterised",
     "VampPrior", "SemiAmortised", "MixtureOfNormals",
 )  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 from torch.nn.functional import softplus
 
 from pyrovae.errors import DataError, UsageError
@@ -269,7 +270,7 @@ class Beta(Likelihood):
 
     def forward(self, z: Tensor) -> dist.Distribution:
         a, b = (LEAST_CONCENTRATION + softplus(self.decoder(z))).unbind(-1 - len(self.event_shape))
-        return OpenBeta(a, b, validate_args=False).to_event(len(self.event_shape))
+        return OpenBeta(a, b).to_event(len(self.event_shape))
 
     def initialise(self, x: Tensor) -> None:
         """Start the mean at that of x, clipped to [0.001, 0.999], and a + b where half its standard deviation is."""
@@ -320,14 +321,49 @@ class ContinuousBernoulli(Likelihood):
             )
 
 
-class OpenBeta(dist.Beta):
+class OpenBeta(dist.TorchDistribution):
     """A Beta distribution that reads 0 and 1 as numbers next to them.
 
     Dequantised levels are 0 once in 2^24 dark pixels; the density may be infinite there, and no step is to fail by it.
+    torch's is a Dirichlet, which puts both concentrations and both logarithms side by side in memory first.
+
+    Args:
+        a: Concentration at 1, above 0; the batch shape is its.
+        b: Concentration at 0, of the same shape.
     """
 
+    arg_constraints = {"a": constraints.positive, "b": constraints.positive}  # noqa: RUF012
+    support = constraints.unit_interval
+    has_rsample = True
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        self.a, self.b = a, b
+        super().__init__(a.shape, validate_args=False)
+
+    @property
+    def closed(self) -> dist.TorchDistribution:
+        """The same by torch's class."""
+        return dist.Beta(self.a, self.b, validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "OpenBeta":
+        return OpenBeta(self.a.expand(batch_shape), self.b.expand(batch_shape))
+
     def log_prob(self, value: Tensor) -> Tensor:
-        return super().log_prob(value.clamp(torch.finfo(value.dtype).eps ** 2, 1 - torch.finfo(value.dtype).eps / 2))
+        """Log density in nats, for value in [0, 1] of a shape that broadcasts with the batch's."""
+        x = value.clamp(torch.finfo(value.dtype).eps ** 2, 1 - torch.finfo(value.dtype).eps / 2)
+        powers = (self.a - 1) * x.log() + (self.b - 1) * (1 - x).log()
+        return powers + torch.lgamma(self.a + self.b) - (torch.lgamma(self.a) + torch.lgamma(self.b))
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        return self.closed.rsample(sample_shape)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.closed.mean
+
+    @property
+    def variance(self) -> Tensor:
+        return self.closed.variance
 
 
 class OpenLogNormal(dist.LogNormal):
