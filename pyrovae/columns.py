@@ -1,9 +1,9 @@
 """Columns of a table: of what kind each is, as a user writes it and as a run keeps it.
 
-    age=continuous, visits=count, smoker=binary, job=categorical:5
+    age=continuous, income=positive, visits=count, smoker=binary, job=categorical:5, grade=ordinal:4
 
-The number behind `categorical` is that of its classes; it is found in the data, and kept, so that a run's networks can
-be made without them.
+The number behind `categorical` and `ordinal` is that of their classes; it is found in the data, and kept, so that a
+run's networks can be made without them.
 """
 
 from collections import Counter
@@ -12,7 +12,10 @@ from dataclasses import dataclass
 
 from pyrovae.errors import UsageError
 
-CONTINUOUS, BINARY, COUNT, CATEGORICAL = KINDS = ("continuous", "binary", "count", "categorical")
+DENSITIES = CONTINUOUS, POSITIVE, HEAVY, FRACTION = ("continuous", "positive", "heavy", "fraction")
+MASSES = BINARY, COUNT, CATEGORICAL, ORDINAL = ("binary", "count", "categorical", "ordinal")
+KINDS = DENSITIES + MASSES
+OF_CLASSES = (CATEGORICAL, ORDINAL)  # of L different values, as 0, ..., L - 1
 GUESSED = "auto"  # what stands for kinds that are guessed from the values
 
 
@@ -23,8 +26,9 @@ class Column:
     Attributes:
         name: As the header has it.
         kind: One of `KINDS`.
-        classes: Names of the values 0, 1, ... of a categorical or binary column; none where the values are numbers.
-        levels: How many classes a categorical column has; 0 of others.
+        classes: Names of the values 0, 1, ... of a categorical, ordinal or binary column; none where the values are
+            numbers.
+        levels: How many classes a categorical or ordinal column has; 0 of others.
     """
 
     name: str
@@ -38,7 +42,7 @@ class Column:
         >>> str(Column("job", "categorical", levels=5))
         'job=categorical:5'
         """
-        return f"{self.name}={self.kind}" + (f":{self.levels}" if self.kind == CATEGORICAL else "")
+        return f"{self.name}={self.kind}" + (f":{self.levels}" if self.levels else "")
 
 
 def parse(text: str) -> tuple[Column, ...]:
@@ -51,7 +55,7 @@ def parse(text: str) -> tuple[Column, ...]:
     for word in text.split(","):
         name, equals, kind = word.strip().rpartition("=")
         kind, colon, levels = kind.partition(":")
-        known = kind in KINDS and (not colon or (kind == CATEGORICAL and levels.isdecimal() and int(levels) > 1))
+        known = kind in KINDS and (not colon or (kind in OF_CLASSES and levels.isdecimal() and int(levels) > 1))
         if not equals or not known or not name:
             raise UsageError(
                 f"columns: expected NAME=KIND, with a kind of {', '.join(KINDS)}, or {GUESSED}, got {word.strip()!r}",
@@ -73,12 +77,15 @@ def measure_of(columns: Sequence[Column]) -> str:
 
     >>> measure_of(parse("a=continuous,b=count,c=binary,d=binary"))
     'density of 1 column times mass of 3 (2 binary, 1 count)'
+    >>> measure_of(parse("a=continuous,b=positive,c=fraction"))
+    'density of 3 columns (1 continuous, 1 positive, 1 fraction)'
     """
     kinds = Counter(column.kind for column in columns)
-    continuous = kinds.pop(CONTINUOUS, 0)
-    parts = [f"density of {continuous} column{'s' * (continuous != 1)}"] if continuous else []
-    if kinds:
-        which = ", ".join(f"{kinds[kind]} {kind}" for kind in KINDS if kind in kinds)
-        noun = "" if continuous else f" column{'s' * (kinds.total() != 1)}"
-        parts.append(f"mass of {kinds.total()}{noun} ({which})")
+    parts: list[str] = []
+    for name, family in (("density", DENSITIES), ("mass", MASSES)):
+        if number := sum(kinds[kind] for kind in family):
+            noun = "" if parts else f" column{'s' * (number != 1)}"
+            which = ", ".join(f"{kinds[kind]} {kind}" for kind in family if kinds[kind])
+            plain = family is DENSITIES and kinds[CONTINUOUS] == number  # as a density is expected to be
+            parts.append(f"{name} of {number}{noun}" + ("" if plain else f" ({which})"))
     return " times ".join(parts)

@@ -7,8 +7,11 @@ A cell is a number, a word, or empty. The kind of a column is what the user says
     count         whole numbers of at least 0, none over 10,000
     continuous    all other numbers
 
-Words, and the numbers of a column that is said to be categorical, become 0, 1, ... in their sorted order; an empty cell
-becomes NaN. `in_words` is the way back, so that draws have the columns and the words of the table.
+The others have to be said: positive (numbers above 0), fraction (between 0 and 1), heavy (with outliers), and ordinal
+(numbers of which only the order counts).
+
+Words, and the numbers of a column that is said to be categorical or ordinal, become 0, 1, ... in their order; an empty
+cell becomes NaN. `in_words` is the way back, so that draws have the columns and the words of the table.
 """
 
 import difflib
@@ -18,7 +21,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyrovae.columns import BINARY, CATEGORICAL, CONTINUOUS, COUNT, GUESSED, Column, parse
+from pyrovae.columns import (
+    BINARY,
+    CATEGORICAL,
+    CONTINUOUS,
+    COUNT,
+    DENSITIES,
+    FRACTION,
+    GUESSED,
+    OF_CLASSES,
+    ORDINAL,
+    POSITIVE,
+    Column,
+    parse,
+)
 from pyrovae.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -100,7 +116,12 @@ def said_of(values: "pd.Series[Any]", said: Column, where: str) -> Column:
         DataError: the values have another number of classes.
     """
     words = words_of(values)
-    if said.kind == CATEGORICAL:
+    if said.kind == ORDINAL and not is_numeric(values):
+        raise DataError(
+            f"{where}: column {said.name!r} is ordinal, but has words, such as {words[0]!r}, whose order is not known; "
+            "write numbers in their place"
+        )
+    if said.kind in OF_CLASSES:
         if said.levels not in (0, len(words)) or len(words) < 2:
             wanted = str(said.levels) if said.levels else "two classes or more"
             raise DataError(f"{where}: column {said.name!r} has {len(words)} different values, expected {wanted}")
@@ -133,14 +154,16 @@ def as_numbers(values: "pd.Series[Any]", column: Column, where: str) -> np.ndarr
         )
     array = np.asarray(values.astype(float))
     seen = array[~np.isnan(array)]
-    if column.kind in (COUNT, BINARY) and not ((seen >= 0) & (seen == np.floor(seen))).all():
+    whole = (seen >= 0) & (seen == np.floor(seen))
+    allowed = {COUNT: whole, BINARY: whole, POSITIVE: seen > 0, FRACTION: (seen > 0) & (seen < 1)}
+    if column.kind in allowed and not allowed[column.kind].all():
         raise DataError(f"{where}: column {column.name!r} is {column.kind}, but has values that are no such numbers")
     return array
 
 
 def in_words(flat: "pd.Series[Any]", column: Column) -> "pd.Series[Any]":
     """Numbers of a column as the table has them: words, whole numbers, NaN as an empty cell."""
-    if column.kind == CONTINUOUS:
+    if column.kind in DENSITIES:
         return flat
     flat = flat.astype(float)
     if column.classes:
@@ -167,8 +190,8 @@ def word_of(value: Any) -> str:
     >>> word_of(3.0), word_of("a "), word_of(True)
     ('3', 'a', 'True')
     """
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
+    if isinstance(value, float | np.floating):
+        return str(int(value)) if float(value).is_integer() else str(float(value))
     return str(value).strip()
 
 

@@ -2,22 +2,23 @@ r"""A mixture of products over the columns of a table, whose log p of what is se
 
     p(x_seen) = sum_c w_c prod_{d seen} p_d(x_d | c)
 
-with a Gaussian for a continuous column, a Bernoulli for a binary one, a Poisson for counts and a categorical for
-classes. Columns are independent given c, so that missing ones are left out, in the E step of EM too; the M step takes
-each column's moments over the rows in which it is seen, weighted by the responsibilities:
+with a Gaussian for a continuous column, also for a heavy one or a fraction, a log-normal for a positive one, a
+Bernoulli for a binary one, a Poisson for counts and a categorical for classes, ordered or not. Columns are independent
+given c, so that missing ones are left out, in the E step of EM too; the M step takes each column's moments over the
+rows in which it is seen, weighted by the responsibilities:
 
     N_cd = sum_n r_nc [x_nd seen]       mean_cd = sum_n r_nc x_nd [seen] / N_cd
 """
 
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyrovae.columns import BINARY, CATEGORICAL, CONTINUOUS, COUNT, Column
+from pyrovae.columns import BINARY, CONTINUOUS, COUNT, DENSITIES, OF_CLASSES, POSITIVE, Column
 from pyrovae.models.gaps import OfSeen
 from pyrovae.models.mixture import EMPTY, Mixture, Weights
 from pyrovae.models.seen import Conditional, mixture_given
@@ -35,12 +36,14 @@ class OfKinds(constraints.Constraint):
 
     def __init__(self, columns: Sequence[Column]) -> None:
         highest = {BINARY: 1.0, COUNT: torch.inf}
-        self.whole = torch.tensor([column.kind != CONTINUOUS for column in columns])
+        self.whole = torch.tensor([column.kind not in DENSITIES for column in columns])
+        self.positive = torch.tensor([column.kind == POSITIVE for column in columns])
         self.most = torch.tensor([highest.get(column.kind, column.levels - 1.0) for column in columns])
 
     def check(self, value: Tensor) -> Tensor:
         whole = (value == value.round()) & (value >= 0) & (value <= self.most.to(value.device))
-        return value.isnan() | (value.isfinite() & (whole | ~self.whole.to(value.device)))
+        above = (value > 0) | ~self.positive.to(value.device)
+        return value.isnan() | (value.isfinite() & above & (whole | ~self.whole.to(value.device)))
 
     def __str__(self) -> str:
         return "the numbers of these columns, or NaN"
@@ -74,12 +77,14 @@ class MixtureOfProducts(Mixture):
         kinds = columns or [Column(f"x{i}", CONTINUOUS) for i in range(self.event_numel)]
         self.columns, self.floor = tuple(kinds), floor
         self.support = OfKinds(self.columns)  # type: ignore[misc]
-        self.at = {kind: at_kind(self.columns, kind) for kind in (CONTINUOUS, BINARY, COUNT)}
+        self.at = {CONTINUOUS: at_kind(self.columns, *DENSITIES)}
+        self.at |= {kind: at_kind(self.columns, kind) for kind in (BINARY, COUNT)}
+        self.logged = [self.columns[i].kind == POSITIVE for i in self.at[CONTINUOUS]]
         noise = {kind: 0.1 * torch.randn(components, len(at)) for kind, at in self.at.items()}
         self.loc, self.log_scale = nn.Parameter(noise[CONTINUOUS]), nn.Parameter(torch.zeros_like(noise[CONTINUOUS]))
         self.logits, self.log_rate = nn.Parameter(noise[BINARY]), nn.Parameter(noise[COUNT])
         self.classes = nn.ParameterList(
-            0.1 * torch.randn(components, column.levels) for column in self.columns if column.kind == CATEGORICAL
+            0.1 * torch.randn(components, column.levels) for column in self.columns if column.kind in OF_CLASSES
         )
 
     @property
@@ -89,7 +94,7 @@ class MixtureOfProducts(Mixture):
 
     @property
     def means(self) -> Tensor:  # type: ignore[override]
-        """Of each component, shape (C, D); NaN for a categorical column."""
+        """Of each component, shape (C, D); NaN for a column of classes."""
         return self.elements(torch.arange(self.components), range(self.event_numel)).mean
 
     def elements(self, c: Tensor, at: Sequence[int]) -> OfColumns:
@@ -97,20 +102,23 @@ class MixtureOfProducts(Mixture):
         place = {column: i for i, column in enumerate(at)}
         parts: list[dist.Distribution] = []
         of: list[list[int]] = []
-        made = (
-            (
-                CONTINUOUS,
-                lambda i: dist.Normal(self.loc[c][..., i], self.log_scale[c][..., i].exp(), validate_args=False),
-            ),
-            (BINARY, lambda i: dist.Bernoulli(logits=self.logits[c][..., i], validate_args=False)),
-            (COUNT, lambda i: dist.Poisson(self.log_rate[c][..., i].exp(), validate_args=False)),
+
+        def log_scaled(family: Any, i: list[int]) -> dist.Distribution:
+            return family(self.loc[c][..., i], self.log_scale[c][..., i].exp(), validate_args=False)
+
+        made: tuple[tuple[str, bool, Callable[[list[int]], dist.Distribution]], ...] = (
+            (CONTINUOUS, False, lambda i: log_scaled(dist.Normal, i)),
+            (CONTINUOUS, True, lambda i: log_scaled(dist.LogNormal, i)),
+            (BINARY, False, lambda i: dist.Bernoulli(logits=self.logits[c][..., i], validate_args=False)),
+            (COUNT, False, lambda i: dist.Poisson(self.log_rate[c][..., i].exp(), validate_args=False)),
         )
-        for kind, make in made:
-            chosen = [i for i, column in enumerate(self.at[kind]) if column in place]
+        for kind, logged, make in made:
+            of_kind = self.logged if kind == CONTINUOUS else [False] * len(self.at[kind])
+            chosen = [i for i, column in enumerate(self.at[kind]) if column in place and of_kind[i] == logged]
             if chosen:
                 parts.append(make(chosen))
                 of.append([place[self.at[kind][i]] for i in chosen])
-        for classes, column in zip(self.classes, at_kind(self.columns, CATEGORICAL), strict=True):
+        for classes, column in zip(self.classes, at_kind(self.columns, *OF_CLASSES), strict=True):
             if column in place:
                 parts.append(dist.Categorical(logits=classes[c].unsqueeze(-2), validate_args=False))
                 of.append([place[column]])
@@ -147,6 +155,8 @@ class MixtureOfProducts(Mixture):
     def _fit_components(self, x: Tensor, responsibilities: Tensor, chunk: int) -> None:
         r, there = responsibilities, ~x.isnan()
         values = x.to(r).nan_to_num(0.0)
+        positive = [column for column, logged in zip(self.at[CONTINUOUS], self.logged, strict=True) if logged]
+        values[:, positive] = values[:, positive].where(there[:, positive], 1.0).log()
         overall = values.sum(0) / there.sum(0).clamp(min=1)
         counts = r.T @ there.to(r)  # (C, D)
         live = counts > EMPTY
@@ -160,7 +170,7 @@ class MixtureOfProducts(Mixture):
         self.log_scale.copy_(torch.maximum(variances, floor).log() / 2)
         self.logits.copy_(means[:, self.at[BINARY]].clamp(self.floor, 1 - self.floor).logit())
         self.log_rate.copy_(means[:, self.at[COUNT]].clamp(min=LEAST_RATE).log())
-        for logits, column in zip(self.classes, at_kind(self.columns, CATEGORICAL), strict=True):
+        for logits, column in zip(self.classes, at_kind(self.columns, *OF_CLASSES), strict=True):
             hot = nn.functional.one_hot(values[:, column].long(), logits.shape[-1]).to(r) * there[:, column, None]
             shares = (r.T @ hot / counts[:, column, None].clamp(min=EMPTY)).clamp(min=self.floor)
             logits.copy_((shares / shares.sum(-1, keepdim=True)).log())

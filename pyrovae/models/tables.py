@@ -1,13 +1,18 @@
 r"""A product of likelihoods over the columns of a table, each of its own kind.
 
-    p(x|z) = prod_d p_d(x_d|z)      continuous: a density      binary, count, categorical: a mass
+    p(x|z) = prod_d p_d(x_d|z)
+
+    a density: Gaussian if continuous, log-normal if positive, Student-t if heavy, Beta if a fraction
+    a mass: Bernoulli if binary, Poisson or negative binomial if a count, a softmax if categorical, and if ordinal the
+    cumulative logits of `pyrovae.models.ordinal`
 
 so that log p(x) is one of a density of some columns times a mass of the others. One decoder has an output for all of
 them; columns of one kind make one likelihood, any of this library's, which reads its part of that output (`Head`).
 
-A continuous column is standardised by the training rows, and its log p is in its own units all the same: with
-u = (x - m) / s, log p(x) = log p(u) - log s. A categorical column is one number from 0 to L - 1, which the decoder has
-L logits of, and the encoder sees as a one-hot vector (`OfTable`); there is no mean of it, which is NaN.
+A continuous column is standardised by the training rows (a heavy one by median and quartiles), and its log p is in its
+own units all the same: with u = (x - m) / s, log p(x) = log p(u) - log s. A categorical column is one number from 0 to
+L - 1, which the decoder has L logits of, and the encoder sees as a one-hot vector (`OfTable`); there is no mean of it,
+which is NaN.
 """
 
 import math
@@ -19,12 +24,24 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyrovae.columns import BINARY, CATEGORICAL, CONTINUOUS, COUNT, Column
+from pyrovae.columns import (
+    BINARY,
+    CATEGORICAL,
+    CONTINUOUS,
+    COUNT,
+    DENSITIES,
+    FRACTION,
+    HEAVY,
+    ORDINAL,
+    POSITIVE,
+    Column,
+)
 from pyrovae.errors import DataError, UsageError
 from pyrovae.models.counts import NegativeBinomial, Poisson
 from pyrovae.models.likelihood import Likelihood, set_output_bias
-from pyrovae.models.likelihoods import Bernoulli, Gaussian
+from pyrovae.models.likelihoods import Bernoulli, Beta, Gaussian, LogNormal, StudentT
 from pyrovae.models.networks import Biased, Network
+from pyrovae.models.ordinal import Ordinal
 from pyrovae.models.views import View
 from pyrovae.settings import checked
 
@@ -78,7 +95,7 @@ class Columns(Likelihood):
     Args:
         decoder: Maps z to a vector of the outputs for all columns; see `decoder_shape`.
         columns: Of x, in their order.
-        scale: Of the Gaussians of continuous columns: "per-column", or "predicted", by the decoder.
+        scale: Of continuous, positive and heavy columns: "per-column", or "predicted", by the decoder.
         counts: The likelihood of counts: "negative-binomial" or "poisson".
     """
 
@@ -128,6 +145,9 @@ class Columns(Likelihood):
             if column.kind == CONTINUOUS:
                 spread = wide[:, i].std(correction=0)
                 self.loc[i], self.unit[i] = wide[:, i].mean(), spread if spread > 0 else 1.0
+            elif column.kind == HEAVY:  # of which a mean and a variance follow the outliers
+                low, middle, high = quartiles(wide[:, i])
+                self.loc[i], self.unit[i] = middle, (high - low) / 1.349 if high > low else 1.0
         standard = (x - self.loc) / self.unit
         for part, group in zip(self.parts, self.groups, strict=True):
             part.initialise(standard[:, group.at])
@@ -146,20 +166,25 @@ class Columns(Likelihood):
 
 def groups_of(columns: Sequence[Column], scale: str = "per-column", counts: str = "negative-binomial") -> list[Group]:
     """The columns of each kind together, with the likelihood that they have."""
+    of_scale = {"scale": "predicted" if scale == "predicted" else "per-dimension"}
     made: list[tuple[type[Likelihood], dict[str, Any], list[int]]] = [
-        (Gaussian, {"scale": "predicted" if scale == "predicted" else "per-dimension"}, at_kind(columns, CONTINUOUS)),
+        (Gaussian, of_scale, at_kind(columns, CONTINUOUS)),
+        (LogNormal, of_scale, at_kind(columns, POSITIVE)),
+        (StudentT, {"df": "learned", **of_scale}, at_kind(columns, HEAVY)),
+        (Beta, {}, at_kind(columns, FRACTION)),
         (Bernoulli, {}, at_kind(columns, BINARY)),
         (NegativeBinomial if counts == "negative-binomial" else Poisson, {}, at_kind(columns, COUNT)),
     ]
-    for levels in sorted({column.levels for column in columns if column.kind == CATEGORICAL}):
-        at = [i for i in at_kind(columns, CATEGORICAL) if columns[i].levels == levels]
-        made.append((Categories, {"levels": levels}, at))
+    for kind, likelihood in ((CATEGORICAL, Categories), (ORDINAL, Ordinal)):
+        for levels in sorted({columns[i].levels for i in at_kind(columns, kind)}):
+            at = [i for i in at_kind(columns, kind) if columns[i].levels == levels]
+            made.append((likelihood, {"levels": levels}, at))
     return [Group(at, cls, settings, cls.decoder_shape((len(at),), **settings)) for cls, settings, at in made if at]
 
 
-def at_kind(columns: Sequence[Column], kind: str) -> list[int]:
-    """The places of the columns of a kind."""
-    return [i for i, column in enumerate(columns) if column.kind == kind]
+def at_kind(columns: Sequence[Column], *kinds: str) -> list[int]:
+    """The places of the columns of some kinds."""
+    return [i for i, column in enumerate(columns) if column.kind in kinds]
 
 
 class Head(Biased):
@@ -215,10 +240,18 @@ class OfColumns(dist.TorchDistribution):
         return self.joined(each) - self.unit.log()
 
 
+def quartiles(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the rows of x (N, ...): the values a quarter, half and three quarters of the way up, of shape (...)."""
+    rows = x.sort(0).values
+    low, middle, high = (rows[len(x) * quarter // 4] for quarter in (1, 2, 3))
+    return low, middle, high
+
+
 class OfTable(View):
     """A row of a table as an encoder sees it.
 
-    Continuous columns are standardised, and so are the logarithms of counts; classes become one-hot vectors.
+    Numbers are standardised: continuous and ordinal ones as they are, of counts and positive ones the logarithms, of
+    heavy ones inverse hyperbolic sines about their median, of fractions the logits. Classes become one-hot vectors.
 
     Args:
         event_shape: (D,), or (D + C,) with something beside x, which is seen as it is.
@@ -226,6 +259,11 @@ class OfTable(View):
     """
 
     counts: Tensor
+    positive: Tensor
+    heavy: Tensor
+    fractions: Tensor
+    centre: Tensor
+    width: Tensor
     shift: Tensor
     spread: Tensor
 
@@ -234,8 +272,13 @@ class OfTable(View):
         self.classes = {i: column.levels for i, column in enumerate(columns) if column.kind == CATEGORICAL}
         super().__init__(event_shape, (len(self.numbers) + sum(self.classes.values()),))
         of = [columns[i].kind if i < len(columns) else "" for i in self.numbers]
-        self.scaled = [i for i, kind in enumerate(of) if kind in (CONTINUOUS, COUNT)]
-        self.register_buffer("counts", torch.tensor([kind == COUNT for kind in of]), persistent=False)
+        self.scaled = [i for i, kind in enumerate(of) if kind in (*DENSITIES, COUNT, ORDINAL)]
+        self.kinds = set(of)
+        for name, wanted in (("counts", COUNT), ("positive", POSITIVE), ("heavy", HEAVY), ("fractions", FRACTION)):
+            self.register_buffer(name, torch.tensor([kind == wanted for kind in of]), persistent=False)
+        if HEAVY in self.kinds:
+            self.register_buffer("centre", torch.zeros(len(of)))
+            self.register_buffer("width", torch.ones(len(of)))
         self.register_buffer("shift", torch.zeros(len(of)))
         self.register_buffer("spread", torch.ones(len(of)))
 
@@ -246,12 +289,23 @@ class OfTable(View):
         return torch.cat(seen, -1)
 
     def plain(self, x: Tensor) -> Tensor:
-        """All columns but the categorical ones, counts by log(1 + x)."""
+        """All columns but the categorical ones, each on a scale of which an encoder sees much."""
         numbers = x[..., self.numbers]
-        return torch.where(self.counts, numbers.sign() * numbers.abs().log1p(), numbers)
+        seen = torch.where(self.counts, numbers.sign() * numbers.abs().log1p(), numbers)
+        if POSITIVE in self.kinds:
+            seen = torch.where(self.positive, numbers.clamp(min=torch.finfo(x.dtype).tiny).log(), seen)
+        if HEAVY in self.kinds:
+            seen = torch.where(self.heavy, ((numbers - self.centre) / self.width).asinh(), seen)
+        if FRACTION in self.kinds:
+            seen = torch.where(self.fractions, numbers.logit(torch.finfo(x.dtype).eps), seen)
+        return seen
 
     def initialise(self, x: Tensor) -> None:
         """Take means and standard deviations from training data x (N, *event_shape)."""
+        if HEAVY in self.kinds:
+            low, middle, high = quartiles(x[..., self.numbers])
+            self.centre.copy_(middle)
+            self.width.copy_(torch.where(high > low, high - low, 1.0))
         numbers = self.plain(x).double()[:, self.scaled]
         spread = numbers.std(0, correction=0)
         self.shift[self.scaled] = numbers.mean(0).to(self.shift)

@@ -28,8 +28,8 @@ def fit_baselines(
 ) -> "list[Exact]":
     """A model of each family in `BASELINES` that is of the rows' measure, in the order of that tuple.
 
-    Of rows with gaps, of counts and of tables, a mixture of products over their columns; where all of these are
-    continuous, a mixture of Gaussians of full covariance as well.
+    Of rows with gaps, of counts and of tables, a mixture of products over their columns; where all of these have
+    densities, a mixture of Gaussians of full covariance as well.
 
     Args:
         rows: Data of either measure. Training rows that are drawn anew at each use are drawn once.
@@ -46,7 +46,7 @@ def fit_baselines(
     Raises:
         UsageError: no family can have any of the numbers of components.
     """
-    from pyrovae.columns import CONTINUOUS
+    from pyrovae.columns import DENSITIES
     from pyrovae.models.baselines import BASELINES
     from pyrovae.models.product_mixture import MixtureOfProducts
     from pyrovae.seeding import seeded
@@ -60,7 +60,7 @@ def fit_baselines(
             if count <= len(train)
         )
         fitted: list[Iterator[tuple[Any, int]]] = [((model, model.fit(train, seed)) for model in made)]
-        if all(column.kind == CONTINUOUS for column in columns):
+        if all(column.kind in DENSITIES for column in columns):
             fitted.append(full_covariance(train, rows.validation, components, seed))
         found = [best_model(models, rows.validation, components, say) for models in fitted]
         return [model for model in found if model is not None]

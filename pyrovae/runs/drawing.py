@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyrovae.columns import BINARY, CATEGORICAL
+from pyrovae.columns import BINARY, OF_CLASSES
 from pyrovae.errors import CheckpointError, DataError, UsageError
 from pyrovae.runs.looking import Looked
 from pyrovae.runs.made import Made, Way, in_units_of_the_data, is_picture
@@ -440,7 +440,7 @@ def imputed_of(rows: "Rows", mean: "Tensor", draws: "Tensor") -> dict[str, Any]:
     if rows.table is None:
         return {}
     usual = draws.mode(0).values
-    of_classes = torch.tensor([column.kind in (BINARY, CATEGORICAL) for column in rows.table], device=mean.device)
+    of_classes = torch.tensor([column.kind in (BINARY, *OF_CLASSES) for column in rows.table], device=mean.device)
     return {"imputed": (("row", "event"), torch.where(of_classes, usual, mean))}
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pyrovae.columns import CATEGORICAL
+from pyrovae.columns import OF_CLASSES
 from pyrovae.errors import UsageError
 from pyrovae.files import replaced, write_atomically
 from pyrovae.runs.directory import begins, of_a_run
@@ -220,7 +220,7 @@ def in_the_words_of(rows: "Rows", frame: "pd.DataFrame") -> "pd.DataFrame":
         for name in (f"{prefix}{column.name}" for prefix in ("", "original ", "imputed ")):
             if name in frame:
                 frame[name] = in_words(frame[name], column)
-        if column.kind == CATEGORICAL and f"mean {column.name}" in frame:
+        if column.kind in OF_CLASSES and f"mean {column.name}" in frame:
             frame = frame.drop(columns=f"mean {column.name}")  # classes have none
     return frame
 

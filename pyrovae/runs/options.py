@@ -163,8 +163,9 @@ OPTIONS: dict[str, dict[str, Setting]] = {
         "columns": Setting(
             Text(),
             None,
-            "of a .csv with columns of several kinds: age=continuous,visits=count,job=categorical,sex=binary; what is "
-            "not named is guessed, which is said; auto: all of them; p(x) is then a density times a mass",
+            "of a .csv with columns of several kinds: age=continuous,visits=count,job=categorical,sex=binary, and "
+            "positive, heavy, fraction or ordinal; what is not named is guessed, which is said; auto: all of them; "
+            "p(x) is then a density times a mass",
             "NAME=KIND,...",
         ),
         "missing": Setting(
