@@ -54,9 +54,10 @@ def trained(title: str, seed: int, asked: argparse.Namespace) -> Run:
     if (folder / "evaluation.json").exists():
         return open_run(folder)
     epochs = round(asked.epochs * LONGER) if "long" in title else asked.epochs
-    data = {"data": "mnist", "data_root": asked.mnist, "batch_size": 200} if asked.mnist else {"batch_size": 50}
+    mnist = {"data": "mnist", "data_root": asked.mnist, "batch_size": 200, "compile": "on"}
+    data = mnist if asked.mnist else {"batch_size": 50, "compile": "off"}
     common = {**data, "likelihood": "bernoulli", "binarize": "dynamic", "epochs": epochs, "lr": 0.003, "seed": seed}
-    common |= {"beta": f"warmup:{max(1, asked.epochs // 5)}", "device": "cpu", "threads": 1, "compile": "on"}
+    common |= {"beta": f"warmup:{max(1, asked.epochs // 5)}", "device": "cpu", "threads": 1}
     common |= {"eval_rows": 100, "eval_K": 20}
     resume = (folder / "config.yaml").exists()
     print(f"{'resuming' if resume else 'training'} {folder.name}", flush=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyro
 import pytest
 import torch
+import yaml
 from conftest import EXACT, assert_mean
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
@@ -249,6 +250,24 @@ def test_the_pass_over_the_data_is_run_once_for_each_datum(network: str) -> None
         of_x.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[0] * (output.ndim == 2)))
     log_weights(pair.model, pair.guide, x, 9)
     assert seen == [4] * 5
+
+
+@pytest.mark.parametrize(("name", "event", "sizes"), [
+    ("deep-mnist", (1, 28, 28), [12, 8, 8, 6, 6]),
+    ("deep-cifar10", (3, 32, 32), [512, 512, 512, 256, 256, 256]),
+])  # fmt: skip
+def test_recipes_declare_what_their_comments_say(name: str, event: tuple[int, ...], sizes: list[int]) -> None:
+    """Layers of so many elements, each of which has its KL and reaches x."""
+    text = (Path(__file__).parents[1] / "recipes" / f"{name}.yaml").read_text()
+    assert f"python -m pyrovae.fit --config recipes/{name}.yaml --data-root DIR" in text
+    recipe = Recipe(**yaml.safe_load(text)).settled(levels=256)
+    pair, x = build_model(recipe, event), torch.ones(2, *event)
+    assert pair.sizes == sizes
+    found = measure(pair.model, pair.guide, [x], ELBO())
+    assert all(found[f"kl_z{i + 1}"] > 0 for i in range(len(sizes)))
+    code = pair.encode(x).requires_grad_()
+    pair.likelihood(pair.handed(code)).mean.sum().backward()
+    assert all(part.abs().max() > 0 for part in code.grad.split(sizes, -1))
 
 
 def test_layers_that_are_held_stay_and_the_others_are_drawn_given_them() -> None:

@@ -122,8 +122,9 @@ OPTIONS: dict[str, dict[str, Setting]] = {
         "latent_dim": Setting(
             Several(Whole()),
             None,
-            "latent dimensions; for hierarchical and ladder one per layer from the data up, for auxiliary of z "
-            "and a (default 50; 50,25; for two-stage and ex-post the first stage's)",
+            "latent dimensions; for hierarchical and ladder one per layer from the data up (at each place, where its "
+            "state is a grid, as of residual-conv), for auxiliary of z and a (default 50; 50,25; for two-stage and "
+            "ex-post the first stage's)",
             "INT",
         ),
         "first": Setting(
