@@ -16,6 +16,7 @@ Gaussian guide and a Bernoulli likelihood (a Gaussian one, for rows of real numb
     eager / plain    both without compiling
     compiling        seconds of the processor, of the children that compile as well, for the first step less a later
                      one: where the compiler's headers are ready, and nothing of the row has been compiled before
+                     (but for rows that are a plain pair, whose code is there)
 
 Before anything is timed, the loss and every gradient by hand are compared with the pair's own on the same noise; a row
 where they differ is not measured.
