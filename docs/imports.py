@@ -54,7 +54,10 @@ LAYERS = (
     Layer("plots", ("plots", "plots.*"), "plots"),
     Layer("runs", ("runs", "runs.*")),
     Layer("command", ("command",)),
-    Layer("commands", ("fit", "evaluate", "gaps", "gradients", "compare", "sample", "encode", "runs.__main__")),
+    Layer(
+        "commands",
+        ("fit", "evaluate", "gaps", "gradients", "compare", "sample", "encode", "disentangle", "runs.__main__"),
+    ),
     Layer("all commands", ("__main__",)),
     Layer("pyrovae, its names", ("pyrovae",)),
 )

@@ -10,6 +10,7 @@ from pyrovae.plots.comparisons import comparison as comparison
 from pyrovae.plots.comparisons import gaps as gaps
 from pyrovae.plots.comparisons import k_curve as k_curve
 from pyrovae.plots.densities import densities as densities
+from pyrovae.plots.disentangling import information as information
 from pyrovae.plots.films import film as film
 from pyrovae.plots.gradients import gradient_noise as gradient_noise
 from pyrovae.plots.images import conditional_samples as conditional_samples
