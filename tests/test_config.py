@@ -117,6 +117,7 @@ def test_short_names_and_any_case():
                     "BernoulliGuide": {"prior": "IndependentBernoulli"},
                     "CategoricalPrior": {"guide": "CategoricalGuide"},
                     "CategoricalGuide": {"prior": "CategoricalPrior"},
+                    "MarkovGuide": {"prior": "Markov"},
                     "HierarchicalVampPrior": {"model": "hierarchical"},
                     "AmortisedPrior": {"condition": "label"},
                     "ConditionalVampPrior": {"condition": "label"},
@@ -424,6 +425,10 @@ def fitting(prior: str, guide: str) -> dict | None:
         with refusal(f"--prior {prior}: is a distribution of .*, and --guide {guide} one of .*; use --guide "):
             config(prior=small("prior", prior), guide=guide, condition="label" if prior in CONDITIONAL else None)
         return None
+    if "prior" in PARTS["guide"][guide].classes[0].takes and not PARTS["prior"][prior].constants.get("of_steps"):
+        with refusal(f"--guide {guide}: goes by the steps of its prior, and --prior {prior} has none; use one of"):
+            config(prior=small("prior", prior), guide=guide, condition="label" if prior in CONDITIONAL else None)
+        return None
     return {"gradient": "score-function"} if of_guide else {}
 
 
@@ -476,7 +481,7 @@ def test_every_likelihood_trains_with_every_network(network, event, likelihood):
     "prior",
     [name for name, c in PARTS["prior"].items() if name not in CONDITIONAL and "guide" not in c.classes[0].takes],
 )
-@pytest.mark.parametrize("guide", PARTS["guide"])
+@pytest.mark.parametrize("guide", [name for name, c in PARTS["guide"].items() if "prior" not in c.classes[0].takes])
 def test_every_hierarchy_trains(prior, guide):
     by = fitting(prior, guide)
     if by is None or refines(prior, guide, HIERARCHY):
@@ -489,7 +494,11 @@ def test_every_hierarchy_trains(prior, guide):
 
 @pytest.mark.parametrize(
     "guide",
-    [name for name, c in PARTS["guide"].items() if not {"of_pair", "latents"} & c.classes[0].constants.keys()],
+    [
+        name
+        for name, c in PARTS["guide"].items()
+        if not {"of_pair", "latents"} & c.classes[0].constants.keys() and "prior" not in c.classes[0].takes
+    ],
 )
 def test_every_guide_trains_in_pairs_that_start_at_the_top(guide):
     """A ladder with either of its settings, and a guide with auxiliary latents; networks where features are found."""
