@@ -22,7 +22,7 @@ from pyrovae.command import ending, main
 from pyrovae.errors import UsageError
 from pyrovae.version import __version__
 
-COMMANDS = ("fit", "evaluate", "gaps", "gradients", "compare", "sample", "encode", "runs")
+COMMANDS = ("fit", "evaluate", "gaps", "gradients", "compare", "classify", "sample", "encode", "runs")
 SHELLS = ("bash", "zsh", "fish")
 
 

@@ -12,6 +12,7 @@ from pyrovae.checks import check_choice
 from pyrovae.columns import Column, written
 from pyrovae.data.factors import Factors
 from pyrovae.data.given import Given, conditioned
+from pyrovae.data.labels import partly_labelled
 from pyrovae.data.measure import Measure
 from pyrovae.data.raw import Raw
 from pyrovae.data.spaces import SPACES, Space
@@ -87,6 +88,8 @@ class Data(Raw):
         binarize: str | None = None,
         standardize: bool = False,
         condition: str | None = None,
+        labels: int | None = None,
+        seed: int = 0,
     ) -> Rows:
         """Make the rows that a model of `measure` trains on and is scored on.
 
@@ -97,6 +100,9 @@ class Data(Raw):
             standardize: Under "density" of continuous data, (x - mean) / sd of the training rows; see `Continuous`.
             condition: What the model is given beside x: "label", for one-hot labels; columns of a table, which are then
                 none of x, or both, as "age,label"; None, for nothing.
+            labels: So many training rows have their label in `given["train"]`, as many of each class, the others zeros;
+                the other splits are given nothing. None: no row has.
+            seed: Of the draw of these rows.
         Raises:
             UsageError: an unknown measure, binarisation or condition, or one that the data or the measure has no use
                 for.
@@ -105,6 +111,8 @@ class Data(Raw):
         """
         space = self._space(measure, binarize, standardize) if isinstance(measure, str) else measure
         data, given = (self, Given()) if condition is None else conditioned(self, condition)
+        if labels is not None:
+            data, given = partly_labelled(self, labels, seed)
         reading = space.read(data)
         scored = reading.measure
         if data.missing:
@@ -126,11 +134,11 @@ class Data(Raw):
             transform=transform,
             validation=validation,
             test=test,
-            labels=self.labels,
+            labels=data.labels,
             measure=scored,
             hash=sha256([validation, test, *given["validation"], *given["test"]], words),
             binarize=reading.binarize,
-            notices=self.notices + reading.notices,
+            notices=data.notices + reading.notices,
             columns=data.columns,
             classes=self.classes,
             given=given,

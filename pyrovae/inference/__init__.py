@@ -6,6 +6,8 @@ from pyrovae.inference.annealed import Annealed as Annealed
 from pyrovae.inference.annealed import Sandwich as Sandwich
 from pyrovae.inference.annealed import sandwich as sandwich
 from pyrovae.inference.batch import Batch as Batch
+from pyrovae.inference.classification import Classification as Classification
+from pyrovae.inference.classification import classify as classify
 from pyrovae.inference.diagnostics import measure as measure
 from pyrovae.inference.estimators import Covariance as Covariance
 from pyrovae.inference.estimators import DoublyReparameterised as DoublyReparameterised
@@ -48,6 +50,9 @@ from pyrovae.inference.proposals import FromPrior as FromPrior
 from pyrovae.inference.proposals import Proposal as Proposal
 from pyrovae.inference.proposals import Sampler as Sampler
 from pyrovae.inference.proposals import Widened as Widened
+from pyrovae.inference.reliability import Calibration as Calibration
+from pyrovae.inference.reliability import calibration as calibration
+from pyrovae.inference.reliability import clustering_accuracy as clustering_accuracy
 from pyrovae.inference.repairs import repair as repair
 from pyrovae.inference.schedules import Capacity as Capacity
 from pyrovae.inference.schedules import Constant as Constant
@@ -72,6 +77,7 @@ from pyrovae.inference.weighted import BetaTC as BetaTC
 from pyrovae.inference.weighted import Factor as Factor
 from pyrovae.inference.weighted import FreeBits as FreeBits
 from pyrovae.inference.weighted import InfoVAE as InfoVAE
+from pyrovae.inference.weighted import SemiSupervised as SemiSupervised
 from pyrovae.inference.weights import log_weights as log_weights
 
 # Those that have a name on the command line.

@@ -12,10 +12,13 @@ where the prior factorises. Per datum, averaged over the batch, what is maximise
     factor       ELBO - gamma TC                            by a critic of codes
     info-vae     ELBO - lambda MMD^2(q(z), p(z))
     wae          E log p(x|z) - lambda MMD^2(q(z), p(z))
+    semi-supervised
+                 ELBO + alpha log q(y = label|x)            of rows whose label the guide observes
 
-Penalties are not negative, so that each but the last is a lower bound on the mean of log p(x), looser than the ELBO;
-the last is no bound of anything. All but free bits are computed of the batch's estimate of q(z), see below. None of it
-is in what is reported: `evaluated` is the ELBO, and log p(x), the KL and the rest are those of the pair.
+Penalties are not negative, so that each but wae is a lower bound on the mean of log p(x), looser than the ELBO; that
+one is no bound of anything. Free bits and labels are of each row or KL, all others are computed of the batch's estimate
+of q(z), see below. None of it is in what is reported: `evaluated` is the ELBO, and log p(x), the KL and the rest are
+those of the pair.
 
 **The total correlation** needs log q(z) at draws z_i ~ q(z|x_i), of which a batch of B rows shows B terms in N:
 
@@ -41,6 +44,7 @@ References:
     https://arxiv.org/abs/1711.00848
     Zhao, Song and Ermon 2019, InfoVAE, https://arxiv.org/abs/1706.02262
     Tolstikhin et al. 2018, Wasserstein Auto-Encoders, https://arxiv.org/abs/1711.01558
+    Kingma et al. 2014, Semi-Supervised Learning with Deep Generative Models, https://arxiv.org/abs/1406.5298
 """
 
 import math
@@ -58,7 +62,7 @@ from pyrovae.inference.estimators import USUAL, GradientEstimator
 from pyrovae.inference.gaussians import marginals
 from pyrovae.inference.kl import kl_terms
 from pyrovae.inference.objectives import ELBO, OfParticles
-from pyrovae.inference.weights import Latent, Particles
+from pyrovae.inference.weights import Latent, Particles, log_prob, sample_sites
 from pyrovae.settings import NotNegative, Positive, check_fields
 
 SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of the kernel, as shares of its usual 2 Z
@@ -354,6 +358,61 @@ class WAE(Matched):
         return log_likelihood - settings["weight"] * penalised[0]
 
 
+@dataclass(frozen=True)
+class SemiSupervised(Weighted):
+    """The ELBO, and alpha times the log-probability of what the guide observes: of labels, under q(y|x).
+
+    Nothing of the bound of a row with a label trains q(y|x), since its y is not drawn; this does.
+
+    Args:
+        num_particles: Number of draws averaged.
+        weight: Alpha, of the log-probability of each label.
+        num_averages: M; the same as more particles.
+        gradient: How its gradient is estimated.
+    """
+
+    word: ClassVar[str] = "semi-supervised"
+    title: ClassVar[str] = "ELBO, semi-supervised"
+    usual_particles: ClassVar[int] = 1
+    gradients: ClassVar[tuple[str, ...]] = (
+        "reparameterised",
+        "score-function",
+        "leave-one-out",
+        "enumerated",
+        "relaxed",
+    )
+    maximised: ClassVar[str] = "a lower bound on the ELBO, since a label's log-probability is not positive"
+    of_labels: ClassVar[bool] = True
+
+    num_particles: int = 1
+    weight: NotNegative = 1.0
+    num_averages: int = 1
+    gradient: GradientEstimator = USUAL
+
+    def penalised(self, particles: Particles) -> Tensor:
+        """log q of what the guide observes, shape (1, K', N).
+
+        Raises:
+            PairError: it observes nothing.
+        """
+        shape = tuple(particles.log_weights.shape)
+        sites = {name: site for name, site in sample_sites(particles.guide_trace).items() if site["is_observed"]}
+        if not sites:
+            raise PairError(
+                "objective: the guide observes no label, so that there is nothing semi-supervised; give labels, as "
+                "given=(y,), or use ELBO",
+                settings=("elbo=elbo",),
+            )
+        log_q = [log_prob(site, f"guide site '{name}'", (shape[0], shape[1])) for name, site in sites.items()]
+        return torch.stack(log_q).sum(0, keepdim=True)
+
+    def maximise(self, log_likelihood: Tensor, kl: Tensor, penalised: Tensor, **settings: Tensor | float) -> Tensor:
+        return log_likelihood - kl + settings["weight"] * penalised[0]
+
+    def settings(self, step: int) -> dict[str, float]:
+        return {"weight": self.weight}
+
+
 def left_at(trace: Trace, *names: str) -> list[Tensor] | None:
     """What a critic or a judge left at deterministic sites of those names; None where one is missing."""
     sites = [trace.nodes.get(name) for name in names]
@@ -464,4 +523,4 @@ def mmd(a: Tensor, b: Tensor) -> Tensor:
 
 
 # Those that have a name on the command line.
-WEIGHTED = (FreeBits, BetaTC, Factor, DIP, InfoVAE, WAE)
+WEIGHTED = (FreeBits, BetaTC, Factor, DIP, InfoVAE, WAE, SemiSupervised)

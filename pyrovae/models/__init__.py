@@ -46,6 +46,9 @@ from pyrovae.models.judges import Judge as Judge
 from pyrovae.models.judges import Perception as Perception
 from pyrovae.models.kernels import BernoulliKernelDensity as BernoulliKernelDensity
 from pyrovae.models.kernels import KernelDensity as KernelDensity
+from pyrovae.models.labelled import GaussianMixtureVAE as GaussianMixtureVAE
+from pyrovae.models.labelled import LabelledVAE as LabelledVAE
+from pyrovae.models.labelled import SemiSupervisedVAE as SemiSupervisedVAE
 from pyrovae.models.ladder import LadderVAE as LadderVAE
 from pyrovae.models.levels import Categorical as Categorical
 from pyrovae.models.levels import DiscretizedLogistic as DiscretizedLogistic

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from pyrovae.errors import PairError, UsageError
 from pyrovae.models.conditional import ConditionalVAE
+from pyrovae.models.labelled import LabelledVAE
 from pyrovae.models.vae import LatentLayers
 
 
@@ -57,7 +58,10 @@ class Masked(nn.Module):
     fill: Tensor
 
     def __init__(
-        self, pair: LatentLayers | ConditionalVAE, fill: Tensor, guide: Callable[..., Any] | None = None
+        self,
+        pair: LatentLayers | ConditionalVAE | LabelledVAE,
+        fill: Tensor,
+        guide: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
         self.pair = pair

@@ -122,9 +122,18 @@ class MixtureOfGaussians(Prior):
         self.loc = nn.Parameter(torch.randn(components, latent_dim) * math.sqrt(0.5))
         self.raw_scale = nn.Parameter(torch.full((components, latent_dim), inverse_softplus(math.sqrt(0.5) - floor)))
 
+    @property
+    def scale(self) -> Tensor:
+        """Standard deviations, shape (C, Z)."""
+        return self.floor + softplus(self.raw_scale)
+
     def forward(self) -> dist.Distribution:
-        components = dist.Normal(self.loc, self.floor + softplus(self.raw_scale)).to_event(1)
+        components = dist.Normal(self.loc, self.scale).to_event(1)
         return SharedComponents(dist.Categorical(logits=self.logits), components)
+
+    def component(self, y: Tensor) -> dist.Distribution:
+        """The component that one-hot y of shape (*batch, C) says: batch shape `batch`, event shape (Z,)."""
+        return dist.Normal(y @ self.loc, y @ self.scale).to_event(1)
 
 
 class VampPrior(Prior):

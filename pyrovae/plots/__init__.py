@@ -5,6 +5,7 @@ rcParams is touched: it shows when it is the last expression of a notebook cell,
 matplotlib itself is imported by the first figure.
 """
 
+from pyrovae.plots.calibration import reliability as reliability
 from pyrovae.plots.comparisons import SIGNS as SIGNS
 from pyrovae.plots.comparisons import comparison as comparison
 from pyrovae.plots.comparisons import gaps as gaps

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from pyrovae.models.conditional import ConditionalVAE
     from pyrovae.models.exact import Exact
     from pyrovae.models.judges import Judge
+    from pyrovae.models.labelled import LabelledVAE
     from pyrovae.models.networks import Network
     from pyrovae.models.vae import LatentLayers
 
-    Model = LatentLayers | ConditionalVAE | Reconstruction | Exact
+    Model = LatentLayers | ConditionalVAE | LabelledVAE | Reconstruction | Exact
 
 
 # p(z|u) of a second stage. Elements of z that the first one does not use are noise of sd 1, others have fine structure:
@@ -52,7 +53,7 @@ def build_rows(recipe: Recipe) -> "Rows":
     measure: Any = recipe.measure or ("mass" if recipe.binarize is not None else default_measure(data))
     if recipe.is_exact:
         exact(recipe, measure)
-    rows = data.rows(measure, recipe.binarize, recipe.standardize, recipe.condition)
+    rows = data.rows(measure, recipe.binarize, recipe.standardize, recipe.condition, recipe.labels, recipe.seed)
     if recipe.batch_size > len(rows.train):
         raise UsageError(
             f"batch_size: {recipe.batch_size} is more than the {len(rows.train)} training rows",
@@ -132,7 +133,9 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
     likelihood = make("likelihood", recipe.likelihood, decoder=decoder, **known)
     likelihood = PartlySeen(likelihood) if recipe.missing else likelihood
 
-    in_shape = joined_shape(event_shape, conditions, networks.encoding.load().of_images) if conditions else event_shape
+    in_shape = event_shape
+    if recipe.condition is not None:
+        in_shape = joined_shape(event_shape, conditions, networks.encoding.load().of_images)
     view = None if recipe.is_reconstruction else likelihood.view(in_shape)
     seen = in_shape if view is None else view.out_shape
     encoder = (deep or networks).encoder(seen, event_shape)
@@ -145,7 +148,8 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
     if recipe.is_reconstruction:
         model = make("model", recipe.model, **offered, encoder=encoder)
         return model
-    layers = of_ladder if "merge" in parts.settings else of_auxiliary if "reverse" in parts.takes else of_bottom_up
+    ways = {"classifier": of_classes, "merge": of_ladder, "reverse": of_auxiliary}
+    layers = next((way for name, way in ways.items() if name in (*parts.takes, *parts.settings)), of_bottom_up)
     offered |= of_states(recipe, deep, encoder) if deep else layers(recipe, networks, encoder)
 
     beside = {key: offered.get(key) for key in ("guide", "guides")}
@@ -154,9 +158,10 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
     if "conditional" in PARTS["prior"][recipe.prior.name].classes[0].takes:
         beside["conditional"] = MeanFieldNormal(networks.dense(conditions), latent[0])
     prior = offered.pop("prior", None) or make("prior", recipe.prior, **beside)
-    if conditions:
+    if recipe.condition is not None:
         given = prior if by_condition else UnconditionalPrior(prior)
         return ConditionalVAE(given, likelihood, offered["guide"], corruption)
+    prior = UnconditionalPrior(prior) if "classes" in parts.takes else prior
     model = make("model", recipe.model, **offered, prior=prior)
     return model
 
@@ -237,6 +242,21 @@ def of_auxiliary(recipe: Recipe, networks: Networks, encoder: "Network") -> dict
         "auxiliary": MeanFieldNormal(MLP(found, hidden=()), a),
         "guide": make("guide", recipe.guide, encoder=networks.dense(a + found), latent_dim=z),
         "reverse": MeanFieldNormal(networks.dense(z + found), a),
+    }
+
+
+def of_classes(recipe: Recipe, networks: Networks, encoder: "Network") -> dict[str, Any]:
+    """Parts of a pair with a class y beside z: both guides are of features, and that of z of y too."""
+    from pyrovae.models import MLP, CategoricalGuide, CategoricalPrior
+
+    (found,) = encoder.out_shape
+    count = len(recipe.classes) or recipe.prior.settings["components"]
+    return {
+        "top": recipe.latent_dim[0],
+        "features": encoder,
+        "classes": CategoricalPrior(count),
+        "classifier": CategoricalGuide(MLP(found, hidden=()), count),
+        "guide": make("guide", recipe.guide, encoder=networks.dense(count + found), latent_dim=recipe.latent_dim[0]),
     }
 
 

@@ -9,6 +9,7 @@ starts.json          command line, host and versions of each start, see `pyrovae
 evaluation.json      log p(x), its diagnostics and verdict
 scores/              log p(x) row by row, see `pyrovae.runs.scores`
 gaps.json            where the bound is lost
+classification.json  p(y|x), and what it is worth: see `pyrovae.runs.classifying`
 plots/
 """
 
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 PLOTS = (
     "training_curves", "samples", "reconstructions", "neighbourhood", "latent_map", "traversals", "k_curve", "gaps",
-    "codes", "density",
+    "codes", "density", "reliability",
 )  # fmt: skip
 # What commands write into a run beside config.yaml and the lock: files by name, and how those begin whose names others
 # may use as well.
@@ -55,6 +56,7 @@ WRITTEN = {
     r"evaluation(-train|-validation)?\.json": b"",
     r"gaps\.json": b"",
     r"starts\.json": b"{",
+    r"classification\.json": b"",
     r"codes\.safetensors": b"",
     rf"plots/({'|'.join(PLOTS)})\.png": b"\x89PNG",
     r"scores/[0-9a-f]{16}\.csv": b"# {",
@@ -237,7 +239,7 @@ def read_recipe(directory: Path) -> Recipe:
         recipe = Recipe(**{k: v for k, v in content.items() if k not in DERIVED})
     except (UsageError, ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from error
-    if bool(classes) != (recipe.condition is not None):
+    if bool(classes) != (recipe.condition is not None or recipe.labels is not None):
         raise CheckpointError(f"{file}: classes: expected those of the condition, {recipe.condition}, got {classes!r}")
     if not recipe.likelihood:
         raise CheckpointError(f"{file}: likelihood: expected one by its name, got {content['likelihood']!r}")

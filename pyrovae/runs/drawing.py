@@ -52,7 +52,7 @@ class Draws(Way):
         import torch
 
         from pyrovae import plots
-        from pyrovae.models.conditional import ConditionalVAE
+        from pyrovae.models import ConditionalVAE, LabelledVAE
 
         options: dict[str, Any] = {"mean": self.mean}
         if self.temperature != 1:
@@ -62,7 +62,7 @@ class Draws(Way):
         chosen = looked.condition  # also refuses a class that is none
         what = self.words(looked)
         drawable = is_picture(shape) or shape == (2,)
-        if not isinstance(model, ConditionalVAE):
+        if not isinstance(model, ConditionalVAE | LabelledVAE) or (isinstance(model, LabelledVAE) and chosen is None):
             x = model.sample(self.number, **options)
             said = (counted(f"{self.number} {what}", shape),)
             figure = (lambda title, style: plots.samples(x, f"{title}, {what}", style)) if drawable else None

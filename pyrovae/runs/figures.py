@@ -72,7 +72,7 @@ def write_plots(
     import torch
 
     from pyrovae import plots
-    from pyrovae.models import ConditionalVAE, LatentLayers, Reconstruction
+    from pyrovae.models import ConditionalVAE, LabelledVAE, LatentLayers, Reconstruction
     from pyrovae.models.two_stage import SecondStage
     from pyrovae.seeding import seeded
 
@@ -94,17 +94,22 @@ def write_plots(
         save_figure(plots.samples(x, f"{name}, {drawn}", style), folder, "samples")
         if points and not recipe.is_reconstruction:
             write_density(model, rows, folder, name, style)
-        if not isinstance(model, LatentLayers | Reconstruction):
+        if isinstance(model, LabelledVAE):
+            names = list(rows.given.examples) or [f"y = {c}" for c in range(model.num_classes)]
+            each = torch.eye(model.num_classes, device=device)
+            x = torch.stack([model.sample(500 if points else 16, y, mean=pictures) for y in each])
+            save_figure(plots.conditional_samples(x, names, f"{name}, {drawn}", style), folder, "samples")
+        if not isinstance(model, LatentLayers | LabelledVAE | Reconstruction):
             return
         x = rows.test[:1000].to(device)
         codes = model.encode(x)
         some = slice(500 if points else 32)
         figure = plots.reconstructions(x[some], model.decode(codes[some]), name, style)
         save_figure(figure, folder, "reconstructions")
-        if isinstance(model, LatentLayers):
+        if not isinstance(model, Reconstruction):
             spread = model.posterior(x[:8]).sample((12,)).transpose(0, 1)
             save_figure(plots.neighbourhood(x[:8], model.decode(spread), name, style), folder, "neighbourhood")
-            if pictures and len(model.latent_sites) > 1:
+            if isinstance(model, LatentLayers) and pictures and len(model.latent_sites) > 1:
                 write_layers(model, x[:1], folder, name, style)
         save_figure(plots.latent_map(codes, named_labels(rows, len(codes)), name), folder, "latent_map")
         dims = codes.var(0).argsort(descending=True)[:10].tolist()
@@ -205,6 +210,25 @@ def save_curve(run: Run, values: Report) -> Path:
         title=f"{run.name}, {values['rows']} {values['split']} rows; {values['verdict']}",
     )
     return save_figure(figure, inside(run.directory, "plots"), "k_curve")
+
+
+def save_reliability(run: Run, values: Report) -> Path:
+    """Draw the reliability tables of classification.json into the run's plots."""
+    from pandas import DataFrame
+
+    from pyrovae import plots
+
+    def table(judged: Report) -> "DataFrame":
+        ends = {"accuracy": "value", "accuracy_low": "low", "accuracy_high": "high"}
+        right = DataFrame([{name: each["accuracy"][end] for name, end in ends.items()} for each in judged["bins"]])
+        return DataFrame(judged["bins"]).drop(columns="accuracy").join(right)
+
+    titles = {"bayes": "by Bayes", "guide": "by the guide"}
+    tables = {
+        f"{title}, {values[key]['rows']} rows": table(values[key]) for key, title in titles.items() if key in values
+    }
+    figure = plots.reliability(tables, f"{run.name}, p(y|x) of {values['split']} rows")
+    return save_figure(figure, inside(run.directory, "plots"), "reliability")
 
 
 def save_gaps(run: Run, values: Report) -> Path:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pyrovae.inference.batch import Batch
     from pyrovae.models.autoencoder import Reconstruction
     from pyrovae.models.conditional import ConditionalVAE
+    from pyrovae.models.labelled import LabelledVAE
     from pyrovae.models.vae import LatentLayers
     from pyrovae.runs.build import Model
 
@@ -72,7 +73,7 @@ class Looked:
 
         return isinstance(self.model, Reconstruction)
 
-    def coded(self, what: str) -> "LatentLayers | ConditionalVAE | Reconstruction":
+    def coded(self, what: str) -> "LatentLayers | ConditionalVAE | LabelledVAE | Reconstruction":
         """The model, which has codes and decodes them.
 
         Raises:
@@ -87,7 +88,7 @@ class Looked:
             )
         return self.model
 
-    def inferred(self, what: str) -> "LatentLayers | ConditionalVAE":
+    def inferred(self, what: str) -> "LatentLayers | ConditionalVAE | LabelledVAE":
         """The model, whose codes have a density q(z|x).
 
         Raises:

@@ -154,6 +154,13 @@ OPTIONS: dict[str, dict[str, Setting]] = {
             "alone",
             "NAME[,NAME]",
         ),
+        "labels": Setting(
+            Whole(),
+            None,
+            "so many training rows have their label seen, as many of each class, drawn by the seed; only with m2 "
+            "(default 100)",
+            "INT",
+        ),
         "stream": Setting(
             SWITCH,
             "auto",

@@ -40,6 +40,8 @@ NOT_OF_CLOSED_FORM: Options = {
     "compile": "off",
     "precision": "fp32",
 }
+# Training rows with a label, of a pair that sees some.
+LABELS = 100
 # What is said of a bound.
 OF_BOUNDS = ("elbo", "K", "M", "alpha", "beta", "partitions", "gradient")
 # What the draws of a prior or a guide are that says nothing else.
@@ -67,7 +69,7 @@ class Recipe:
         data_hash, event_shape: Of the rows, once they are known.
         levels: Number of grey levels, once the rows are known, where the likelihood is of levels; else 0.
         classes: Names of the columns of what everything is given, such as the classes of the labels, once they are
-            known; none, unless `condition` says so.
+            known; none, unless `condition` or `labels` says so.
         given: The options as they were given.
 
     Raises:
@@ -88,6 +90,7 @@ class Recipe:
     data_root: str | None
     binarize: str | None
     condition: str | None
+    labels: int | None
     stream: Literal["auto", "on", "off"]
     standardize: bool
     columns: str | None
@@ -217,6 +220,7 @@ def completed(given: Options) -> Options:
     values |= {"elbo": Part(), "gradient": Part()}
     complete_stages(values, given)
     name = values["model"].name
+    complete_labels(values, given)
     special = complete_exact if name in BASELINES else complete_reconstruction if name in RECONSTRUCTIONS else None
     (special or complete_pair)(values, given)
     if PARTS["model"][name].classes[0].constants.get("closed_form"):
@@ -270,6 +274,19 @@ def complete_table(values: Options, given: Options) -> None:
             raise UsageError(f"prior={values['prior'].name}: pseudo-inputs have no classes; choose another for a table")
     if (values["columns"] or values["missing"]) and values["corruption"].name != first("corruption"):
         raise UsageError("corruption: is of whole rows of one kind; leave it out", settings=("corruption",))
+
+
+def complete_labels(values: Options, given: Options) -> None:
+    """Say how many labels are seen by a pair that sees some, and refuse them, and what makes no sense with classes."""
+    name = values["model"].name
+    constants = PARTS["model"][name].classes[0].constants
+    if constants.get("of_labels"):
+        values["labels"] = LABELS if values["labels"] is None else values["labels"]
+    else:
+        known = [name for name, choice in PARTS["model"].items() if choice.constants.get("of_labels")]
+        refuse(given, ("labels",), f"{a(name)} sees none", f"model={known[0]}")
+    if "classifier" in PARTS["model"][name].classes[0].takes:
+        refuse(given, ("condition",), f"{a(name)} model is given nothing", f"model={first('model')}")
 
 
 def staged() -> str:
@@ -328,12 +345,13 @@ def complete_reconstruction(values: Options, given: Options) -> None:
 
 def complete_pair(values: Options, given: Options) -> None:
     """Fill in the rest of a pair with one or several latent layers, and refuse parts that do not go together."""
-    complete_bound(values, given)
     name = values["model"].name
+    given = with_usual(given, PARTS["model"][name].constants.get("usual", {}))
+    complete_bound(values, given)
     least, most = PARTS["model"][name].classes[0].constants.get("layers", (1, 1))
     layered = least > 1
-    usual: list[int] = [] if values["first"] else [50, 25][: 2 if layered else 1]
-    latent = tuple(values["latent_dim"] or usual)
+    sizes: list[int] = [] if values["first"] else [50, 25][: 2 if layered else 1]
+    latent = tuple(values["latent_dim"] or sizes)
     if not layered and len(latent) > 1:
         raise UsageError(
             f"latent_dim: a {name} has one latent layer, got {len(latent)}; use `model=hierarchical`",
@@ -352,6 +370,7 @@ def complete_pair(values: Options, given: Options) -> None:
     values["latent_dim"] = latent
     complete_parts(values, given)
     check_steps(values)
+    complete_classes(values)
     if values["first"] and values["corruption"].name != first("corruption"):
         raise UsageError(f"corruption: not used, since the q(z|x) of a {name} is frozen", settings=("corruption",))
     prior = values["prior"].name
@@ -373,6 +392,41 @@ def complete_pair(values: Options, given: Options) -> None:
             "`model=hierarchical`",
             settings=(f"prior={prior}", "model=hierarchical"),
         )
+
+
+def complete_classes(values: Options) -> None:
+    """Refuse, of a pair with classes, a prior that is not of its kind, and of others what is only for such a pair."""
+    name, prior, elbo = values["model"].name, values["prior"].name, values["elbo"].name
+    cls = PARTS["model"][name].classes[0]
+    if OBJECTIVES[elbo].constants.get("of_labels") and not cls.constants.get("of_labels"):
+        known = [word for word, choice in PARTS["model"].items() if choice.constants.get("of_labels")]
+        raise UsageError(
+            f"elbo={elbo}: is of labels that are seen, and {a(name)} sees none; use `model={known[0]}`",
+            settings=(f"elbo={elbo}", f"model={known[0]}"),
+        )
+    if "classifier" not in cls.takes:
+        return
+    only = cls.constants["usual"].get("prior")
+    if only is not None and prior != only:
+        raise UsageError(
+            f"prior={prior}: the components of {a(name)} are its classes; use `prior={only}`",
+            settings=(f"prior={prior}", f"prior={only}"),
+        )
+    if {"guide", "guides"} & set(PARTS["prior"][prior].classes[0].takes):
+        raise UsageError(
+            f"prior={prior}: is made of a guide q(z|x), and that of {a(name)} is q(z|x, y); choose another",
+            settings=(f"prior={prior}",),
+        )
+
+
+def with_usual(given: Options, usual: Mapping[str, str]) -> Options:
+    """What was given, with a model's own choice of the parts that were not, or whose settings alone were."""
+    chosen = {}
+    for part, name in usual.items():
+        value = given.get(part)
+        nameless = isinstance(value, Mapping) and value.get("name") is None
+        chosen[part] = name if value is None else {**dict(value), "name": name} if nameless else value
+    return {**given, **chosen}
 
 
 def complete_parts(values: Options, given: Options) -> None:

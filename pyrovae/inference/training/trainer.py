@@ -495,14 +495,23 @@ def check_validation(pair: Pair, validation: Batch, training: Batch) -> None:
     if wrong.any() and not bears(pair, validation[wrong.nonzero().flatten()]):
         bad = wrong.nonzero().flatten().tolist()
         raise DataError(f"validation: {len(bad)} rows are not finite, the first being {bad[:5]}; repair or drop them")
-    if len(validation.given) != len(training.given):
-        raise UsageError(f"validation_given: {len(validation.given)} tensors, where training has {len(training.given)}")
-    for theirs, ours in zip(validation.tensors, training.tensors, strict=True):
+    count = len(validation.given)
+    if count > len(training.given) or not can_be_given(pair, count):
+        raise UsageError(f"validation_given: {count} tensors, where training has {len(training.given)}")
+    for theirs, ours in zip(validation.tensors, training.tensors, strict=False):
         if theirs.shape[1:] != ours.shape[1:]:
             raise UsageError(
                 f"validation: expected event shape {tuple(ours.shape[1:])}, that of the training rows, got "
                 f"{tuple(theirs.shape[1:])}"
             )
+
+
+def can_be_given(pair: Pair, count: int) -> bool:
+    """Whether model and guide can be called with so many tensors beside x, as where labels need not be seen."""
+    with suppress(UsageError):
+        check_programs(pair.model, pair.guide, count)
+        return True
+    return False
 
 
 def bears(pair: Pair, batch: Batch) -> bool:
