@@ -37,6 +37,8 @@ from pyrovae.models import (
     Gaussian,
     HierarchicalVAE,
     IsotropicNormal,
+    LogisticNormalGuide,
+    LogisticNormalPrior,
     LowRankNormal,
     Markov,
     MarkovGuide,
@@ -68,6 +70,8 @@ WITHOUT_MEAN = (
     Markov,
     GatedMarkov,
     MarkovGuide,
+    LogisticNormalPrior,
+    LogisticNormalGuide,
 )
 
 
@@ -180,6 +184,7 @@ EVENTS = {
     "levels": {"MLP": (3,), "Conv": (1, 2, 2)},
     "counts": {"MLP": (2,), "Conv": (1, 2, 1)},
     "columns": {"MLP": (5,)},
+    "documents": {"MLP": (3,)},
 }
 TABLE = parse("a=continuous,b=count,c=binary,d=categorical:3,e=continuous")
 LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {
@@ -192,6 +197,7 @@ POINTS = {"mass": [0.0, 1.0], "levels": [float(level) for level in range(LEVELS)
 MASSES = [name for name, make in LIKELIHOODS.items() if make().measure in POINTS]
 TABLES = [name for name, make in LIKELIHOODS.items() if make().measure == "columns"]
 COUNTS = [name for name, make in LIKELIHOODS.items() if make().measure == "counts"]
+DOCUMENTS = [name for name, make in LIKELIHOODS.items() if make().measure == "documents"]  # sums: test_topics.py
 PARTS = {**GUIDES, **LIKELIHOODS, **PRIORS}
 
 
@@ -220,6 +226,8 @@ def apply(part: nn.Module, batch: tuple[int, ...]) -> tuple[dist.Distribution, T
         return part().expand(batch), torch.zeros(*batch, 0)
     shape = part.event_shape if isinstance(part, Guide) else part.latent_shape
     value = torch.randn(*batch, *shape, dtype=torch.float64)
+    if isinstance(part, Likelihood) and part.latents == "points of a simplex":
+        value = value.softmax(-1)
     return part(value), value
 
 
@@ -232,11 +240,17 @@ def values(part: nn.Module, batch: tuple[int, ...]) -> Tensor:
     out = torch.randn(*batch, *event_shape(part), dtype=torch.float64)
     if not isinstance(part, Likelihood):
         one_hot = torch.nn.functional.one_hot(out.argmax(-1), Z).double()
-        return {"real numbers": out, "bits": (out > 0).double(), "one-hot vectors": one_hot}[part.latents]
+        return {
+            "real numbers": out,
+            "bits": (out > 0).double(),
+            "one-hot vectors": one_hot,
+            "points of a simplex": out.softmax(-1),
+        }[part.latents]
     return {
         "mass": (out > 0).double(),
         "levels": (LEVELS * out.sigmoid()).floor(),
         "counts": (3 * out.abs()).floor(),
+        "documents": (3 * out.abs()).floor(),
         "columns": torch.cat(
             [out[..., :1], out[..., 1:2].abs().round(), (out[..., 2:4] > 0).double(), out[..., 4:]], -1
         ),
@@ -314,8 +328,10 @@ def density_on_a_grid(p: dist.Distribution, shape: tuple[int, ...], name: str = 
 # The density of a continuous Bernoulli jumps at 0 and 1: tests/test_continuous_bernoulli.py integrates between them;
 # tails of a Student t reach beyond any grid: tests/test_student_prior.py.
 ELSEWHERE = ("ContinuousBernoulli", "StudentTPrior")
-DISCRETE = [n for n in (*GUIDES, *PRIORS) if PARTS[n]().latents != "real numbers"]
-CONTINUOUS = [n for n in PARTS if n not in (*MASSES, *COUNTS, *TABLES, *DISCRETE) and not n.startswith(ELSEWHERE)]
+DISCRETE = [n for n in (*GUIDES, *PRIORS) if PARTS[n]().latents in ("bits", "one-hot vectors")]
+SHARES = [n for n in (*GUIDES, *PRIORS) if PARTS[n]().latents == "points of a simplex"]
+OF_THEIR_OWN = (*MASSES, *COUNTS, *TABLES, *DOCUMENTS, *DISCRETE, *SHARES)
+CONTINUOUS = [n for n in PARTS if n not in OF_THEIR_OWN and not n.startswith(ELSEWHERE)]
 
 
 @every(CONTINUOUS)
@@ -366,6 +382,18 @@ def test_masses_of_latents_sum_to_1_and_are_what_is_sampled(name: str) -> None:
         samples = p.sample((20_000,))
         same = (samples[:, None] == states).all(-1).double()
         assert_mean(same, mass)
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_densities_of_shares_integrate_to_1_and_are_what_is_sampled(name: str) -> None:
+    """Of two shares: over the log-ratio, in which dz_1 = z_1 z_2 dv."""
+    part = build(name)
+    p, _ = apply(part, ())
+    v = torch.linspace(-150, 150, 300_001, dtype=torch.float64)
+    z = torch.stack([v.sigmoid(), (-v).sigmoid()], -1)
+    mass = (p.log_prob(z) + z.log().sum(-1)).exp() * (v[1] - v[0])
+    assert mass.sum().item() == pytest.approx(1, abs=1e-5)
+    assert_mean(p.sample((20_000,)), mass @ z)
 
 
 @pytest.mark.parametrize("name", COUNTS)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 # Fixed seeds, one for each use, so that no two uses share a stream.
-SEED = {"permutation": 1, "plane": 2, "train": 3, "validation": 4, "test": 5, "manifold": 6, "oscillator": 7}
+SEED = {"permutation": 1, "plane": 2, "train": 3, "validation": 4, "test": 5, "manifold": 6, "oscillator": 7, "bars": 8}
 HELD_OUT = 10_000  # rows of validation and test at most, where they are taken off the training rows
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 PLANE_ROWS = 5000
 SURFACE_ROWS = 10_000
+DOCUMENTS, WORDS, BOARD = 2000, 100, 5  # documents, words of each, and squares of a board's side
 SEQUENCES, SHORTEST, LONGEST = 3000, 10, 30  # sequences, and their least and most steps
 WIDTH = 32  # of the hidden layer that bends a surface
 
@@ -288,6 +289,39 @@ def _evenly(low: float, high: float, count: int) -> tuple[str, ...]:
     return tuple(f"{high if count == 1 else low + (high - low) * i / (count - 1):.3g}" for i in range(count))
 
 
+@dataclass(frozen=True)
+class Bars(Source):
+    """Documents of 100 words of 25 kinds, the squares of a 5x5 board, drawn from ten topics.
+
+    A topic is a row or a column of the board, its five words as likely; each document has shares of the topics of its
+    own, from a Dirichlet distribution of concentration 1/2.
+
+    References:
+        Griffiths and Steyvers 2004, Finding Scientific Topics, PNAS 101
+    """
+
+    kind = "counts of words of documents"
+
+    def read(self, root: Path, download: bool) -> "Found":
+        import numpy as np
+
+        from pyrovae.data.found import SEED, Found
+
+        random = np.random.default_rng(SEED["bars"])
+        shares = random.dirichlet(np.full(2 * BOARD, 0.5), DOCUMENTS)
+        counts = random.multinomial(WORDS, shares @ self.topics())
+        names = [f"r{row}c{column}" for row in range(1, BOARD + 1) for column in range(1, BOARD + 1)]
+        return Found({"train": counts.astype("float32")}, {}, columns=names)
+
+    def topics(self) -> "np.ndarray":
+        """Their distributions over words, shape (10, 25)."""
+        import numpy as np
+
+        rows = np.kron(np.eye(BOARD), np.ones(BOARD))
+        columns = np.kron(np.ones(BOARD), np.eye(BOARD))
+        return np.concatenate([rows, columns]) / BOARD
+
+
 def _arrays(found: Any, name: str) -> "tuple[np.ndarray, np.ndarray]":
     """Rows and labels of a torchvision data set that has them as arrays."""
     import numpy as np
@@ -444,6 +478,7 @@ SOURCES: tuple[Source, ...] = (
     Manifold("manifold-3-in-20", 3, 20),
     Oscillator("oscillator"),
     Sprites("sprites"),
+    Bars("bars"),
 )
 NAMES: tuple[str, ...] = tuple(source.name for source in SOURCES)
 

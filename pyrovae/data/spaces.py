@@ -7,6 +7,7 @@ new one, subclass `Space`: its fields are the user's settings, and `read` gives 
     Continuous    R^D          grey levels are dequantised to [0,1]^D; all else stays in its units, or is standardised
     GreyLevels    {0,...,L-1}^D   grey levels as they are
     Counts        {0, 1, ...}^D   whole numbers as they are
+    Documents     the same, of a given total
     OfColumns     each column of a table in a space of its own
 """
 
@@ -210,19 +211,23 @@ class Counts(Space):
 
     def read(self, data: Raw) -> Reading:
         dimensions = math.prod(data.event_shape)
-        moments = data.moments
-        if moments is not None and (moments.low < 0 or not moments.whole.all()):
-            raise DataError(
-                f"{data.name}: values in [{moments.low:.6g}, {moments.high:.6g}], with "
-                f"{int((~moments.whole).sum())} of {counted(dimensions, 'column')} not of whole numbers, are no "
-                "counts: choose a Gaussian likelihood",
-                settings=("likelihood=gaussian",),
-            )
-        what = "two values" if data.binary else f"{data.levels} grey levels"
-        text = f"{data.name}: {what} are read as counts, as the likelihood has them"
-        notices = (text,) if data.binary or (data.levels is not None and data.highest is None) else ()
         measure = Measure("counts", f"mass on counts {{0, 1, ...}}^{dimensions}", None, dimensions)
-        return Reading(measure, AsFloat(), notices=notices)
+        return Reading(measure, AsFloat(), notices=as_counts(data))
+
+
+@dataclass(frozen=True)
+class Documents(Space):
+    """{0, 1, 2, ...}^V of a given total, where log p(x) is of a mass: how often each of V words comes in a document."""
+
+    name = "documents"
+    words = "a mass on counts of words given their total"
+
+    def read(self, data: Raw) -> Reading:
+        if len(data.event_shape) != 1:
+            raise DataError(f"{data.name}: documents are rows of counts of words, not of shape {data.event_shape}")
+        (words,) = data.event_shape
+        measure = Measure("documents", f"mass on counts of {words} words given their total", None, words, coded=False)
+        return Reading(measure, AsFloat(), notices=as_counts(data))
 
 
 @dataclass(frozen=True)
@@ -244,7 +249,26 @@ class OfColumns(Space):
         return Reading(Measure("columns", measure_of(data.table), None, len(data.table), coded=False), AsFloat())
 
 
-SPACES: tuple[type[Space], ...] = (Binary, Continuous, GreyLevels, Counts, OfColumns)
+SPACES: tuple[type[Space], ...] = (Binary, Continuous, GreyLevels, Counts, Documents, OfColumns)
+
+
+def as_counts(data: Raw) -> tuple[str, ...]:
+    """What to say of data that are read as counts.
+
+    Raises:
+        DataError: they are none.
+    """
+    moments = data.moments
+    if moments is not None and (moments.low < 0 or not moments.whole.all()):
+        raise DataError(
+            f"{data.name}: values in [{moments.low:.6g}, {moments.high:.6g}], with "
+            f"{int((~moments.whole).sum())} of {counted(math.prod(data.event_shape), 'column')} not of whole numbers, "
+            "are no counts: choose a Gaussian likelihood",
+            settings=("likelihood=gaussian",),
+        )
+    what = "two values" if data.binary else f"{data.levels} grey levels"
+    text = f"{data.name}: {what} are read as counts, as the likelihood has them"
+    return (text,) if data.binary or (data.levels is not None and data.highest is None) else ()
 
 
 def as_grey_levels(data: Raw, how: str) -> tuple[str, ...]:

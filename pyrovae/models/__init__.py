@@ -88,8 +88,14 @@ from pyrovae.models.sequence_guides import MarkovGuide as MarkovGuide
 from pyrovae.models.sequences import GatedMarkov as GatedMarkov
 from pyrovae.models.sequences import Markov as Markov
 from pyrovae.models.sequences import OrnsteinUhlenbeck as OrnsteinUhlenbeck
+from pyrovae.models.simplex import DirichletGuide as DirichletGuide
+from pyrovae.models.simplex import DirichletPrior as DirichletPrior
+from pyrovae.models.simplex import LogisticNormalGuide as LogisticNormalGuide
+from pyrovae.models.simplex import LogisticNormalPrior as LogisticNormalPrior
 from pyrovae.models.student import StudentTPrior as StudentTPrior
 from pyrovae.models.tables import Columns as Columns
+from pyrovae.models.topics import Multinomial as Multinomial
+from pyrovae.models.topics import Topics as Topics
 from pyrovae.models.two_stage import ExPostVAE as ExPostVAE
 from pyrovae.models.two_stage import TwoStageVAE as TwoStageVAE
 from pyrovae.models.vae import VAE as VAE

@@ -23,8 +23,10 @@ from pyrovae.models.priors import FlowPrior, IsotropicNormal, MixtureOfGaussians
 from pyrovae.models.semi_amortised import SemiAmortised
 from pyrovae.models.sequence_guides import MarkovGuide
 from pyrovae.models.sequences import GatedMarkov, Markov, OrnsteinUhlenbeck
+from pyrovae.models.simplex import DirichletGuide, DirichletPrior, LogisticNormalGuide, LogisticNormalPrior
 from pyrovae.models.student import StudentTPrior
 from pyrovae.models.tables import Columns
+from pyrovae.models.topics import Multinomial, Topics
 from pyrovae.models.vamp import ConditionalVampPrior, HierarchicalVampPrior
 
 PRIORS = (
@@ -43,6 +45,8 @@ PRIORS = (
     OrnsteinUhlenbeck,
     Markov,
     GatedMarkov,
+    LogisticNormalPrior,
+    DirichletPrior,
 )
 
 # p(z|y), which can be chosen where there is a condition; any other prior is `UnconditionalPrior` there.
@@ -64,6 +68,8 @@ GUIDES = (
     BernoulliGuide,
     CategoricalGuide,
     MarkovGuide,
+    LogisticNormalGuide,
+    DirichletGuide,
 )
 
 # Of those of a measure, the first is the default for rows of that measure.
@@ -82,6 +88,8 @@ LIKELIHOODS = (
     Poisson,
     ZeroInflatedNegativeBinomial,
     Columns,
+    Multinomial,
+    Topics,
 )
 
 # Each an encoder and a decoder, with the same settings.

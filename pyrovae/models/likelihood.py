@@ -24,9 +24,11 @@ class Likelihood(nn.Module, ABC):
     Attributes:
         measure: Of p(x), by the name of the space of x: "mass", "density", "counts".
         short: Other names that the class goes by where it is chosen by name.
+        latents: What z has to be, in the words of a prior's `latents`; None: anything.
     """
 
     measure: ClassVar[str]
+    latents: ClassVar[str | None] = None
     short: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, decoder: Network, event_shape: tuple[int, ...]) -> None:

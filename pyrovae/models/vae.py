@@ -317,6 +317,11 @@ class BottomUp(LatentLayers, ABC):
         check_arrows(arrows)
         known = [(p, q) for p, q in zip(self.conditionals, self.guides, strict=False) if isinstance(p, Guide)]
         check_latents([*known, (self.prior, top)])
+        if self.likelihood.latents not in (None, first.latents):
+            raise UsageError(
+                f"z: {type(self.likelihood).__name__} takes {self.likelihood.latents}, {type(first).__name__} is a "
+                f"distribution of {first.latents}; choose a prior and a guide of the same"
+            )
 
     def guide(self, x: Tensor) -> Tensor:
         with pyro.plate("data", len(x)):

@@ -18,6 +18,7 @@ References:
 """
 
 from collections.abc import Sequence
+from functools import reduce
 
 import pyro.distributions as dist
 import torch
@@ -68,7 +69,9 @@ class HierarchicalVampPrior(Prior):
 
 
 def centre(q: dist.Distribution) -> Tensor:
-    """The mean of a distribution, or of a flow, which has none in closed form, what it makes of its noise's mean."""
+    """The mean of a distribution, or of one that has none in closed form what it makes of its noise's mean."""
+    if isinstance(q, dist.TransformedDistribution):
+        return reduce(lambda value, transform: transform(value), q.transforms, q.base_dist.mean)
     if not isinstance(q, Flowed):
         return q.mean
     return q.loc + q.scale * q.flow(torch.zeros_like(q.loc), q.features)[0]

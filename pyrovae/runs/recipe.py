@@ -229,6 +229,7 @@ def completed(given: Options) -> Options:
     values["likelihood"] = choose_likelihood(given.get("likelihood"), values["model"])
     complete_table(values, given)
     check_judged(values)
+    check_latents(values)
     of_total = values["likelihood"].settings.get("library") == "given"
     if of_total and (values["condition"] or "").split(",")[-1].strip() != "total":
         raise UsageError(
@@ -480,6 +481,26 @@ def check_steps(values: Options) -> None:
         raise UsageError(
             f"{named}: is of the one layer of a {first('model')}, given nothing, and not {what}", settings=(named,)
         )
+
+
+def check_latents(values: Options) -> None:
+    """Refuse a likelihood of latents of one kind, such as shares, where prior and guide have others.
+
+    Raises:
+        UsageError: they do.
+    """
+    likelihood, guide = values["likelihood"].name, values["guide"].name
+    wanted = PARTS["likelihood"][likelihood].constants.get("latents") if likelihood else None
+    if not guide or wanted in (None, latents_of("guide", guide)):
+        return
+    fitting = [
+        f"{part}={name}" for part in ("prior", "guide") for name in PARTS[part] if latents_of(part, name) == wanted
+    ]
+    raise UsageError(
+        f"likelihood={likelihood}: takes {wanted}, and `guide={guide}` is one of {latents_of('guide', guide)}; use "
+        + ", ".join(f"`{one}`" for one in fitting),
+        settings=(f"likelihood={likelihood}", f"guide={guide}", *fitting),
+    )
 
 
 def latents_of(part: str, name: str) -> str:
