@@ -42,13 +42,17 @@ from pyrovae.models import (
     LowRankNormal,
     Markov,
     MarkovGuide,
+    MaskedConvolutions,
     MeanFieldNormal,
     MixtureOfGaussians,
     Network,
     OrnsteinUhlenbeck,
     StandardNormal,
     StepEncoder,
+    TransformerCodes,
+    UniformCodes,
     VampPrior,
+    VectorQuantiser,
 )
 from pyrovae.models.flow_guides import FlowGuide
 from pyrovae.models.flow_priors import FlowedPrior
@@ -61,6 +65,7 @@ from pyrovae.settings import Either, Several, Words, kind_of, read
 
 Z = 2
 # Whose distributions have a mean, but none in closed form.
+AUTOREGRESSIVE = (MaskedConvolutions, TransformerCodes)
 WITHOUT_MEAN = (
     FlowPrior,
     FlowedPrior,
@@ -72,7 +77,9 @@ WITHOUT_MEAN = (
     MarkovGuide,
     LogisticNormalPrior,
     LogisticNormalGuide,
+    *AUTOREGRESSIVE,
 )
+WITHOUT_PARAMETERS = (StandardNormal, IsotropicNormal, UniformCodes)
 
 
 def encoder(shape: tuple[int, ...]) -> Network:
@@ -90,6 +97,7 @@ def decoder(shape: tuple[int, ...], latent_dim: int = Z) -> Network:
 LEVELS = 5  # of grey
 # Settings with which parts are small enough to be looked at from everywhere.
 SMALL = {"components": 3, "rank": 1, "layers": 2, "hidden": 5, "bins": 4, "steps": 2}
+SMALL |= {"codes": 3, "code_dim": 1, "temperature": 5.0, "heads": 1, "reach": 1}
 
 
 def variants(choice: Choice) -> list[dict[str, object]]:
@@ -157,6 +165,7 @@ def prior(cls: type[Prior], settings: dict[str, object], takes: tuple[str, ...],
         "event_shape": lambda: guide.event_shape,
         "guide": lambda: guide,
         "guides": lambda: two_layers(guide),
+        "quantiser": lambda: VectorQuantiser(encoder((4,)), Z, codes=3, code_dim=1),
     }
     return cls(**{name: offered[name]() for name in takes}, **settings)
 
@@ -175,7 +184,7 @@ PRIORS: dict[str, Callable[[], Prior]] = {
     for cls, settings, takes in UNCONDITIONAL
     if {"guide", "guides"} & set(takes)
     for name, make in GUIDES.items()
-    if not make().of_pair and name.endswith("-MLP")
+    if not make().of_pair and make().latents != "codes" and name.endswith("-MLP")
 }
 # Events of two numbers for densities, which are integrated over the plane; of a few elements for masses.
 EVENTS = {
@@ -210,11 +219,16 @@ def borrowed(part: nn.Module) -> tuple[nn.Module, ...]:
     return (*getattr(part, "_guide", ()), *getattr(part, "_guides", ()), *getattr(part, "_prior", ()))
 
 
+def shared(part: nn.Module) -> tuple[Guide, ...]:
+    """All guides of the pair that a prior knows, of which it may use no more than a codebook."""
+    return (*borrowed(part), *getattr(part, "_quantiser", ()))
+
+
 def build(name: str) -> nn.Module:
     """The part in double precision, its parameters away from any special start."""
     part = PARTS[name]().double()
     with torch.no_grad():
-        for module in (part, *(guide.double() for guide in borrowed(part))):
+        for module in (part, *(guide.double() for guide in shared(part))):
             for parameter in module.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return part
@@ -239,6 +253,8 @@ def values(part: nn.Module, batch: tuple[int, ...]) -> Tensor:
     """Random values in the support."""
     out = torch.randn(*batch, *event_shape(part), dtype=torch.float64)
     if not isinstance(part, Likelihood):
+        if part.latents == "codes":
+            return part.codebook[torch.randint(3, out.shape), 0]
         one_hot = torch.nn.functional.one_hot(out.argmax(-1), Z).double()
         return {
             "real numbers": out,
@@ -283,7 +299,7 @@ def test_gradients_reach_every_parameter(name: str) -> None:
     part = build(name)
     p, _ = apply(part, (5,))
     loss = p.log_prob(values(part, (5,))).square().sum()
-    if isinstance(part, StandardNormal | IsotropicNormal):
+    if isinstance(part, WITHOUT_PARAMETERS):
         assert not list(part.parameters())
         return
     loss.backward()
@@ -368,17 +384,21 @@ def test_masses_sum_to_1_and_are_what_is_sampled(name: str) -> None:
 
 @pytest.mark.parametrize("name", DISCRETE)
 def test_masses_of_latents_sum_to_1_and_are_what_is_sampled(name: str) -> None:
-    """All states of Z bits, or Z one-hot vectors: total 1, their mean, and the frequencies of samples to 5 s.e."""
+    """All states of Z bits, Z one-hot vectors, or Z codes: total 1, their mean, and frequencies of samples to 5 s.e."""
     part = build(name)
     with torch.no_grad():
         p, _ = apply(part, ())
         states = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * Z)
         if part.latents == "one-hot vectors":
             states = states[states.sum(1) == 1]
+        elif part.latents == "codes":
+            states = torch.cartesian_prod(*[part.codebook[:, 0]] * Z)
+            assert torch.equal(p.enumerate_support(expand=False), states)
         mass = p.log_prob(states).exp()
         assert mass.sum().item() == pytest.approx(1, abs=1e-10)
-        assert mass.std() > 1e-3
-        assert_close(mass @ states, p.mean, **EXACT)
+        assert mass.std() > 1e-3 or isinstance(part, WITHOUT_PARAMETERS)
+        if not isinstance(part, AUTOREGRESSIVE):
+            assert_close(mass @ states, p.mean, **EXACT)
         samples = p.sample((20_000,))
         same = (samples[:, None] == states).all(-1).double()
         assert_mean(same, mass)
@@ -470,7 +490,7 @@ def test_state_dict_round_trip(name: str) -> None:
     first = build(name)
     torch.manual_seed(12345)
     second = build(name)
-    for theirs, ours in zip(borrowed(second), borrowed(first), strict=True):  # parameters of the pair
+    for theirs, ours in zip(shared(second), shared(first), strict=True):  # parameters of the pair
         theirs.load_state_dict(ours.state_dict())
     batch = (3,)
     torch.manual_seed(2)
@@ -480,7 +500,7 @@ def test_state_dict_round_trip(name: str) -> None:
     def other() -> Tensor:
         return (second() if isinstance(second, Prior) else second(given)).log_prob(value)
 
-    if not isinstance(first, StandardNormal | IsotropicNormal):
+    if not isinstance(first, WITHOUT_PARAMETERS):
         assert (other() - p.log_prob(value)).abs().max() > (1e-3 if name not in DISCRETE else 1e-5)
     second.load_state_dict(first.state_dict())
     assert torch.equal(other(), (first() if isinstance(first, Prior) else first(given)).log_prob(value))
@@ -492,7 +512,7 @@ def test_dtype_follows(name: str, dtype: torch.dtype) -> None:
     """Everything a part computes has the dtype of its parameters, and float32 agrees with float64."""
     exact = build(name)
     part = copy.deepcopy(exact).to(dtype)
-    for guide in borrowed(part):
+    for guide in shared(part):
         guide.to(dtype)
     p, given = apply(exact, (3,))
     value = values(exact, (3,))
@@ -1006,6 +1026,7 @@ def test_a_value_that_is_not_allowed_is_refused_by_name(cls: Class) -> None:
         "guide": GUIDES["MeanFieldNormal-MLP"](),
         "guides": two_layers(GUIDES["MeanFieldNormal-MLP"]()),
         "prior": GatedMarkov(Z, Z),
+        "quantiser": GUIDES["VectorQuantiser-MLP"](),
         "condition_dim": 1,
         "conditional": GUIDES["MeanFieldNormal-MLP"](),
         "encoder": encoder((4,)),

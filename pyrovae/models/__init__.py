@@ -4,6 +4,10 @@ from pyrovae.models.autoencoder import PCA as PCA
 from pyrovae.models.autoencoder import Autoencoder as Autoencoder
 from pyrovae.models.autoencoder import Reconstruction as Reconstruction
 from pyrovae.models.auxiliary import AuxiliaryVAE as AuxiliaryVAE
+from pyrovae.models.code_priors import MaskedConvolutions as MaskedConvolutions
+from pyrovae.models.code_priors import TransformerCodes as TransformerCodes
+from pyrovae.models.code_priors import UniformCodes as UniformCodes
+from pyrovae.models.code_priors import UnigramCodes as UnigramCodes
 from pyrovae.models.conditional import AmortisedPrior as AmortisedPrior
 from pyrovae.models.conditional import ConditionalPrior as ConditionalPrior
 from pyrovae.models.conditional import ConditionalVAE as ConditionalVAE
@@ -82,6 +86,7 @@ from pyrovae.models.priors import Prior as Prior
 from pyrovae.models.priors import StandardNormal as StandardNormal
 from pyrovae.models.priors import VampPrior as VampPrior
 from pyrovae.models.product_mixture import MixtureOfProducts as MixtureOfProducts
+from pyrovae.models.quantiser import VectorQuantiser as VectorQuantiser
 from pyrovae.models.row_parameters import RowParameters as RowParameters
 from pyrovae.models.semi_amortised import SemiAmortised as SemiAmortised
 from pyrovae.models.sequence_guides import MarkovGuide as MarkovGuide

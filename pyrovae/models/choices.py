@@ -1,5 +1,6 @@
 """What can be chosen by name: priors, guides, likelihoods and networks; of all but likelihoods the first is usual."""
 
+from pyrovae.models.code_priors import MaskedConvolutions, TransformerCodes, UniformCodes, UnigramCodes
 from pyrovae.models.conditional import AmortisedPrior
 from pyrovae.models.counts import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from pyrovae.models.discrete import BernoulliGuide, CategoricalGuide, CategoricalPrior, IndependentBernoulli
@@ -20,6 +21,7 @@ from pyrovae.models.networks import (
     StepEncoder,
 )
 from pyrovae.models.priors import FlowPrior, IsotropicNormal, MixtureOfGaussians, StandardNormal, VampPrior
+from pyrovae.models.quantiser import VectorQuantiser
 from pyrovae.models.semi_amortised import SemiAmortised
 from pyrovae.models.sequence_guides import MarkovGuide
 from pyrovae.models.sequences import GatedMarkov, Markov, OrnsteinUhlenbeck
@@ -47,6 +49,10 @@ PRIORS = (
     GatedMarkov,
     LogisticNormalPrior,
     DirichletPrior,
+    UniformCodes,
+    UnigramCodes,
+    MaskedConvolutions,
+    TransformerCodes,
 )
 
 # p(z|y), which can be chosen where there is a condition; any other prior is `UnconditionalPrior` there.
@@ -70,6 +76,7 @@ GUIDES = (
     MarkovGuide,
     LogisticNormalGuide,
     DirichletGuide,
+    VectorQuantiser,
 )
 
 # Of those of a measure, the first is the default for rows of that measure.

@@ -35,11 +35,13 @@ class Guide(nn.Module, ABC):
         latent_dim: Z.
         outputs: Number of parameters of the distribution, the width of the head.
         inputs: Of the head; None: what the encoder puts out.
+        head: What turns features into parameters, in place of a linear map; None: that.
 
     Attributes:
         short: Other names that the class goes by where it is chosen by name.
         of_pair: It infers with log p(x, z), which a VAE gives it (`attach`), so that it is no function by itself.
-        latents: What its draws are: "real numbers", "bits" or "one-hot vectors". A prior and its guide have the same.
+        latents: What its draws are: "real numbers", "bits", "one-hot vectors" or "codes". A prior and its guide have
+            the same.
     """
 
     short: ClassVar[tuple[str, ...]] = ()
@@ -49,14 +51,23 @@ class Guide(nn.Module, ABC):
     rescale: Tensor
 
     @checked
-    def __init__(self, encoder: Network, latent_dim: Count, outputs: int, inputs: int | None = None) -> None:
+    def __init__(
+        self,
+        encoder: Network,
+        latent_dim: Count,
+        outputs: int,
+        inputs: int | None = None,
+        head: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         if len(encoder.out_shape) != 1:
             raise UsageError(f"encoder: expected a vector of features as output, got shape {encoder.out_shape}")
         self.latent_dim = latent_dim
         self.encoder = encoder
         features, places = encoder.out_shape[0] if inputs is None else inputs, encoder.places
-        self.head = nn.Linear(features, outputs) if places == 1 else OfPlaces(places, features, outputs)
+        if head is None:
+            head = nn.Linear(features, outputs) if places == 1 else OfPlaces(places, features, outputs)
+        self.head = head
         # The encoder sees (x - shift) * rescale: the identity until `initialise`.
         self.register_buffer("shift", torch.zeros(encoder.in_shape))
         self.register_buffer("rescale", torch.ones(()))
@@ -72,7 +83,8 @@ class Guide(nn.Module, ABC):
 
     def parameters_of(self, x: Tensor) -> Tensor:
         """The head's output for x (*batch, *event), shape (*batch, outputs)."""
-        return self.head(self.features_of(x))
+        found: Tensor = self.head(self.features_of(x))
+        return found
 
     def attach(self, log_joint: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Take log p(x, z) of the pair that it is the guide of. Here: it needs none."""
@@ -114,6 +126,17 @@ def check_by_itself(guide: Guide, where: str) -> None:
         raise UsageError(
             f"guide: {type(guide).__name__} refines by log p(x, z) of a VAE with one latent layer, whose prior is its "
             f"own, and cannot be used in {where}; use another guide there"
+        )
+
+
+def check_component(guide: Guide, where: str) -> None:
+    """Refuse a guide that is no component of a mixture: by itself it is no q(z|x), or it has mass on points alone."""
+    check_by_itself(guide, where)
+    if guide.latents == "codes":
+        raise UsageError(
+            f"guide: {type(guide).__name__} has mass on the codes of its own row, and {where}, would have none on "
+            "those of others; use a prior over codes, such as UniformCodes",
+            settings=("guide",),
         )
 
 

@@ -9,14 +9,14 @@ architectures that go by a name, each an encoder and a decoder with the same set
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import ClassVar, Literal, Self, get_args
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from pyrovae.errors import UsageError
 from pyrovae.models.views import View
-from pyrovae.settings import Count, Share, checked
+from pyrovae.settings import Count, Share, Whole, checked
 
 Activation = Literal["tanh", "relu", "leaky_relu", "elu", "gelu", "silu", "softplus"]
 MODULES = (nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Softplus)
@@ -47,6 +47,7 @@ class Network(nn.Module):
         view: Of an encoder, what it sees of x; None: x.
         places: Of an output that is a grid (C, h, w) as a vector, a channel after another, h w; else 1. What a guide
             makes of such features, it makes of those of each place alike.
+        grid: Height and width of the grid that an encoder's features are channels of; None: they have no places.
     """
 
     word: ClassVar[str]
@@ -55,6 +56,7 @@ class Network(nn.Module):
     by_rows: bool = False
     view: View | None
     places: int = 1
+    grid: tuple[int, int] | None
 
     def __init__(self, body: nn.Module, in_shape: Shape, out_shape: Shape) -> None:
         super().__init__()
@@ -63,6 +65,7 @@ class Network(nn.Module):
             raise UsageError("network: the event shape () has no elements to flatten; use (1,) and x.unsqueeze(-1)")
         self.body: nn.Module = body
         self.view = None
+        self.grid = None
 
     def seeing(self, view: View) -> Self:
         """This network as an encoder that looks at x through a view, which the guide then applies.
@@ -244,7 +247,8 @@ class ConvEncoder(Network):
     Args:
         in_shape: (C, H, W), or (H, W) for a single channel.
         channels: Channels of the convolutions, from the image inwards; each halves height and width (rounded up).
-        hidden: Width of the dense layer, the number of features.
+        hidden: Width of the dense layer, the number of features; 0: none, and the features are the last channels,
+            C H W numbers that keep their places.
         activation: Activation of the hidden layers.
     """
 
@@ -256,7 +260,7 @@ class ConvEncoder(Network):
         self,
         in_shape: Shape,
         channels: Sequence[Count] = (32, 64),
-        hidden: Count = 256,
+        hidden: Annotated[int, Whole(0)] = 256,
         activation: Activation = "relu",
     ) -> None:
         in_shape, channels = as_shape(in_shape), tuple(channels)
@@ -265,12 +269,12 @@ class ConvEncoder(Network):
         for before, after in zip((depth, *channels[:-1]), channels, strict=True):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), ACTIVATIONS[activation]()]
             height, width = (height + 1) // 2, (width + 1) // 2
-        layers += [
-            nn.Flatten(),
-            nn.Linear(channels[-1] * height * width, hidden),
-            ACTIVATIONS[activation](),
-        ]
-        super().__init__(nn.Sequential(*layers), in_shape, hidden)
+        features = channels[-1] * height * width
+        layers.append(nn.Flatten())
+        if hidden:
+            layers += [nn.Linear(features, hidden), ACTIVATIONS[activation]()]
+        super().__init__(nn.Sequential(*layers), in_shape, hidden or features)
+        self.grid = None if hidden else (height, width)
 
 
 class ConvDecoder(Biased):
@@ -282,8 +286,11 @@ class ConvDecoder(Biased):
         in_shape: Event shape of the input, e.g. the number of latent dimensions; flattened.
         out_shape: (..., H, W); all dimensions before the last two are channels.
         channels: Channels of the convolutions, from the image inwards, as for `ConvEncoder`.
-        hidden: Width of the dense layer.
+        hidden: Width of the dense layer; 0: there is none, and the input are channels of the smallest grid.
         activation: Activation of the hidden layers.
+
+    Raises:
+        UsageError: the input cannot be shared out among the places of that grid.
     """
 
     by_rows = True
@@ -294,7 +301,7 @@ class ConvDecoder(Biased):
         in_shape: Shape,
         out_shape: Shape,
         channels: Sequence[Count] = (32, 64),
-        hidden: Count = 256,
+        hidden: Annotated[int, Whole(0)] = 256,
         activation: Activation = "relu",
     ) -> None:
         in_shape, out_shape, channels = as_shape(in_shape), as_shape(out_shape), tuple(channels)
@@ -303,14 +310,14 @@ class ConvDecoder(Biased):
         for _ in channels:
             sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
         small = (channels[-1], *sizes[-1])
-        layers: list[nn.Module] = [
-            nn.Flatten(),
-            nn.Linear(math.prod(in_shape), hidden),
-            ACTIVATIONS[activation](),
-            nn.Linear(hidden, math.prod(small)),
-            ACTIVATIONS[activation](),
-            nn.Unflatten(1, small),
-        ]
+        act = ACTIVATIONS[activation]
+        layers: list[nn.Module] = [nn.Flatten()]
+        if hidden:
+            layers += [nn.Linear(math.prod(in_shape), hidden), act(), nn.Linear(hidden, math.prod(small)), act()]
+            layers.append(nn.Unflatten(1, small))
+        else:
+            depth_in = channels_of(math.prod(in_shape), sizes[-1])
+            layers += [nn.Unflatten(1, (depth_in, *sizes[-1])), nn.Conv2d(depth_in, channels[-1], 3, padding=1), act()]
         stages = zip(channels[::-1], (*channels[-2::-1], depth), sizes[-2::-1], strict=True)
         for i, (before, after, size) in enumerate(stages):
             last = i == len(channels) - 1
@@ -434,6 +441,20 @@ class SequenceDecoder(Biased):
         each = MLP(latent // steps, of_a_step or (1,), hidden, activation)
         body = nn.Sequential(nn.Flatten(), nn.Unflatten(1, (steps, latent // steps)), each, TimeAt(before, out_shape))
         super().__init__(body, in_shape, out_shape)
+
+
+def channels_of(size: int, grid: tuple[int, int]) -> int:
+    """How many channels so many numbers are on a grid.
+
+    Raises:
+        UsageError: they cannot be shared out among its places.
+    """
+    places = math.prod(grid)
+    if size % places:
+        raise UsageError(
+            f"latent_dim: expected a multiple of the {places} places of a grid of {grid[0]} x {grid[1]}, got {size}"
+        )
+    return size // places
 
 
 def bias_of_output(body: nn.Module) -> nn.Parameter | None:

@@ -21,7 +21,7 @@ from torch.distributions.transforms import Transform
 from torch.nn.functional import softplus
 
 from pyrovae.errors import UsageError
-from pyrovae.models.guides import Guide, check_by_itself
+from pyrovae.models.guides import Guide, check_component
 from pyrovae.models.networks import MLP, Network
 from pyrovae.settings import Count, Number, Positive, checked
 
@@ -31,7 +31,8 @@ class Prior(nn.Module, ABC):
 
     Attributes:
         short: Other names that the class goes by where it is chosen by name.
-        latents: What its draws are: "real numbers", "bits" or "one-hot vectors". A prior and its guide have the same.
+        latents: What its draws are: "real numbers", "bits", "one-hot vectors" or "codes". A prior and its guide have
+            the same.
     """
 
     short: ClassVar[tuple[str, ...]] = ()
@@ -156,7 +157,7 @@ class VampPrior(Prior):
     @checked
     def __init__(self, guide: Guide, event_shape: int | tuple[int, ...], components: Count = 500) -> None:
         super().__init__(guide.latent_dim)
-        check_by_itself(guide, "a VampPrior, which is made of it")
+        check_component(guide, "a VampPrior, which is made of it")
         self.components, self.latents = components, guide.latents
         # In a tuple, so that torch does not register it: each parameter has one name in the pair.
         self._guide = (guide,)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from pyrovae.models.conditional import ConditionalPrior, join
 from pyrovae.models.flows import Flowed
-from pyrovae.models.guides import Guide, check_by_itself
+from pyrovae.models.guides import Guide, check_component
 from pyrovae.models.priors import Prior, SharedComponents, start_at_rows
 from pyrovae.settings import Count, checked
 
@@ -49,7 +49,7 @@ class HierarchicalVampPrior(Prior):
     def __init__(self, guides: Sequence[Guide], event_shape: int | tuple[int, ...], components: Count = 500) -> None:
         super().__init__(guides[-1].latent_dim)
         for guide in guides:
-            check_by_itself(guide, "a VampPrior, which is made of it")
+            check_component(guide, "a VampPrior, which is made of it")
         self.components, self.latents = components, guides[-1].latents
         # In a tuple, so that torch does not register them: each parameter has one name in the pair.
         self._guides = tuple(guides)

@@ -153,6 +153,7 @@ def build_model(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
     offered |= of_states(recipe, deep, encoder) if deep else layers(recipe, networks, encoder)
 
     beside = {key: offered.get(key) for key in ("guide", "guides")}
+    beside |= {"quantiser": offered["guides"][-1] if "guides" in offered else offered["guide"]}
     beside |= {"latent_dim": offered["top"], "event_shape": in_shape, "condition_dim": conditions}
     by_condition = recipe.prior.name in CONDITIONAL
     if "conditional" in PARTS["prior"][recipe.prior.name].classes[0].takes:
@@ -270,7 +271,8 @@ def build_stages(recipe: Recipe, event_shape: tuple[int, ...]) -> "Model":
         of_codes = recipe.settled(model=vae, likelihood=choose_likelihood(OF_CODES, vae), first=Part())
         stages["second"] = build_model(of_codes, below.latent_dim)
     else:
-        offered: dict[str, Any] = {"guide": trained.guides[0], "event_shape": event_shape}
+        (guide,) = trained.guides
+        offered: dict[str, Any] = {"guide": guide, "quantiser": guide, "event_shape": event_shape}
         stages["prior"] = make("prior", recipe.prior, latent_dim=below.latent_dim[0], **offered)
     model: Model = make("model", recipe.model, **stages)
     return model

@@ -33,6 +33,7 @@ from pyrovae.inference.training.closed_form import set_closed_forms
 from pyrovae.inference.training.counts import worth_compiling
 from pyrovae.inference.training.diagnosis import Diagnosis, look_at_constraint, look_for_divergence
 from pyrovae.inference.training.gradients import check_chunk
+from pyrovae.inference.training.moving import MovingAverages
 from pyrovae.inference.training.optimizers import Factory, adam, check_layout, grouped
 from pyrovae.inference.training.processes import Processes, accelerated, is_of_the_network
 from pyrovae.inference.training.record import Bar, Fit, Metrics, Notices, Progress, Record, without_bounds
@@ -209,6 +210,7 @@ class Trainer:
         self.processes, self.directory, self.notice, self.calls = processes, directory, notice, calls
         pair.to(processes.device)
         self.source = Source(data, processes.device)
+        self.moving = MovingAverages(pair, processes.rank == 0, None if processes.alone else processes.total)
         self.validation = None if data.validation is None else data.validation.to(processes.device)
         self.progress = Progress()
         self.diagnosis = Diagnosis(pair, objective, self.source, settings, self.progress, directory, processes.rank)
@@ -395,6 +397,7 @@ class Trainer:
                 loss = self.step(batch, state.step, absent)
             except NotFinite as error:
                 raise NumericalError(self.diagnosis.diagnose(batch, rows, str(error))) from None
+        self.moving.step(absent)
         state.total -= loss or 0.0
         state.step += 1
         state.batch += 1
@@ -430,7 +433,7 @@ class Trainer:
                     self.pair.tensors().values()
                 )  # moments of batch normalisation are each process's own
             metrics |= self.validate()
-        metrics |= closed
+        metrics |= closed | self.moving.record()
         metrics |= {name: float(value) for name, value in self.step.values(state.step).items()}
         metrics["learning_rate"] = float(self.keeper.optimizer.param_groups[0]["lr"])
         metrics["rows_per_second"] = state.rows / max(state.seconds, 1e-9)
