@@ -1,18 +1,18 @@
-"""VQ-VAE on MNIST: what its codes cost under four priors, beside a VAE of the same networks.
+"""VQ-VAE: what its codes cost under five priors, beside a VAE of the same networks.
 
-    python benchmarks/vq.py runs/vq --mnist ROOT [--train 55000] [--epochs 30] [--seeds 3] [--rows 1000]
+    python benchmarks/vq.py runs/vq [--mnist ROOT] [--train 60000] [--epochs 40] [--seeds 3] [--rows 1000]
 
-Convolutions of 16 and 32 channels down to 7 x 7 and back (28 x 28, bits drawn anew at every step, Adam at 1e-3, batches
-of 100). For each seed:
+On the digits of scikit-learn (8 x 8, codes on a grid of 2 x 2), or on MNIST (28 x 28, 7 x 7), bits drawn anew at every
+step, Adam at 1e-3, batches of 100. For each seed:
 
-    uniform         a VQ-VAE of 64 codes of 16 elements at each place, under a uniform prior
+    uniform         a VQ-VAE of 64 codes at each place, under a uniform prior
     unigram, unigram by place, masked convolutions, transformer
                     its codes under priors that are fitted afterwards, its networks held
-    vae             N(0, I) and a Gaussian guide of 98 latents, two at each place, between the same convolutions
+    vae             N(0, I) and a Gaussian guide of two latents at each place, between the same convolutions
 
 The log p(x) of a VQ-VAE is its stated lower bound, log p(x|z(x)) + log p(codes); of the VAE the ELBO and an estimate by
 importance sampling. Every run is a directory, which the same command goes on with after it was stopped. It writes
-benchmarks/results/vq.csv and .md; differences are paired by row and seed, with
+benchmarks/results/vq.csv, .md and .png; differences are paired by row and seed, with
 
     error^2  =  Var(d) / rows  +  Var(means of the seeds' differences) / seeds
 """
@@ -34,8 +34,10 @@ from pyrovae.runs.directory import Run, open_run
 from pyrovae.runs.scoring import Scoring, rows_of
 
 RESULTS = Path(__file__).parent / "results"
-NETWORK = {"name": "conv", "channels": [16, 32], "hidden": 0}
-QUANTISER = {"name": "VectorQuantiser", "codes": 64, "code_dim": 16}
+COLUMNS = 16  # pictures in a row
+CODES = 64
+# By data: channels of the convolutions, places of the grid, elements of a code.
+SIZES = {"digits": ([16, 32], 4, 16), "mnist": ([16, 32], 49, 16)}
 # Fitted afterwards, and for which share of the epochs.
 AFTERWARDS: dict[str, tuple[dict[str, Any], float]] = {
     "unigram": ({"name": "UnigramCodes"}, 0.5),
@@ -77,13 +79,17 @@ def runs_of(seed: int, folder: Path, data: dict[str, Any], epochs: int) -> dict[
     """All runs of a seed, by what they are called."""
     common = {"seed": seed, "device": "cpu", "threads": 1, "eval_rows": 100, "eval_K": 50, "compile": "off"}
     first = folder / f"uniform-{seed}"
-    networks = {**common, **data, "network": NETWORK, "epochs": epochs}
-    found = {"uniform": trained(first, {**networks, "guide": QUANTISER, "prior": "UniformCodes", "latent_dim": [784]})}
-    found["vae"] = trained(folder / f"vae-{seed}", {**networks, "latent_dim": [98]})
+    channels, places, code_dim = SIZES["digits" if data["data"] == "digits" else "mnist"]
+    network = {"name": "conv", "channels": channels, "hidden": 0}
+    networks = {**common, **data, "network": network, "epochs": epochs}
+    guide = {"name": "VectorQuantiser", "codes": CODES, "code_dim": code_dim}
+    quantised = {"guide": guide, "prior": "UniformCodes", "latent_dim": [places * code_dim]}
+    found = {"uniform": trained(first, {**networks, **quantised})}
     for name, (prior, share) in AFTERWARDS.items():
-        chosen = {**common, "model": "ex-post", "first": str(first), "prior": prior, "lr": 3e-3}
+        chosen = {**common, "model": "ex-post", "first": str(first), "prior": prior, "lr": 3e-3, "patience": 5}
         fitted = max(1, round(share * epochs))
         found[name] = trained(folder / f"{name.replace(' ', '-')}-{seed}", {**chosen, "epochs": fitted})
+    found["vae"] = trained(folder / f"vae-{seed}", {**networks, "latent_dim": [2 * places]})
     return found
 
 
@@ -115,7 +121,7 @@ def compared(scored: dict[str, Scored], dims: int) -> pd.DataFrame:
 def in_words(table: pd.DataFrame, used: str, about: str) -> str:
     """The record, as Markdown."""
     lines = [
-        "# VQ-VAE on MNIST: the cost of codes under four priors, and a VAE of the same networks",
+        "# VQ-VAE: the cost of codes under five priors, and a VAE of the same networks",
         "",
         "Written by `python benchmarks/vq.py`. " + about,
         "",
@@ -131,25 +137,49 @@ def in_words(table: pd.DataFrame, used: str, about: str) -> str:
     return "\n".join([*lines, "", used, ""])
 
 
+def draw(runs: dict[str, Run], x: Any, path: Path) -> None:
+    """Test rows and their reconstructions, and draws through each prior, as means of p(x|z)."""
+    import torch
+    from matplotlib.figure import Figure
+
+    pictures = {"test rows": x[:COLUMNS]}
+    for name, run in runs.items():
+        model: Any = run.model()
+        if name == "uniform":
+            pictures["reconstructions"] = model.reconstruct(x[:COLUMNS])
+        torch.manual_seed(0)
+        pictures[f"draws, {name}"] = model.sample(COLUMNS, mean=True)
+    figure = Figure(figsize=(8, 0.62 * len(pictures)), layout="constrained")
+    axes = figure.subplots(len(pictures), 1)
+    for axis, (name, rows) in zip(axes, pictures.items(), strict=True):
+        axis.imshow(torch.cat(list(rows.flatten(1, -3)[:, 0]), -1).cpu().numpy(), cmap="gray_r", vmin=0, vmax=1)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     """Train, score, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("directory", type=Path, help="where runs are, or are to be")
-    parser.add_argument("--mnist", required=True, metavar="ROOT", help="where torchvision has MNIST")
-    parser.add_argument("--train", type=int, default=60_000, help="training and validation rows, the first")
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--mnist", metavar="ROOT", help="where torchvision has MNIST (default: digits instead)")
+    parser.add_argument("--train", type=int, default=60_000, help="of MNIST, training and validation rows, the first")
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=1000, help="test rows, the first")
     asked = parser.parse_args()
     folder: Path = asked.directory
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "mnist.npz"
-    path = path if path.exists() else subset(asked.mnist, asked.train, path)
-    data = {"data": str(path), "likelihood": "bernoulli", "binarize": "dynamic"}
+    if asked.mnist and not path.exists():
+        subset(asked.mnist, asked.train, path)
+    data = {"data": str(path) if asked.mnist else "digits", "likelihood": "bernoulli", "binarize": "dynamic"}
     results: dict[str, list[Any]] = {}
     usage, rows = [], None
     for seed in range(1, asked.seeds + 1):
-        for name, run in runs_of(seed, folder, data, asked.epochs).items():
+        runs = runs_of(seed, folder, data, asked.epochs)
+        for name, run in runs.items():
             rows = rows or run.rows()
             batch = rows_of(rows, "test", asked.rows)
             results.setdefault(name, []).append(score_run(run, rows, batch, Scoring(50), print))
@@ -159,15 +189,16 @@ def main() -> None:
     assert rows is not None
     table = compared(scored, math.prod(rows.event_shape))
     about = (
-        f"{len(rows.train)} training rows, {asked.epochs} epochs, {rows.measure.description}; the first {asked.rows} "
-        f"test rows (one fixed binarisation), {asked.seeds} seed{'s' if asked.seeds > 1 else ''}, K = 50. Of the "
-        "VQ-VAE log p(x) is the stated lower bound; ± over rows, of differences over rows and seeds, paired."
+        f"{'MNIST' if asked.mnist else 'Digits'}: {len(rows.train)} training rows, {asked.epochs} epochs, "
+        f"{rows.measure.description}; {len(batch)} test rows (fixed bits), seeds: {asked.seeds}, K = 50; of "
+        "the VQ-VAE log p(x) is the stated lower bound; ± over rows, of differences over rows and seeds, paired."
     )
-    used = "; ".join(f"{int(codes)} of 64 codes used, perplexity {perplexity:.1f}" for codes, perplexity in usage)
+    used = "; ".join(f"{int(codes)} of {CODES} codes used, perplexity {perplexity:.1f}" for codes, perplexity in usage)
     text = in_words(table, f"Of the last epoch, by seed: {used}.", about)
     RESULTS.mkdir(exist_ok=True)
     table.to_csv(RESULTS / "vq.csv", index=False)
     (RESULTS / "vq.md").write_text(text)
+    draw(runs, batch.x, RESULTS / "vq.png")
     print(text)
 
 

@@ -22,7 +22,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, pad, relu
+from torch.nn.functional import gelu, pad, silu
 
 from pyrovae.errors import UsageError
 
@@ -53,7 +53,7 @@ class GatedConvolutions(nn.Module):
         above, left = pad(h, (0, 0, 1, 0))[:, :, :-1], pad(h, (1, 0))[..., :-1]
         for layer in self.layers:
             above, left = layer(above, left, given)
-        logits: Tensor = self.last(relu(self.first(relu(left))))
+        logits: Tensor = self.last(silu(self.first(silu(left))))
         return logits.flatten(2).transpose(1, 2)
 
 

@@ -125,7 +125,7 @@ class VectorQuantiser(Guide):
         (features,) = encoder.out_shape
         dense = nn.Sequential(nn.Linear(features, latent_dim), nn.Unflatten(-1, (places, code_dim)))
         head = dense if encoder.grid is None else OnPlaces(features, places, code_dim)
-        super().__init__(encoder, latent_dim, latent_dim, head)
+        super().__init__(encoder, latent_dim, latent_dim, head=head)
         self.grid = encoder.grid or (1, places)
         self.temperature, self.commitment, self.decay, self.restart = temperature, commitment, decay, restart
         self.register_buffer("codebook", torch.randn(codes, code_dim))
