@@ -99,7 +99,7 @@ class Codes(dist.TorchDistribution, ABC):
         return vectors(self.draw(torch.Size(sample_shape)), self.codebook)
 
     @property
-    def has_enumerate_support(self) -> bool:  # type: ignore[override]
+    def has_enumerate_support(self) -> bool:
         """Whether its points are so few that they can be listed."""
         return len(self.codebook) ** self.places <= MOST_POINTS
 

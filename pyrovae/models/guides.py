@@ -11,7 +11,8 @@ settings, on the command line too.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -65,9 +66,8 @@ class Guide(nn.Module, ABC):
         self.latent_dim = latent_dim
         self.encoder = encoder
         features, places = encoder.out_shape[0] if inputs is None else inputs, encoder.places
-        if head is None:
-            head = nn.Linear(features, outputs) if places == 1 else OfPlaces(places, features, outputs)
-        self.head = head
+        usual = nn.Linear if places == 1 else partial(OfPlaces, places)
+        self.head: Any = usual(features, outputs) if head is None else head
         # The encoder sees (x - shift) * rescale: the identity until `initialise`.
         self.register_buffer("shift", torch.zeros(encoder.in_shape))
         self.register_buffer("rescale", torch.ones(()))
