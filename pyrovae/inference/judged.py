@@ -18,6 +18,7 @@ References:
     Hou et al. 2017, Deep Feature Consistent Variational Autoencoder, https://arxiv.org/abs/1610.00291
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -61,7 +62,7 @@ class Perceptual(Weighted):
     num_averages: int = 1
     gradient: GradientEstimator = USUAL
 
-    def penalised(self, particles: Particles) -> Tensor:
+    def penalised(self, particles: Particles, kls: Mapping[str, Tensor]) -> Tensor:
         """The log-likelihood of the features, shape (1, K', N)."""
         return judged(particles, "Perceptual", "Perception()", "feature_likelihood")
 
@@ -105,7 +106,7 @@ class VAEGAN(Weighted):
     num_averages: int = 1
     gradient: GradientEstimator = USUAL
 
-    def penalised(self, particles: Particles) -> Tensor:
+    def penalised(self, particles: Particles, kls: Mapping[str, Tensor]) -> Tensor:
         """The log-likelihood of the features, the decoder's reward and the adversary's loss, shape (3, K', N)."""
         names = ("feature_likelihood", "decoder_reward", "adversary_loss")
         return judged(particles, "VAEGAN", "Discriminator(body)", *names)

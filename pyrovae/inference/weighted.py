@@ -49,6 +49,7 @@ References:
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
@@ -93,7 +94,7 @@ class Weighted(OfParticles):
         """log p(x|z), the KL of all sites, and what the penalty is made of: shape (2 + T, K', N)."""
         values, _ = kl_terms(particles)
         kl = sum(values.values(), torch.zeros_like(particles.log_likelihood))
-        return torch.cat([torch.stack([particles.log_likelihood, kl]), self.penalised(particles)])
+        return torch.cat([torch.stack([particles.log_likelihood, kl]), self.penalised(particles, values)])
 
     @final
     def combine(self, terms: Tensor, **settings: Tensor | float) -> Tensor:
@@ -103,8 +104,8 @@ class Weighted(OfParticles):
         return self.maximise(log_likelihood, kl, torch.stack(penalised), **settings)
 
     @abstractmethod
-    def penalised(self, particles: Particles) -> Tensor:
-        """What the penalty is made of, shape (T, K', N)."""
+    def penalised(self, particles: Particles, kls: Mapping[str, Tensor]) -> Tensor:
+        """What the penalty is made of, shape (T, K', N), by draws and the KL of each site, (K', N)."""
 
     @abstractmethod
     def maximise(self, log_likelihood: Tensor, kl: Tensor, penalised: Tensor, **settings: Tensor | float) -> Tensor:
@@ -135,10 +136,10 @@ class FreeBits(Weighted):
     num_averages: int = 1
     gradient: GradientEstimator = USUAL
 
-    def penalised(self, particles: Particles) -> Tensor:
+    def penalised(self, particles: Particles, kls: Mapping[str, Tensor]) -> Tensor:
         """The KL of each group, shape (groups, K', N)."""
         if self.group == "site":
-            return torch.stack([*kl_terms(particles)[0].values()])
+            return torch.stack([*kls.values()])
         return torch.cat([kl_of_dimensions(name, latent) for name, latent in particles.latents.items()])
 
     def maximise(self, log_likelihood: Tensor, kl: Tensor, penalised: Tensor, **settings: Tensor | float) -> Tensor:
@@ -178,7 +179,7 @@ class BetaTC(Weighted):
     num_averages: int = 1
     gradient: GradientEstimator = USUAL
 
-    def penalised(self, particles: Particles) -> Tensor:
+    def penalised(self, particles: Particles, kls: Mapping[str, Tensor]) -> Tensor:
         return total_correlation(particles, self.num_rows, self.estimate == "stratified").unsqueeze(0)
 
     def maximise(self, log_likelihood: Tensor, kl: Tensor, penalised: Tensor, **settings: Tensor | float) -> Tensor:
@@ -214,7 +215,7 @@ class DIP(Weighted):
     num_averages: int = 1
     gradient: GradientEstimator = USUAL
 
-    def penalised(self, particles: Particles) -> Tensor:
+    def penalised(self, particles: Particles, kls: Mapping[str, Tensor]) -> Tensor:
         """The sums of squares off the diagonal and on it, the same for all rows: shape (2, K', N)."""
         name, latent = only_site(particles)
         q = factors(name, latent)
@@ -265,7 +266,7 @@ class Factor(Weighted):
     num_averages: int = 1
     gradient: GradientEstimator = USUAL
 
-    def penalised(self, particles: Particles) -> Tensor:
+    def penalised(self, particles: Particles, kls: Mapping[str, Tensor]) -> Tensor:
         """The critic's log-density ratio and its loss, shape (2, K', N)."""
         found = left_at(particles.guide_trace, "critic_ratio", "critic_loss")
         if found is None:
@@ -287,7 +288,7 @@ class Matched(Weighted):
     """A penalty on how far the codes of a batch are from draws of the prior, by their MMD."""
 
     @final
-    def penalised(self, particles: Particles) -> Tensor:
+    def penalised(self, particles: Particles, kls: Mapping[str, Tensor]) -> Tensor:
         """MMD^2 of q(z) and p(z), the same for all rows: shape (1, K', N)."""
         name, latent = only_site(particles)
         if latent.value.ndim != 3 or latent.value.shape[1] < 2:
@@ -389,7 +390,7 @@ class SemiSupervised(Weighted):
     num_averages: int = 1
     gradient: GradientEstimator = USUAL
 
-    def penalised(self, particles: Particles) -> Tensor:
+    def penalised(self, particles: Particles, kls: Mapping[str, Tensor]) -> Tensor:
         """log q of what the guide observes, shape (1, K', N).
 
         Raises:
