@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pyro.distributions as dist
 import pytest
 import torch
@@ -36,6 +37,7 @@ from pyrovae.models import (
     Perception,
     StandardNormal,
 )
+from pyrovae.plots.training import training_curves
 from pyrovae.runs.build import build_model, build_objective
 from pyrovae.runs.features import network_for
 from pyrovae.runs.recipe import Recipe, title, warnings
@@ -306,6 +308,13 @@ def test_the_loss_of_an_adversary_is_recorded_by_epoch() -> None:
         sums.append(particles.model_trace.nodes["adversary_loss"]["value"].sum())
     assert fitted.history[0]["adversary_loss"] == pytest.approx(sum(sums).item() / len(X), rel=1e-6)
     assert all(epoch["adversary_loss"] == pytest.approx(2 * math.log(2), rel=0.2) for epoch in fitted.history)
+
+
+def test_the_curve_of_an_adversarys_loss_is_drawn_and_no_bound_of_what_is_maximised() -> None:
+    history = pd.DataFrame({"epoch": [1, 2], "train_objective": [5.0, 6.0], "adversary_loss": [1.39, 1.2]})
+    panels = training_curves(history).axes
+    assert [axes.get_title() for axes in panels] == ["adversary's loss (blind: 1.39)"]
+    assert panels[0].lines[0].get_ydata().tolist() == [1.39, 1.2]
 
 
 @pytest.mark.parametrize("how", [{}, {"particle_chunk": 1}], ids=["whole", "chunks"])

@@ -47,8 +47,8 @@ def training_curves(metrics: DataFrame, title: str | None = None) -> Figure:
             of `train_bound` where there is no validation), `validation_elbo`, `reconstruction`, `kl`, of several
             layers `kl_<site>`, and `kl_<site>[<dimension>]` in nats per datum; `active_units` and
             `active_units_<site>`; `beta`, drawn unless always 1; `learning_rate`, drawn if it changes; `critic_loss`
-            and `adversary_loss`, in nats;
-            `reconstruction_sse`, `reconstruction_psnr` and `reconstruction_ssim`, each with an axis of its own.
+            and `adversary_loss`, in nats; `reconstruction_sse`, `reconstruction_psnr` and `reconstruction_ssim`, each
+            with an axis of its own.
         title: First line of the title, for example the model, K and the data.
     Raises:
         UsageError: there is no `epoch`, no row, or nothing to draw.
@@ -165,7 +165,7 @@ def _draw_parts(panels: dict[str, Axes], epoch: np.ndarray, columns: dict[str, n
         ("active_units", "active units", INK),
         ("beta", "β", ORANGE),
         ("learning_rate", "learning rate", FAINT),
-        *((name, f"{name.split('_')[0]}'s loss, at 1.39 blind", SKY) for name in ADVERSARIES),
+        *((name, f"{name.split('_')[0]}'s loss (blind: 1.39)", SKY) for name in ADVERSARIES),
     ):
         if name in panels:
             _curve(panels[name], epoch, columns[name], color=colour)
