@@ -195,12 +195,15 @@ def draw(table: pd.DataFrame, pictures: dict[str, Tensor], path: Path) -> None:
     left.set_xscale("log")
     left.set_xlabel("Frechet distance of decoded draws of z (smaller is better)")
     left.set_ylabel("log p(x), nats per datum")
-    left.set_title("bars: 95 % over rows; dots: single seeds", fontsize="medium")
+    left.set_title("bars: 95 % over rows; dots: seeds, by their difference to the ELBO", fontsize="medium")
     left.legend(fontsize="small")
     side = math.isqrt(next(iter(pictures.values())).flatten(1).shape[1])
-    rows = [torch.cat([*tiles.reshape(-1, side, side)], 1) for tiles in pictures.values()]
+    framed = {
+        way: torch.nn.functional.pad(tiles.reshape(-1, side, side), (1, 1, 1, 1)) for way, tiles in pictures.items()
+    }
+    rows = [torch.cat([*tiles], 1) for tiles in framed.values()]
     right.imshow(torch.cat(rows), cmap="gray_r", vmin=0, vmax=1)
-    right.set_yticks([side * (i + 0.5) for i in range(len(rows))], [TITLES[way] for way in pictures])
+    right.set_yticks([(side + 2) * (i + 0.5) for i in range(len(rows))], [TITLES[way] for way in pictures])
     right.set_xticks([])
     right.set_title("the decoder's means at draws of N(0, I)", fontsize="medium")
     figure.savefig(path, dpi=150)
