@@ -10,6 +10,7 @@ from pyrovae.runs.features import of_frechet
 from pyrovae.runs.progress import Say
 from pyrovae.runs.quality import of_reconstructions
 from pyrovae.runs.scoring import Scoring, check_of, hash_of, repaired, score
+from pyrovae.runs.units import of_units
 
 if TYPE_CHECKING:
     from pyro.infer import ELBO as PyroELBO
@@ -84,6 +85,7 @@ def report_on(
         "bootstrap_interval": interval(result.estimate, seed=how.seed),
         "monte_carlo_error": result.monte_carlo_error,
         "bits_per_dimension": rows.measure.bits_per_dimension(result.mean),
+        "units": of_units(model, batch, rows, result.estimate),
         "test_bound" if split == "test" else f"{split}_bound": terms["bound"],
     }
     if guided:

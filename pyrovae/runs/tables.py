@@ -9,6 +9,7 @@ from pyrovae.runs.options import GRADIENTS, OBJECTIVES
 from pyrovae.runs.parts import shown
 from pyrovae.runs.recipe import Recipe, first
 from pyrovae.runs.report import NO_DENSITY, Report
+from pyrovae.runs.units import units_in_words as by_units
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,6 +130,8 @@ def describe_log_marginal(values: Report) -> list[str]:
     line("  95 % interval", between(values["bootstrap_interval"]), "bootstrap over rows")
     if values["bits_per_dimension"] is not None:
         line("  in bits per dimension", f"{values['bits_per_dimension']:.4f}")
+    for label, value, note in by_units(values.get("units"), number):
+        line(f"  {label}", value, note)
     if values["K"] is not None:
         line("  Monte Carlo error", short(values["monte_carlo_error"]), "of the mean, for these rows")
         excess = values["excess"]
@@ -314,6 +317,7 @@ def log_marginal_in_words(recipe: Recipe, values: Report) -> list[tuple[str, str
         lines.insert(0, (f"bound, {reported_bound(recipe)}", number(values["test_bound"]), "nats per datum"))
         lines.append(("KL(q(z|x) || p(z))", number(values["kl"]), f"nats per datum, {in_words(values['kl_forms'])}"))
         lines += [*layers_in_words(values), *stages_in_words(values), *units_in_words(values)]
+    lines += by_units(values.get("units"), number)
     if values["bits_per_dimension"] is not None:
         lines.append(("bits per dimension", f"{values['bits_per_dimension']:.4f}", ""))
     return lines
