@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.nn.functional import one_hot
@@ -20,7 +21,7 @@ from pyrovae.classify import command as classify_command
 from pyrovae.data import load_data
 from pyrovae.data.labels import drawn_labels
 from pyrovae.errors import DataError, PairError, UsageError
-from pyrovae.inference import ELBO, Enumerated, SemiSupervised, classify, fit, log_marginal
+from pyrovae.inference import ELBO, Enumerated, FromPrior, SemiSupervised, classify, fit, log_marginal
 from pyrovae.inference.batch import Batch
 from pyrovae.inference.pair import Pair
 from pyrovae.models import (
@@ -29,6 +30,8 @@ from pyrovae.models import (
     Bernoulli,
     CategoricalGuide,
     CategoricalPrior,
+    ConditionalVAE,
+    Gaussian,
     GaussianMixtureVAE,
     LabelledVAE,
     MeanFieldNormal,
@@ -307,3 +310,54 @@ def test_what_makes_no_sense_with_classes_is_refused(options: dict, message: str
     with pytest.raises(UsageError) as error:
         pyrovae.Recipe(**SMALL, **options)
     assert message in str(error.value)
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.mark.parametrize(("name", "word"), [("m2-mnist", "m2"), ("gmvae-digits", "gmvae")])
+def test_recipes_declare_what_they_say(name: str, word: str) -> None:
+    recipe = pyrovae.Recipe(**yaml.safe_load((RECIPES / f"{name}.yaml").read_text()))
+    assert recipe.model.name == word
+    assert recipe.gradient.name == "enumerated"
+    assert recipe.labels == (100 if word == "m2" else None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Regression: a column is modelled, the others are given
+
+
+def test_a_column_given_the_others_is_linear_regression_where_everything_is_linear() -> None:
+    """p(y|x) = N(y; w'x + b, v^2 + s^2) of a linear decoder, and trained as good on new rows as least squares."""
+    x = torch.randn(400, 2, dtype=torch.float64)
+    y = x @ torch.tensor([[1.5], [-0.7]], dtype=torch.float64) + 0.3 + 0.5 * torch.randn(400, 1, dtype=torch.float64)
+    likelihood = Gaussian(MLP(1 + 2, 1, hidden=()), scale="learned")
+    guide = MeanFieldNormal(MLP(1 + 2, hidden=()), 1)
+    pair = ConditionalVAE(UnconditionalPrior(StandardNormal(1)), likelihood, guide).double()
+    pair.initialise(y[:300], x[:300])
+
+    def exact(rows: slice) -> Tensor:
+        at = [likelihood(torch.cat([torch.full_like(y[rows], z), x[rows]], 1)).base_dist for z in (0.0, 1.0)]
+        total = ((at[1].loc - at[0].loc).square() + at[0].scale.square()).sqrt()
+        return torch.distributions.Normal(at[0].loc, total).log_prob(y[rows]).squeeze(1).detach()
+
+    new = slice(300, 400)
+    before = log_marginal(pair.model, pair.guide, y[new], 5000, seed=0, given=(x[new],), proposal=FromPrior())
+    assert before.standard_error.median() < 0.05, "no power"
+    assert ((before.estimate - exact(new)).abs() < 5 * before.standard_error + 1e-6).all()
+    fit(
+        *(pair.model, pair.guide, y[:300], ELBO()),
+        given=(x[:300],),
+        epochs=60,
+        batch_size=50,
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.02),
+        compile="off",
+        progress=False,
+    )
+    ones = torch.cat([x, torch.ones(400, 1, dtype=torch.float64)], 1)
+    solved = torch.linalg.lstsq(ones[:300], y[:300]).solution
+    sd = (y[:300] - ones[:300] @ solved).square().mean().sqrt()
+    least_squares = torch.distributions.Normal(ones[new] @ solved, sd).log_prob(y[new]).mean()
+    trained = log_marginal(pair.model, pair.guide, y[new], 500, seed=0, given=(x[new],))
+    assert abs(trained.mean - least_squares.item()) < 0.03
+    assert trained.mean == pytest.approx(exact(new).mean().item(), abs=0.01)
