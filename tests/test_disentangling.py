@@ -96,6 +96,13 @@ def test_dimensions_that_are_never_used_do_not_vote() -> None:
     assert factor_vae_score(FACTORS[:, :0], FACTORS, random) == 0.25  # none is used: chance
 
 
+def test_the_vote_does_not_depend_on_the_scale_of_a_dimension() -> None:
+    noisy = CENTRED + np.random.default_rng(5).standard_normal(CENTRED.shape) / 2
+    scaled = noisy * [1, 100, 0.01, 4]  # the same draws of rows: the same votes
+    got = [factor_vae_score(codes, FACTORS, np.random.default_rng(6)) for codes in (noisy, scaled)]
+    assert 0.4 < got[0] == got[1]
+
+
 def test_the_matrix_of_information_is_that_of_its_definition() -> None:
     """By the joint distribution, written out; in bins no code tells more than the logarithm of their number."""
     random = np.random.default_rng(3)
