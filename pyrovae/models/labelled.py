@@ -14,8 +14,7 @@ it. Its y has one state then, with log q = 0.
 
 Nothing of L(x, l) trains the classifier q(y|x). So the guide observes the label as well, under q(y|x): what a guide
 observes is no part of log q, and an objective may ask for its log-probability, alpha log q(y = l|x)
-(`pyrovae.inference.SemiSupervised`). Without it the sum over y finds classes of its own, and q(y|x) is little better
-than chance.
+(`pyrovae.inference.SemiSupervised`). Without it the sum over y may find classes of its own.
 
 Of a GaussianMixtureVAE no label is seen. Its p(x) is that of a VAE whose prior is the same mixture with the component
 summed out, sum_y p(y) N(z; m_y, s_y); what differs is that the guide may say which component a row is of.
