@@ -344,7 +344,7 @@ def density_on_a_grid(p: dist.Distribution, shape: tuple[int, ...], name: str = 
 # The density of a continuous Bernoulli jumps at 0 and 1: tests/test_continuous_bernoulli.py integrates between them;
 # tails of a Student t reach beyond any grid: tests/test_student_prior.py.
 ELSEWHERE = ("ContinuousBernoulli", "StudentTPrior")
-DISCRETE = [n for n in (*GUIDES, *PRIORS) if PARTS[n]().latents in ("bits", "one-hot vectors")]
+DISCRETE = [n for n in (*GUIDES, *PRIORS) if PARTS[n]().latents in ("bits", "one-hot vectors", "codes")]
 SHARES = [n for n in (*GUIDES, *PRIORS) if PARTS[n]().latents == "points of a simplex"]
 OF_THEIR_OWN = (*MASSES, *COUNTS, *TABLES, *DOCUMENTS, *DISCRETE, *SHARES)
 CONTINUOUS = [n for n in PARTS if n not in OF_THEIR_OWN and not n.startswith(ELSEWHERE)]

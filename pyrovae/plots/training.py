@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
+CODES = ("codes_used", "code_perplexity")  # of a codebook, over each epoch
 ADVERSARIES = ("critic_loss", "adversary_loss")  # what others than the pair minimise: 2 log 2 where they know nothing
 
 
@@ -61,7 +62,7 @@ def training_curves(metrics: DataFrame, title: str | None = None) -> Figure:
     stacks: list[list[str]] = [
         ["bounds"] if bounds else [],
         [name for name in ("reconstruction", "kl") if name in columns],
-        [name for name in ("active_units", "beta", "learning_rate", *ADVERSARIES) if name in columns],
+        [name for name in ("active_units", "beta", "learning_rate", *CODES, *ADVERSARIES) if name in columns],
     ]
     stacks = [stack for stack in stacks if stack]
     quality = [q.column for q in QUALITIES if q.column in columns]
@@ -165,6 +166,8 @@ def _draw_parts(panels: dict[str, Axes], epoch: np.ndarray, columns: dict[str, n
         ("active_units", "active units", INK),
         ("beta", "β", ORANGE),
         ("learning_rate", "learning rate", FAINT),
+        ("codes_used", "codes used", GREEN),
+        ("code_perplexity", "perplexity of codes", BLUE),
         *((name, f"{name.split('_')[0]}'s loss (blind: 1.39)", SKY) for name in ADVERSARIES),
     ):
         if name in panels:

@@ -103,7 +103,9 @@ def stages_in_words(values: Report) -> list[tuple[str, str, str]]:
         if (found := values.get("aggregate_kl")) is not None:
             upper, lower = found[stage]["upper"], found[stage]["lower"]
             value = number(upper["mean"], upper["error_over_rows"])
-            lines.append((label, value, f"{note}; {lower['mean']:.3f} with each row left out of q(z)"))
+            if math.isfinite(lower["mean"]):  # codes that no other row has are nowhere in the q(z) of the others
+                note += f"; {lower['mean']:.3f} with each row left out of q(z)"
+            lines.append((label, value, note))
     return lines
 
 
@@ -336,6 +338,9 @@ def short_table(recipe: Recipe, values: dict[str, Any], fitted: "Fit", seconds: 
         lines.append(("", "", "of one reconstruction of each row: no likelihood"))
     if not recipe.is_closed_form:
         lines.append(("epochs", f"{len(fitted.history)}", epochs_in_words(recipe, fitted)))
+        if "codes_used" in fitted.metrics:
+            used, perplexity = (fitted.metrics[name].iloc[-1] for name in ("codes_used", "code_perplexity"))
+            lines.append(("codes used", f"{int(used)}", f"over the last epoch; perplexity {perplexity:.1f}"))
     stages = {name: round(value, 1) for name, value in seconds.items()}  # rounded first, so that the line adds up
     parts = ", ".join(f"{name} {value:.1f}" for name, value in stages.items())
     lines.append(("time", f"{sum(stages.values()):.1f} s", parts))
