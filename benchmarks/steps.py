@@ -439,13 +439,13 @@ class Measuring:
         """
         hand = written_by_hand(row)
         if hand and (why := disagreement(row)):
-            raise ValueError(f"{row.part} {row.name}: {why}")
+            raise ValueError(why)
         plain, plain_eager = self.plain(row)
         pair, eager = OfPair(row, compiled=True), OfPair(row, compiled=False)
         contestants: dict[str, Callable[[], None]] = {"pair": pair, "plain": plain}
         compiling = {"pair": started(pair)}
         if pair.refused:
-            raise ValueError(f"{row.part} {row.name}: {pair.refused[0]}")
+            raise ValueError(pair.refused[0])
         if hand:
             contestants["hand"] = OfHand(row)
             compiling["hand"] = started(contestants["hand"])
@@ -589,8 +589,8 @@ def measure(wanted: Sequence[Row], path: Path, rounds: int, steps: int) -> None:
     for row in wanted:
         try:
             found = measuring(row)
-        except ValueError as error:
-            print(f"NOT MEASURED: {error}", flush=True)
+        except (ValueError, KeyError) as error:  # a part that cannot be declared by its name alone
+            print(f"NOT MEASURED: {row.part} {row.name}: {error}", flush=True)
             continue
         before = [r for r in read(path) if (r["part"], r["name"]) != (row.part, row.name)]
         write(path, ordered([*before, found]))
