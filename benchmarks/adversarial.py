@@ -195,7 +195,7 @@ def draw(table: pd.DataFrame, pictures: dict[str, Tensor], path: Path) -> None:
     left.set_xscale("log")
     left.set_xlabel("Frechet distance of decoded draws of z (smaller is better)")
     left.set_ylabel("log p(x), nats per datum")
-    left.set_title("bars: 95 % over rows; dots: seeds, by their difference to the ELBO", fontsize="medium")
+    left.set_title("bars: 95 % over rows; dots: seeds", fontsize="medium")
     left.legend(fontsize="small")
     side = math.isqrt(next(iter(pictures.values())).flatten(1).shape[1])
     framed = {
