@@ -158,6 +158,8 @@ def test_udr_is_one_for_the_same_dimensions_in_another_order() -> None:
     assert udr([z, mixed], [every, every])[0] < 0.4
     assert udr([z, other, mixed], [every] * 3)[0] == pytest.approx((1 + udr([z, mixed], [every, every])[0]) / 2)
     assert udr([z, other], [every, ~every]) == [0, 0]
+    by_hand = (0.25 / 0.5 + 1 / 1.5 + 0.25 / 1 + 1 / 1) / 4  # columns, then rows
+    assert disentangling._alike(np.array([[0.5, 0.5], [0.0, 1.0]])) == pytest.approx(by_hand)
 
 
 def test_what_has_no_score_is_refused_in_a_line() -> None:
