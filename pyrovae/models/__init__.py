@@ -36,6 +36,7 @@ from pyrovae.models.flow_priors import MaskedAutoregressivePrior as MaskedAutore
 from pyrovae.models.flow_priors import NeuralSplinePrior as NeuralSplinePrior
 from pyrovae.models.gaps import PartlySeen as PartlySeen
 from pyrovae.models.gaps import WithMask as WithMask
+from pyrovae.models.grids import Flat as Flat
 from pyrovae.models.grids import GridDecoder as GridDecoder
 from pyrovae.models.grids import GridEncoder as GridEncoder
 from pyrovae.models.grids import ResidualConvDecoder as ResidualConvDecoder
@@ -97,6 +98,7 @@ from pyrovae.models.simplex import DirichletGuide as DirichletGuide
 from pyrovae.models.simplex import DirichletPrior as DirichletPrior
 from pyrovae.models.simplex import LogisticNormalGuide as LogisticNormalGuide
 from pyrovae.models.simplex import LogisticNormalPrior as LogisticNormalPrior
+from pyrovae.models.states import State as State
 from pyrovae.models.student import StudentTPrior as StudentTPrior
 from pyrovae.models.tables import Columns as Columns
 from pyrovae.models.topics import Multinomial as Multinomial
