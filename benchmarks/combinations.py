@@ -53,6 +53,8 @@ def rows_of(likelihood: str) -> torch.Tensor:
     if kind == "columns":
         a, b, c, d = x.flatten(1)[:, :4].unbind(1)
         return torch.stack([a, (5 * b).floor(), (c > 0.5).float(), (3 * d).floor()], 1)
+    if kind == "documents":
+        return (LEVELS * x.flatten(1)).floor()
     return x if kind == "density" else (LEVELS * x).floor()  # levels and counts
 
 

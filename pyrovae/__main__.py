@@ -22,7 +22,9 @@ from pyrovae.command import ending, main
 from pyrovae.errors import UsageError
 from pyrovae.version import __version__
 
-COMMANDS = ("fit", "evaluate", "gaps", "gradients", "compare", "classify", "sample", "encode", "runs")
+COMMANDS = (
+    "fit", "evaluate", "gaps", "gradients", "compare", "sample", "encode", "classify", "disentangle", "runs",
+)  # fmt: skip
 SHELLS = ("bash", "zsh", "fish")
 
 

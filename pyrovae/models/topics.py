@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyrovae.errors import UsageError
 from pyrovae.models.counts import OfCounts
 from pyrovae.models.likelihood import set_output_bias
 from pyrovae.models.networks import Network
@@ -83,12 +84,21 @@ class OfDocuments(OfCounts, ABC):
 
     Args:
         decoder: Maps z to (V,).
+
+    Raises:
+        UsageError: the decoder's output is no vector.
     """
 
     total: Tensor
 
     @abstractmethod
     def __init__(self, decoder: Network) -> None:
+        if len(decoder.out_shape) != 1:
+            raise UsageError(
+                f"likelihood: documents are vectors of counts, one for each word, and these rows are of shape "
+                f"{decoder.out_shape}; use a likelihood of counts or of levels",
+                settings=("likelihood",),
+            )
         super().__init__(decoder, decoder.out_shape)
         self.register_buffer("total", torch.tensor(100.0))  # words of a draw
 
