@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 import pyrovae
+import pyrovae.models
 
 PATH = Path(__file__).parents[1] / "docs" / "imports.py"
 PACKAGE = Path(pyrovae.__file__).parent
@@ -122,6 +123,7 @@ HOOKS = {
         "Objective.constraint",
         "Objective.evaluated",
         "Guide.attach",
+        "Guide.begin",
         "OfParticles.__post_init__",
         "OfParticles.order",
     ),

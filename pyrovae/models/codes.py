@@ -16,7 +16,7 @@ a z are known, by its nearest rows, whose distance is 0: `Codes.log_prob` finds 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
 import pyro.distributions as dist
 import torch
@@ -76,6 +76,7 @@ class Codes(dist.TorchDistribution, ABC):
 
     def __init__(self, codebook: Tensor, places: int, batch_shape: torch.Size) -> None:
         self.codebook, self.places = codebook, places
+        self.drawn: tuple[Tensor, Tensor] | None = None  # what was drawn last and its codes, which need no search
         super().__init__(batch_shape, torch.Size([codebook.shape[1] * places]), validate_args=False)
 
     @property
@@ -90,9 +91,11 @@ class Codes(dist.TorchDistribution, ABC):
     def draw(self, shape: torch.Size) -> Tensor:
         """Codes of shape (*shape, *batch, M)."""
 
+    @final
     def log_prob(self, value: Tensor) -> Tensor:
         """log p of the codes of z, which must be in the support."""
-        return self.log_mass(nearest(value, self.codebook)[1])
+        own = self.drawn is not None and value is self.drawn[0]
+        return self.log_mass(self.drawn[1] if own and self.drawn else nearest(value, self.codebook)[1])
 
     @torch.no_grad()
     def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
@@ -137,7 +140,6 @@ class KnownCodes(Codes):
     def __init__(self, e: Tensor, codes: Tensor, codebook: Tensor, commitment: float = 0.0) -> None:
         self.e, self.codes, self.commitment = e, codes, commitment
         super().__init__(codebook, codes.shape[-1], codes.shape[:-1])
-        self.drawn: Tensor | None = None
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "KnownCodes":
         shape = (*batch_shape, *self.codes.shape[-1:])
@@ -157,17 +159,13 @@ class KnownCodes(Codes):
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
         e = self.e.transpose(-1, -2).flatten(-2)
         z = self.mean + (e - e.detach())  # c_k to the last bit
-        self.drawn = z.expand(*sample_shape, *z.shape)
-        return self.drawn
+        self.drawn = z.expand(*sample_shape, *z.shape), self.draw(torch.Size(sample_shape))
+        return self.drawn[0]
 
     def log_mass(self, codes: Tensor) -> Tensor:
+        """0 for its own grid, minus infinity for others."""
         impossible = (codes != self.codes).any(-1)
-        return self.e.new_zeros(impossible.shape).masked_fill(impossible, -torch.inf)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """0 for its own draw, minus infinity for other grids."""
-        own = value is self.drawn
-        log_q = self.e.new_zeros(value.shape[:-1]) if own else super().log_prob(value)
+        log_q = self.e.new_zeros(impossible.shape).masked_fill(impossible, -torch.inf)
         if self.commitment:
             away = self.commitment * (self.e - self.codebook[self.codes]).square().sum((-1, -2))
             log_q = log_q + (away - away.detach())

@@ -97,6 +97,10 @@ class Guide(nn.Module, ABC):
         """Centre the encoder's input, if it asks for it, at the mean of x (N, *event), with one scale for all."""
         if self.encoder.centred:
             centre(self.encoder, x, self.shift, self.rescale)
+        self.begin(x)
+
+    def begin(self, x: Tensor) -> None:
+        """Start what it has beside its network, at rows x (N, *event). Here: there is nothing."""
 
 
 def seen(encoder: Network, x: Tensor) -> Tensor:

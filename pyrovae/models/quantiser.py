@@ -194,9 +194,8 @@ class VectorQuantiser(Guide):
         return found
 
     @torch.no_grad()
-    def initialise(self, x: Tensor) -> None:
-        """Centre the encoder's input, and start the codebook by k-means, at rows x (N, *event)."""
-        super().initialise(x)
+    def begin(self, x: Tensor) -> None:
+        """Start the codebook by k-means at rows x (N, *event)."""
         from sklearn.cluster import KMeans
 
         codes, places = len(self.codebook), self.places
