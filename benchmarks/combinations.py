@@ -34,7 +34,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "combinations.md"
 DIMENSIONS = ("prior", "guide", "likelihood", "gradient")
 Cell = tuple[str, str, str, str]
 WORKS = ""
-SMALL = {"components": 3, "layers": 2, "hidden": 8, "bins": 4, "steps": 2}  # of parts: a cell takes milliseconds
+# Of parts, so that a cell takes milliseconds.
+SMALL = {"components": 3, "layers": 2, "hidden": 8, "bins": 4, "steps": 2, "codes": 4, "code_dim": 2}
 ROWS, SIDE, LATENTS, LEVELS = 5, (1, 4, 4), 4, 8
 TABLE = "a=continuous,b=count,c=binary,d=categorical:3"
 
