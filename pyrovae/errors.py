@@ -7,7 +7,7 @@ the built-in exceptions they derive from; a command prints the message, without 
 import re
 from pathlib import Path
 
-# Of a command, beside the number of a signal and 128.
+# Of a command.
 EXIT_CODES = {
     0: "done",
     1: "a defect of pyrovae",
@@ -16,7 +16,8 @@ EXIT_CODES = {
     4: "no memory, or numbers that are not finite",
     5: "a run or a checkpoint that cannot be used",
     6: "results that cannot be written",
-    130: "interrupted",
+    130: "interrupted (SIGINT); what was done is kept",
+    143: "asked to end (SIGTERM); what was done is kept",
 }
 # Characters of a message: names and values in it may come from a file, and be of any length.
 LONGEST = 1500
