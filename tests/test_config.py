@@ -1,5 +1,6 @@
 """From options to objects: defaults, short names, and every combination that is refused."""
 
+import ast
 import dataclasses
 import inspect
 import re
@@ -26,7 +27,7 @@ from pyrovae.runs.build import (
     settle,
 )
 from pyrovae.runs.options import CONDITIONAL, DERIVED, OPTIONS, PARTS, RESUMABLE, SETTINGS
-from pyrovae.runs.parts import Part
+from pyrovae.runs.parts import ROOT, Part, outline
 from pyrovae.runs.recipe import Recipe, title, warnings
 
 IMAGE, VECTOR = (1, 8, 8), (5,)
@@ -602,3 +603,19 @@ def test_every_mixture_trains(likelihood, covariance, weights, event):
 def test_convolutions_of_vectors_are_refused():
     with pytest.raises(UsageError, match=r"\(5,\)"):
         build_model(config(network="conv", likelihood="gaussian"), VECTOR)
+
+
+class WithoutFunctions(ast.NodeTransformer):
+    """What is left of a source's tree without functions, but for the signatures of constructors."""
+
+    def visit_FunctionDef(self, node):  # noqa: N802
+        node.body = [ast.Expr(ast.Constant(...))]
+        return node if node.name == "__init__" else None
+
+
+def test_an_outline_is_a_source_without_its_functions():
+    """Of every module: what is parsed for --help says what the whole source says."""
+    for path in sorted(ROOT.rglob("*.py")):
+        source = path.read_text("utf-8")
+        whole = WithoutFunctions().visit(ast.parse(source))
+        assert ast.dump(ast.parse(outline(source))) == ast.dump(whole), path
