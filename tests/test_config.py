@@ -608,7 +608,7 @@ def test_convolutions_of_vectors_are_refused():
 class WithoutFunctions(ast.NodeTransformer):
     """What is left of a source's tree without functions, but for the signatures of constructors."""
 
-    def visit_FunctionDef(self, node):  # noqa: N802
+    def visit_FunctionDef(self, node):
         node.body = [ast.Expr(ast.Constant(...))]
         return node if node.name == "__init__" else None
 
