@@ -107,7 +107,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(UsageError, match="x: expected more rows than the 2 components, got 2"):
         model.fit(rows(2))
     with pytest.raises(DataError, match="x: expected finite values, got 1 that"):
-        model.log_prob(torch.full((1, D), 0.0).index_fill(1, torch.tensor([0]), math.nan))
+        model.log_prob(torch.full((1, D), 0.0).index_fill(1, torch.tensor([0]), math.inf))
     with pytest.raises(DataError, match="variance 0"):
         model.fit(torch.ones(10, D))
     with pytest.raises(UsageError, match="num_samples"):

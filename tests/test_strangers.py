@@ -238,8 +238,8 @@ def test_what_the_commands_draw_is_what_replacing_a_run_removes(original: Path, 
     words = [word for word in OPTIONS if word != "--no-plots"]
     assert fit.command([*words, "--out", "run"]) == 0
     assert gaps.command(["run", "--rows", "5", "--K", "10"]) == 0
-    of_two_stages = {"codes"}
-    assert {path.stem for path in Path("run/plots").iterdir()} == set(PLOTS) - of_two_stages
+    of_others = {"codes", "reliability"}  # of two stages, and of classes
+    assert {path.stem for path in Path("run/plots").iterdir()} == set(PLOTS) - of_others
     clear(Path("run"))
     assert sorted(str(path) for path in Path("run").rglob("*")) == ["run/config.yaml"]
 

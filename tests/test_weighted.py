@@ -84,7 +84,7 @@ def test_total_correlation_of_a_batch_is_near_that_of_all_rows() -> None:
 def test_dip_is_the_distance_of_the_covariance_from_the_identity(covariance: str) -> None:
     means = correlated(100, 0.5)
     *_, particles = known(means)
-    off, on = DIP(covariance=covariance).penalised(particles)
+    off, on = DIP(covariance=covariance).penalised(particles, {})
     c = torch.cov(means.T, correction=0) + (
         SCALE**2 * torch.eye(2, dtype=torch.float64) if covariance == "draws" else 0
     )
@@ -200,7 +200,7 @@ def test_a_critic_finds_the_density_ratio_of_a_gaussian() -> None:
             critic(pyro.sample("z", dist.Normal(x, SCALE).to_event(1)))
 
     fit(model, guide, x, Factor(weight=0.0), epochs=60, batch_size=100, seed=0, progress=False)
-    ratio, _ = Factor(4).penalised(draw(Pair(model, guide), Batch.of(x), 4))
+    ratio, _ = Factor(4).penalised(draw(Pair(model, guide), Batch.of(x), 4), {})
     truth = -0.5 * math.log(1 - (0.8 / (1 + SCALE**2)) ** 2)
     assert abs(ratio.mean().item() - truth) < 0.1 * truth
 

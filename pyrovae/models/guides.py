@@ -41,12 +41,14 @@ class Guide(nn.Module, ABC):
     Attributes:
         short: Other names that the class goes by where it is chosen by name.
         of_pair: It infers with log p(x, z), which a VAE gives it (`attach`), so that it is no function by itself.
+        of_one_layer: It is no layer of a hierarchy.
         latents: What its draws are: "real numbers", "bits", "one-hot vectors" or "codes". A prior and its guide have
             the same.
     """
 
     short: ClassVar[tuple[str, ...]] = ()
     of_pair: ClassVar[bool] = False
+    of_one_layer: ClassVar[bool] = False
     latents: str = "real numbers"
     shift: Tensor
     rescale: Tensor

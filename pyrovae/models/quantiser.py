@@ -96,6 +96,7 @@ class VectorQuantiser(Guide):
 
     short = ("vq", "quantiser")
     latents = "codes"
+    of_one_layer = True
     codebook: Tensor
     shares: Tensor
     noted: Tensor

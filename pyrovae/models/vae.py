@@ -315,6 +315,11 @@ class BottomUp(LatentLayers, ABC):
             arrows.append(("z", (above.latent_dim,), own, p.event_shape, "the conditional's input"))
         arrows.append(("z", (top.latent_dim,), own, (self.prior.latent_dim,), "the prior's"))
         check_arrows(arrows)
+        for guide in (guide for guide in self.guides if guide.of_one_layer and len(self.guides) > 1):
+            raise UsageError(
+                f"guide: {type(guide).__name__} has a codebook of its own, of which no other layer knows, and cannot "
+                "be used in a hierarchy; use it in a VAE"
+            )
         known = [(p, q) for p, q in zip(self.conditionals, self.guides, strict=False) if isinstance(p, Guide)]
         check_latents([*known, (self.prior, top)])
         if self.likelihood.latents not in (None, first.latents):
